@@ -1,21 +1,24 @@
 """Whether the choice of views for test-time augmentation gains where views are needed, and harms where they are not.
 
-    python benchmarks/tta.py                    digits as they are, turned by random angles, and mirrored at random
+    python benchmarks/tta.py                    digits: upright, turned by random angles, flipped, mirrored
     python benchmarks/tta.py --workspace DIR    also a workspace that `discover` has listed: its selected networks
     python benchmarks/tta.py --quick            fewer images and re-splits, not the ones to report
 
-One network per set of images is trained with fold networks. Its out-of-sample rows are split in two again and again:
-views are chosen on one half by the rule of `build-ensemble`, and the other half judges the choice, after a temperature
-of the first half for both sides. The last line of the output is one JSON object.
+One network per set of images is trained with fold networks. In the set flipped it learns upright images alone, and
+half of those that it has not seen are flipped; in the set mirrored half of all images are, so that it has learned both
+forms. The out-of-sample rows, in the set flipped those of val alone, are split in two again and again: views are chosen
+on one half by the rule of `build-ensemble`, and the other half judges the choice, after a temperature of the first half
+for both sides. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,12 @@ from prepare import BASE_SOURCE, CONFIG, PROJECT
 from reporting import clean_environment, interval, report, row
 
 BACKBONE = "CustomResNetMish"
-SETS = ("upright", "turned", "mirrored")
-PLANTED = ("turned", "mirrored")
+FLIPPED = "flipped"
+SETS = ("upright", "turned", FLIPPED, "mirrored")
+PLANTED = ("turned", FLIPPED)
+DIGITS = (1, 2, 3, 4, 5)
+WITHOUT_MIRROR = (1, 2, 3, 4, 7)
+"""Of these none is the mirror image of another, as 5 is of 2."""
 MOST_HARMED = 1  # of 20 re-splits
 FOLDS = 5
 PLACES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")
@@ -44,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="tta-") as folder:
         for name in SETS:
             workspace = Path(folder) / name
-            write_images(workspace / "Data", name, per_class=30 if options.quick else 120)
-            train(workspace, epochs=1 if options.quick else 8)
+            write = write_given_splits if name == FLIPPED else write_images
+            write(workspace / "Data", name, per_class=30 if options.quick else 120)
+            train(workspace, epochs=1 if options.quick else 8, folds=name != FLIPPED)
             rows += rows_of(name, workspace, splits, planted=name in PLANTED and not options.quick)
     if options.workspace is not None:
         rows += rows_of(options.workspace.name, options.workspace, splits, planted=False, every_network=True)
@@ -55,16 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # images and networks -------------------------------------------------------------------------------------------------
 def write_images(folder: Path, kind: str, *, per_class: int) -> None:
-    """Scanned digits 1 to 5 at 32 pixels: as they are, turned by random angles, or every one mirrored by chance."""
+    """Scanned digits 1 to 5 at 32 pixels: as they are, turned by random angles, or mirrored by chance."""
     from PIL import Image
-    from sklearn.datasets import load_digits
 
-    digits, random = load_digits(), np.random.default_rng(0)
-    for digit in range(1, 6):
+    random = np.random.default_rng(0)
+    for digit in DIGITS:
         (folder / str(digit)).mkdir(parents=True)
-        for number in np.flatnonzero(digits.target == digit)[:per_class]:
-            pixels = np.rint(digits.images[number] * (255 / 16)).astype(np.uint8)
-            image = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
+        for number, image in scans(digit, per_class):
             angle, mirrored = random.uniform(0, 360), random.random() < 0.5
             if kind == "turned":
                 image = image.rotate(angle, Image.Resampling.BILINEAR)
@@ -73,8 +78,32 @@ def write_images(folder: Path, kind: str, *, per_class: int) -> None:
             image.save(folder / str(digit) / f"{number:04d}.png")
 
 
-def train(workspace: Path, *, epochs: int) -> None:
-    """Train the network and three fold networks without mirrored images, and list them."""
+def write_given_splits(folder: Path, kind: str, *, per_class: int) -> None:
+    """Half of the digits as they are for training; of the others, for val and test, every second one is flipped."""
+    from PIL import Image
+
+    for digit in WITHOUT_MIRROR:
+        for place, (number, image) in enumerate(scans(digit, per_class)):
+            split = "train" if place < per_class // 2 else "test" if place % 10 in (0, 1) else "val"
+            if split != "train" and place % 2:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            (folder / split / str(digit)).mkdir(parents=True, exist_ok=True)
+            image.save(folder / split / str(digit) / f"{number:04d}.png")
+
+
+def scans(digit: int, count: int) -> Iterator[tuple[int, Any]]:
+    """(number, image of 32 pixels) of the first scans of a digit."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for number in np.flatnonzero(digits.target == digit)[:count]:
+        pixels = np.rint(digits.images[number] * (255 / 16)).astype(np.uint8)
+        yield int(number), Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
+
+
+def train(workspace: Path, *, epochs: int, folds: bool) -> None:
+    """Train the network, and three fold networks where wanted, without mirroring images at random, and list them."""
     options = ("--size", "tiny", "--folds", "3", "--epochs-head", "1", "--epochs-finetune", str(epochs), "--jobs", "1")
     environment = clean_environment() | {"DBT_AUGMENT": "no_flip", "DBT_BATCH_SIZE": "32"}
     main_script, orchestrator = BASE_SOURCE / "main.py", PROJECT / "ensemble_orchestrator.py"
@@ -83,6 +112,10 @@ def train(workspace: Path, *, epochs: int) -> None:
         (str(main_script), *place, "--backbones", BACKBONE, *options),
         (str(orchestrator), "discover", *place, "--config", str(CONFIG), "--quiet"),
     ):
+        if not folds:  # nothing before the training
+            shutil.rmtree(workspace / "kfold_results", ignore_errors=True)
+            for path in (workspace / "checkpoints").glob(f"{BACKBONE}_fold*"):
+                path.unlink()
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
         if done.returncode:
             sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")

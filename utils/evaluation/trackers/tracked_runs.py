@@ -63,6 +63,8 @@ def _run(workspace: Workspace, split: str, name: str, kind: str, tags: Mapping[s
     path = (workspace.ensemble_metrics if is_ensemble else workspace.member_metrics)(name, split)
     record = _required(path, METRICS)
     pictures = [plots.Picture(each, record, workspace.plot(folder, each, split)) for each in plots.kinds_of(record)]
+    pictures = [picture for picture in pictures if picture.path.is_file()]
+    plots.draw_all(pictures)  # again where an earlier version of the program drew them
     scores = {key: value for key, value in record.items() if key not in REMEASURED}
     return TrackedRun(
         name,
@@ -70,7 +72,7 @@ def _run(workspace: Workspace, split: str, name: str, kind: str, tags: Mapping[s
         {"workspace": str(workspace.root), "split": split, "model": name, "kind": kind, **tags},
         scalars(record),
         path,
-        {picture.kind: picture.path for picture in pictures if picture.is_current},
+        {picture.kind: picture.path for picture in pictures},
         digest_of([VERSION, str(workspace.root), folder, split, scores]),
     )
 

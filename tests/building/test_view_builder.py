@@ -217,7 +217,7 @@ def test_a_damaged_record_is_named_and_left_out(workspace):
 
 
 def test_the_guide_shows_the_words_of_two_choices():
-    (shown,) = page_outputs.blocks("guides/methods.md")
+    (shown,) = [block for block in page_outputs.blocks("guides/methods.md") if "passes for an image" in "".join(block)]
     unstable = {"views": [], "chosen_on_all_rows": ["rotations"]}
     stable = {"views": ["rotations"], "log_loss_gain": 0.1093, "log_loss_gain_ci95": [0.0597, 0.1590]}
     described = [f"    {name}: {view_builder.describe(choice)}" for name, choice in ((OTHER, unstable), (NAME, stable))]

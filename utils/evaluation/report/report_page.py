@@ -21,7 +21,7 @@ from utils.evaluation.report.report_sources import ReportSources
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 8  # raised whenever the same records would give another page
+VERSION = 9  # raised whenever the same records would give another page
 TEMPLATES = Path(__file__).with_name("templates")
 KEY = re.compile(rb'<meta name="inputs" content="([0-9a-f]{64})">')
 SPLIT_RECORD = "split_manifest.json"

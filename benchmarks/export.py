@@ -59,7 +59,7 @@ def kinds(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
 
     names = ("CustomConvNeXt", "CustomMobileOne", "CustomViTHybrid")
     parts = [part(name, "tiny") for name in names]
-    images = squares(files, parts[0].img_size)
+    images = squares(files, parts[0].preprocessing.input_size)
     everything = EnsembleNetwork(parts, _everything(), embeds=True)
     with torch.inference_mode():
         logits, *embeddings = everything(torch.from_numpy(images))
@@ -118,7 +118,7 @@ def times(files: Sequence[Path], scratch: Path, *, quick: bool) -> list[dict]:
     names = list(BACKBONE_MAP)[: 5 if quick else 15]
     parts = [part(name, "tiny") for name in names]
     network = EnsembleNetwork(parts, MeanOfProbabilities())
-    images = squares(files, parts[0].img_size)
+    images = squares(files, parts[0].preprocessing.input_size)
     first, classes = torch.from_numpy(images[:1]), [str(number) for number in range(CLASSES)]
     given = {"kind": "float-nchw", "name": "images", "img_size": 32, "shorter_side": 36}
     start = time.perf_counter()

@@ -57,7 +57,7 @@ def measured(names: Sequence[str], files: Sequence[Path], scratch: Path) -> tupl
     parts = [part(name, "full") for name in names]
     network = EnsembleNetwork(parts, MeanOfProbabilities())
     weights = sum(weight.numel() * weight.element_size() for weight in network.state_dict().values())
-    images = squares(files, parts[0].img_size)
+    images = squares(files, parts[0].preprocessing.input_size)
     first, classes = torch.from_numpy(images[:1]), [str(number) for number in range(CLASSES)]
     rows, paths, what = [], {}, f"voting over {len(names)} full networks, {weights / 1e6:.0f} MB"
     for kind in ("onnx", "torchscript"):

@@ -214,7 +214,7 @@ def test_a_mistake_that_is_not_answered_by_what_was_meant_is_named(verbs, monkey
 
 @pytest.mark.slow
 def test_the_quick_form_of_the_pipeline_ends_with_its_report():
-    done = run_python(str(FOLDER / "pipeline.py"), "--quick")
+    done = run_python(str(FOLDER / "pipeline.py"), "--quick", afresh=True)  # it keeps what it trains in benchmarks/zoo
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert [(point["members"], point["images"]) for point in found["points"]] == [(1, 240), (2, 240), (2, 120)]
@@ -226,7 +226,7 @@ def test_the_quick_form_of_the_pipeline_ends_with_its_report():
     "name", ["export", "export_full", "fusion", "member_memory", "mixture", "report", "scale", "soup_memory"]
 )
 def test_a_quick_form_ends_with_its_report(name):
-    done = run_python(str(FOLDER / f"{name}.py"), "--quick")
+    done = run_python(str(FOLDER / f"{name}.py"), "--quick", afresh=True)  # some keep zoos in benchmarks/zoo
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["benchmark"], found["quick"]) == (name, True)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from prepare import BASE_SOURCE, PROJECT
+from prepare import BASE_SOURCE, PROJECT, workspace_in
 from reporting import clean_environment, report, row
 
 sys.path.insert(0, str(PROJECT))
@@ -36,7 +36,6 @@ BACKBONES = ("CustomResNetMish", "CustomEfficientNetV4", "CustomViTHybrid")
 MOST = 0.1  # of the forward passes
 IMAGES, FEWER, FEW = 10_000, 1_000, 20
 SET = "benchmark_of_external"
-PLACES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,14 +91,16 @@ def write_set(workspace: Any, folder: Path, count: int) -> None:
     """Images of the test split as class folders, each with noise of its own, so that no two are equal."""
     from PIL import Image
 
-    by_class = [sorted(folder.iterdir()) for folder in sorted((workspace.split_dir / "test").iterdir())]
+    from utils.inference.onnx_prediction import open_image
+
+    by_class = [sorted(of_class.iterdir()) for of_class in sorted((workspace.split_dir / "test").iterdir())]
     sources = [path for turn in zip_longest(*by_class) for path in turn if path is not None]  # of each class in turn
     random = np.random.default_rng(0)
     for number in range(count):
         source = sources[number % len(sources)]
         place = folder / source.parent.name
         place.mkdir(parents=True, exist_ok=True)
-        with Image.open(source) as opened:
+        with open_image(source) as opened:
             pixels = np.asarray(opened.convert("RGB")).astype(np.int16)
         noisy = np.clip(pixels + random.integers(-8, 9, size=pixels.shape), 0, 255).astype(np.uint8)
         suffix = source.suffix if source.suffix.lower() in (".png", ".jpg", ".jpeg") else ".png"
@@ -109,13 +110,12 @@ def write_set(workspace: Any, folder: Path, count: int) -> None:
 def cost_rows(what: str, folder: Path, config_file: Path, images: Path, count: int) -> list[dict[str, Any]]:
     """Seconds inside and outside of forward passes, and where the latter go."""
     from utils.core.config_file import load_config
-    from utils.core.workspace import Workspace
     from utils.evaluation.report import report_page
     from utils.external_sets import command, evaluate_external, external_inputs
     from utils.networks import embeddings
 
     config = load_config(config_file, overrides=["device=cpu"])
-    workspace = Workspace(folder, *(folder / name for name in PLACES))
+    workspace = workspace_in(folder)
     write_set(workspace, images, count)
     write_set(workspace, images.with_name("few"), FEW)
     score = partial(command.evaluate, config, workspace, name=SET, model_name="recommended")

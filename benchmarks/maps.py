@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from prepare import CONFIG, PROJECT, ZOO
+from prepare import CONFIG, PROJECT, ZOO, workspace_in
 from reporting import interval, mean_with_interval, report, row
 
 sys.path.insert(0, str(PROJECT))
@@ -43,7 +43,6 @@ MOST_ALIKE = 0.5  # rank correlation with the maps of random weights
 VIT = "vit_tiny_patch16_224"
 QUICK = ("CustomResNetMish", "CustomViTHybrid", VIT)
 SUFFIXES = (".jpg", ".jpeg", ".png")
-PLACES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")
 Probabilities = Callable[[np.ndarray], np.ndarray]
 """Pictures uint8 (N, S, S, 3) -> probabilities (N, C)"""
 
@@ -70,13 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 # images --------------------------------------------------------------------------------------------------------------
 def photographs(folder: Path) -> tuple[list[Any], np.ndarray]:
     """Images (N) of class folders, and their labels (N,)."""
-    from PIL import Image
+    from utils.inference.onnx_prediction import open_image
 
     paths = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in SUFFIXES)
     classes = sorted({path.parent.name for path in paths})
     pictures = []
     for path in paths:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             pictures.append(image.convert("RGB"))
     return pictures, np.array([classes.index(path.parent.name) for path in paths])
 
@@ -284,22 +283,21 @@ def deleted(pictures: np.ndarray, importance: np.ndarray, fraction: float, fill:
 # networks of a workspace ---------------------------------------------------------------------------------------------
 def workspace_rows(folder: Path, *, most: int) -> list[dict[str, Any]]:
     """Deletion for each network of a workspace and the recommended model, on its val and test images off the centre."""
-    from PIL import Image
 
     from utils.activation_maps.map_maker import MapMaker
     from utils.core.config_file import load_config
-    from utils.core.workspace import Workspace
     from utils.evaluation import recommended_names
     from utils.inference.classifier import WorkspaceClassifier, content_digests
+    from utils.inference.onnx_prediction import open_image
     from utils.predictions import catalog
     from utils.predictions.store import Store
 
     config = load_config(CONFIG, overrides=["device=cpu"])
-    workspace = Workspace(folder, *(folder / name for name in PLACES))
+    workspace = workspace_in(folder)
     store = Store(config, workspace, catalog.load(workspace))
     splits = [store.images(split) for split in ("val", "test")]
     sources = [path for images in splits for path in images.paths][:most]
-    pictures = [Image.open(path).convert("RGB") for path in sources]
+    pictures = [open_image(path).convert("RGB") for path in sources]
     names = [member.name for member in store.catalog.members.values() if member.source == "trained" and member.usable]
     recommended = recommended_names.resolve(store, recommended_names.RECOMMENDED)
     rows = []

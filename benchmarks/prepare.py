@@ -37,6 +37,10 @@ BACKBONES = (
     *("CustomConvNeXt", "CustomViTHybrid", "CustomSwinTransformer", "CustomResNetMish", "CustomMobileOne"),
     "CustomRegNet",
 )
+WORKSPACE_FOLDERS = (
+    *("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache"),
+    "logs",
+)
 LEFT_OUT = 4  # exit code of a training that had to leave an unreadable image out
 AGAIN = "Remove it, then run benchmarks/prepare.py again"
 
@@ -152,6 +156,13 @@ def folder_of(data: Path | None, *, quick: bool, pretrained: bool = False) -> Pa
 def file_of(folder: Path, seed: int) -> Path:
     """What is kept of one split."""
     return folder / f"split{seed:03d}.npz"
+
+
+def workspace_in(folder: Path) -> Any:
+    """The `Workspace` of which everything lies in one folder."""
+    from utils.core.workspace import Workspace
+
+    return Workspace(folder, *(folder / name for name in WORKSPACE_FOLDERS))
 
 
 def networks_of(folder: Path, seed: int) -> Path:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from prepare import BASE_SOURCE, CONFIG, PROJECT
+from prepare import BASE_SOURCE, CONFIG, PROJECT, workspace_in
 from reporting import clean_environment, interval, report, row
 
 BACKBONE = "CustomResNetMish"
@@ -36,7 +36,6 @@ WITHOUT_MIRROR = (1, 2, 3, 4, 7)
 """Of these none is the mirror image of another, as 5 is of 2."""
 MOST_HARMED = 1  # of 20 re-splits
 FOLDS = 5
-PLACES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,12 +179,11 @@ def outputs_of(folder: Path, *, every_network: bool) -> dict[str, Any]:
     from utils.building import view_builder, view_outputs
     from utils.core.config_file import load_config
     from utils.core.config_values import VIEW_GROUPS
-    from utils.core.workspace import Workspace
     from utils.predictions import catalog, extraction
     from utils.predictions.store import Store
 
     config = load_config(CONFIG, overrides=["device=cpu"])
-    workspace = Workspace(folder, *(folder / name for name in PLACES))
+    workspace = workspace_in(folder)
     store = Store(config, workspace, catalog.load(workspace))
     members = [member for member in store.catalog.members.values() if member.source == "trained" and member.usable]
     members = members if every_network else [store.catalog.members[BACKBONE]]

@@ -177,6 +177,8 @@ class Fold:
         """(architecture, network) of the teacher; trained once, then read."""
         import torch
 
+        from utils.networks.construction import keeps_channels_last
+
         members = []
         for number, architecture in enumerate(self.design.members):
             model = self.network(architecture, number)
@@ -186,7 +188,8 @@ class Fold:
                 weights = fit(model, architecture)
                 _save(path, partial(torch.save, weights))
             model.load_state_dict(torch.load(path, weights_only=True))
-            members.append((architecture, model.eval()))
+            layout = torch.channels_last if keeps_channels_last(model) else torch.contiguous_format
+            members.append((architecture, model.eval().to(memory_format=layout)))
         return members
 
     def _fit_member(self, model: Any, architecture: str) -> dict[str, Any]:

@@ -331,6 +331,7 @@ def test_fine_tuning_starts_from_the_weights_and_records_them(split, tmp_path, b
         kernels = [name for name, tensor in given.items() if tensor.ndim == 4]
         for name in kernels:
             torch.testing.assert_close(record["model_state_dict"][name], given[name], atol=1e-6, rtol=0)
+        assert all(weight.is_contiguous() for weight in record["model_state_dict"].values())  # trained channels last
     head = torch.load(copy / "checkpoints" / "small_head_best.pth", weights_only=True)["model_state_dict"]
     trunk = [name for name in given if not name.startswith("fc.")]
     assert all(torch.equal(head[name], given[name]) for name in trunk)  # statistics of BatchNorm included

@@ -31,6 +31,7 @@ from utils.training.image_source import ImageSource
 from utils.training.progress import TrainingProgress
 
 NAME = "CustomViTHybrid"  # warm-up with cosine, BatchNorm
+TIMM_NAME = "timm:test_resnet"  # trained channels last
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,8 @@ def sources(tmp_path_factory) -> tuple[ImageSource, ImageSource]:
 
 def initial_network(name: str = NAME) -> torch.nn.Module:
     torch.manual_seed(3)
+    if name == TIMM_NAME:
+        return base_back.load("training.timm_networks").build_timm("test_resnet", 3, 32)
     model = base_back.load("models").create_custom_backbone(name, 3, size="tiny", img_size=32)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -99,7 +102,8 @@ class InterruptedProgress(TrainingProgress):
 
 
 @pytest.mark.parametrize(
-    ("name", "feature_weight"), [(NAME, 0.0), ("CustomConvNeXt", 0.0), (NAME, 2.0), ("CustomConvNeXt", 2.0)]
+    ("name", "feature_weight"),
+    [(NAME, 0.0), ("CustomConvNeXt", 0.0), (NAME, 2.0), ("CustomConvNeXt", 2.0), (TIMM_NAME, 2.0)],
 )
 def test_interrupted_after_any_epoch_it_ends_with_the_same_weights(sources, tmp_path, name, feature_weight):
     expected = run(sources, name=name, feature_weight=feature_weight)
@@ -109,6 +113,20 @@ def test_interrupted_after_any_epoch_it_ends_with_the_same_weights(sources, tmp_
             run(sources, progress=InterruptedProgress(path, stop), name=name, feature_weight=feature_weight)
         resumed = run(sources, progress=TrainingProgress(path, "key"), name=name, feature_weight=feature_weight)
         assert equal(resumed, expected), f"stopped after epoch {stop}"
+
+
+@pytest.mark.parametrize(("name", "layout"), [(TIMM_NAME, torch.channels_last), (NAME, torch.contiguous_format)])
+def test_network_and_images_have_the_memory_format_of_the_rule(sources, name, layout):
+    model = initial_network(name)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]) if module.training else None)
+    settings = StudentTrainingSettings(name, 1, 1e-3, 4.0, 0.5, seed=1)
+    result = train(model, settings, schedule_of(sources[0]), random_targets, sources[1], device="cpu")
+    kernels = [weight for weight in model.state_dict().values() if weight.dim() == 4 and min(weight.shape[1:]) > 1]
+    assert seen
+    assert kernels
+    assert all(tensor.is_contiguous(memory_format=layout) for tensor in (*seen, *kernels))
+    assert all(weight.is_contiguous() for weight in result.weights.values())  # files do not depend on the layout
 
 
 def test_a_bar_counts_the_batches_that_are_left(sources, tmp_path, monkeypatch):

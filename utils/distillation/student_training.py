@@ -111,7 +111,8 @@ def _train(
 ) -> StudentTrainingResult:
     """`train` with the number of threads set, from the state `saved` where there is one."""
     training = base_back.load("training")
-    model.to(device)
+    layout = base_back.load_bundled("memory_layout").memory_format(model, is_trained=True)
+    model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = training.create_optimized_optimizer(model, settings.lr, settings.backbone)
     matching = None
     if epoch_targets is not None and settings.feature_weight > 0:
@@ -122,7 +123,7 @@ def _train(
     steps = len(batch_schedule)
     lr_schedule = training.create_improved_scheduler(optimizer, settings.epochs, steps, settings.backbone)
     average = WeightAverage(model, min(MAX_DECAY, max(MIN_DECAY, 1 - 1 / (AVERAGED_EPOCHS * steps))))
-    run = _StudentTraining(model, optimizer, lr_schedule, average, settings, device, matching)
+    run = _StudentTraining(model, optimizer, lr_schedule, average, settings, device, matching, layout)
     history: list[dict[str, float]] = []
     if progress is not None and saved is not None:
         run.restore(saved)
@@ -219,6 +220,8 @@ class _StudentTraining:
     settings: StudentTrainingSettings
     device: str
     matching: _EmbeddingMatching | None
+    layout: torch.memory_format
+    """Of the network and of its images"""
 
     def __post_init__(self) -> None:
         self.on_cuda = torch.device(self.device).type == "cuda"
@@ -258,7 +261,7 @@ class _StudentTraining:
             if batch.mixing is not None:  # an unlabeled partner leaves no label for the mixed image
                 labelled = labelled & labelled[batch.mixing.partner]
             with torch.autocast("cuda") if self.on_cuda else nullcontext():
-                logits, projected = self._forward(images.to(self.device, non_blocking=True))
+                logits, projected = self._forward(images.to(self.device, non_blocking=True, memory_format=self.layout))
             loss = student_loss(
                 logits.float(),
                 labels[batch.rows].to(self.device),

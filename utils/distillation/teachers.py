@@ -20,7 +20,7 @@ from utils.core.errors import UserError, did_you_mean
 from utils.distillation.soft_targets import Targets, log_probabilities
 from utils.ensemble_methods import SoftVoting
 from utils.networks import memory
-from utils.networks.construction import NetworkSpec
+from utils.networks.construction import NetworkSpec, keeps_channels_last
 from utils.networks.embeddings import EmbeddingExtractor
 from utils.networks.preprocessing import Preprocessing
 from utils.numeric.metrics import softmax
@@ -263,7 +263,9 @@ def _run(
     on_cuda = torch.device(device).type == "cuda"
     logits = np.empty((count, len(spec.classes)), dtype=np.float32)
     embeddings: np.ndarray | None = None
-    model = streaming.open_network(spec).to(device)
+    model = streaming.open_network(spec)
+    layout = torch.channels_last if keeps_channels_last(model) else torch.contiguous_format
+    model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     rule = base_back.load_bundled("threads")
     n_threads = rule.threads_of_network("streaming", model, spec.img_size, device)
     outputs: EmbeddingExtractor | None = None
@@ -273,7 +275,7 @@ def _run(
             # Around the network alone: no gradient may flow through images made in inference mode.
             precision = torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else nullcontext()
             with torch.inference_mode(), rule.intra_op_threads(n_threads), precision:
-                device_images = images.to(device)
+                device_images = images.to(device=device, memory_format=layout)
                 if keeps_embeddings:
                     if embeddings is None:
                         outputs.probe(device_images)

@@ -203,8 +203,13 @@ def _misfit(spec: NetworkSpec, model: nn.Module, weights: Mapping[str, Tensor]) 
 
 
 def keeps_channels_last(model: nn.Module) -> bool:
-    """Whether CHANNELS_LAST lists this network's bundled architecture and size."""
-    return getattr(model, "architecture", None) in CHANNELS_LAST.get(str(getattr(model, "size", None)), ())
+    """Whether a network is evaluated channels last: one of timm, or a bundled one that CHANNELS_LAST lists."""
+    import torch
+
+    if getattr(model, "architecture", None) in CHANNELS_LAST.get(str(getattr(model, "size", None)), ()):
+        return True
+    rule = base_back.load_bundled("memory_layout")
+    return bool(rule.memory_format(model, is_trained=False) == torch.channels_last)
 
 
 def extra_outputs_problem(logits: np.ndarray, n_classes: int) -> str | None:

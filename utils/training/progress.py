@@ -23,8 +23,9 @@ MAX_TIME_FRACTION = 0.05  # of the training time that saving takes
 
 
 def copied_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the tensors of a state dictionary, on the CPU."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+    """Contiguous copies of the tensors of a state dictionary, on the CPU, whatever the network's memory format."""
+    copied = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in copied.items()}
 
 
 def schedule_state(schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:

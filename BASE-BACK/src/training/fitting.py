@@ -31,6 +31,7 @@ from training.progress import Progress, random_state, restore_random_state
 from training.recipe import Recipe
 from utils import logger, set_seed
 from utils.logs import duration
+from utils.memory_layout import memory_format
 from utils.threads import intra_op_threads, threads_of_network
 
 LAST = "last"  # `selection` in a checkpoint: it holds the last epoch, which val rows did not choose
@@ -113,7 +114,7 @@ def fit(
     that of a network that gives every class the same probability.
     """
     criterion = get_loss_function_for_backbone(recipe.backbone, len(recipe.classes))
-    model.to(device)
+    model.to(device=device, memory_format=memory_format(model, is_trained=True))  # type: ignore[call-overload]
     plan = usual_phases(recipe) if phases is None else phases
     stages, running = _saved(progress, plan)
     with intra_op_threads(_threads(recipe, model, device, progress)):
@@ -298,8 +299,9 @@ class _Training:
 
 
 def copy_weights(model: nn.Module) -> Weights:
-    """A deep copy on the CPU: the state dictionary alone shares its storage with the model and would train on."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    """Contiguous copies on the CPU: the state dictionary alone shares its storage with the model and would train on."""
+    copied = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in copied.items()}
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

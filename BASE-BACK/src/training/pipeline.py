@@ -232,7 +232,8 @@ def save_checkpoint(
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Write weights, optional optimizer and schedule, and `extra` (plain Python values), atomically."""
-    record: dict[str, Any] = {"model_state_dict": model.state_dict()}
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}  # of any memory format
+    record: dict[str, Any] = {"model_state_dict": weights}
     if optimizer is not None:
         record["optimizer_state_dict"] = optimizer.state_dict()
     if scheduler is not None:

@@ -12,13 +12,14 @@ import pytest
 from conftest import PROJECT
 from given_predictions import empty_workspace, logged, take_in, write
 
-from utils.building import build_commands, ensembles, fuser_inputs
+from utils.building import build_commands, ensembles, fuser_inputs, listing
 from utils.building.builder_protocol import Session, state_of
 from utils.building.meta_builder import MetaBuilder, meta_fuse
 from utils.core.config import Config
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
+from utils.operations import upkeep
 
 ON = ("runs.meta_fuser.enable=true", "runs.meta_fuser.input_ensembles=[soft_voting,logit_averaging]")
 
@@ -51,6 +52,17 @@ def test_it_is_current_until_an_input_or_a_setting_changes(own):
     assert state(own, "runs.meta_fuser.fuser_type=attention").state == "stale"
     build_commands.build_ensemble(config("seed=7"), own, force=True)
     assert state(own).state == "stale"
+
+
+def test_clean_keeps_the_inputs_of_a_listed_fuser_and_removes_them_with_it(own):
+    only_one = config("runs.score_ensemble.methods=[soft_voting]")
+    assert listing.unlisted(own, only_one) == ["logit_averaging_ensemble"]
+    assert listing.without_readers(own, ["logit_averaging_ensemble"]) == []
+    upkeep.clean(only_one, own, confirm=True, unlisted=True)
+    assert state(own).state == "current"
+    off = config("runs.score_ensemble.methods=[soft_voting]", "runs.meta_fuser.enable=false")
+    upkeep.clean(off, own, confirm=True, unlisted=True)
+    assert ensembles.names(own) == ["soft_voting_ensemble"]
 
 
 def test_an_input_that_is_not_built_is_a_failure_with_its_command(fused):

@@ -38,6 +38,18 @@ def test_a_finished_workspace_is_current_and_has_no_next_command(workspace):
     assert found.document["quota_gb"] == 20
 
 
+def test_predictions_that_a_forced_build_removed_are_stored_again(own_copy):
+    workspace = at(own_copy)
+    files_of = {path: path.read_bytes() for path in sorted(workspace.models.glob("*/predictions_test.npz"))}
+    assert files_of
+    for path in files_of:
+        path.unlink()
+    assert status(workspace).document["evaluation"]["state"] == "stale"
+    assert run(own_copy, "evaluate").returncode == 0
+    assert status(workspace).document["evaluation"]["state"] == "current"
+    assert {path: path.read_bytes() for path in files_of} == files_of
+
+
 def test_status_loads_no_torch_and_writes_nothing(own_copy):
     before = files(own_copy)
     code = (

@@ -103,7 +103,8 @@ def files_of(folder: Path, backbone: str) -> Iterator[Path]:
     """What the base pipeline wrote of one backbone."""
     for place in ("checkpoints", "kfold_results", "metrics_output"):
         for path in sorted((folder / place).glob(f"{backbone}_*")):
-            is_ours = place == "checkpoints" and not path.stem.split("_")[-1].startswith(("final", "fold", "best"))
+            last = path.stem.split("_")[-1]
+            is_ours = place == "checkpoints" and not last.startswith(("final", "fold", "best", "snapshot"))
             if path.is_file() and not is_ours:
                 yield path
 

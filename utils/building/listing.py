@@ -56,9 +56,22 @@ def unlisted(workspace: Workspace, config: Config) -> list[str]:
     return [name for name in saved if name not in kept]
 
 
+def without_readers(workspace: Workspace, names: Iterable[str]) -> list[str]:
+    """Of saved ensembles, those that no ensemble outside of `names` was fitted on, directly or through another one."""
+    candidates = list(names)
+    pending = [name for name in ensembles.names(workspace) if name not in candidates]
+    read: set[str] = set()
+    while pending:
+        depends_on = _record(workspace, pending.pop()).get("depends_on")  # a list where latencies were measured
+        inputs = set(depends_on.get("inputs") or () if isinstance(depends_on, Mapping) else ()) - read
+        read |= inputs
+        pending += inputs
+    return [name for name in candidates if name not in read]
+
+
 def note(names: Iterable[str]) -> str:
     """The line about ensembles that are not listed."""
-    return f"not in the configuration: {', '.join(names)}; `clean --unlisted` removes them"
+    return f"not in the configuration: {', '.join(names)}; `clean --unlisted` removes what no other ensemble reads"
 
 
 def _asks_for(config: Config, name: str, method: str | None) -> bool:

@@ -100,7 +100,7 @@ def evaluate(
         options,
         None if metrics is None else tuple(dict.fromkeys(metrics)),
     )
-    if model_name is None and not force and stored and _is_current(stored, digest, settings):
+    if model_name is None and not force and stored and _is_current(workspace, stored, digest, settings):
         result = _ranking_result(workspace, stored, split, "up to date", apart)
         if not maps and report_page.is_current(config, workspace, split):
             return _with_report(result, workspace, split)
@@ -164,9 +164,14 @@ def _require_known(metrics: Sequence[str]) -> None:
         )
 
 
-def _is_current(ranking: Mapping[str, Any], digest: str, settings: EvaluationSettings) -> bool:
-    """Whether a ranking has the same inputs and options; never where something was left out, as that may be mended."""
+def _is_current(workspace: Workspace, ranking: Mapping[str, Any], digest: str, settings: EvaluationSettings) -> bool:
+    """Whether a ranking has the same inputs and options, and what it ranks its predictions.
+
+    Never where something was left out, as that may be mended.
+    """
     if ranking.get("inputs_digest") != digest or ranking.get("left_out"):
+        return False
+    if scoring.without_predictions(workspace, ranking, settings.split):
         return False
     return ranking.get("options") == settings.ranking_options()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble, Provenance
 from utils.core.artifacts import digest_of, read_arrays, write_arrays
 from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax
 from utils.predictions import fold_networks, training_data, view_members
@@ -139,6 +141,16 @@ def prediction_key(store: Store, ensemble: Ensemble, rows: Rows, split: str) -> 
     return digest_of([VERSION, ensemble.inputs_digest, keys, rows.sample_ids.tolist()])
 
 
+def without_predictions(workspace: Workspace, ranking: Mapping[str, Any], split: str) -> list[str]:
+    """Names of the ensembles of a ranking whose predictions are no longer stored, as after a build with `--force`."""
+    names = [row["name"] for row in ranking["rows"] if row["kind"] == "ensemble"]
+    return [name for name in names if not _predictions_file(workspace, name, split).is_file()]
+
+
+def _predictions_file(workspace: Workspace, name: str, split: str) -> Path:
+    return workspace.ensemble(name) / f"predictions_{split}.npz"
+
+
 def ensemble_predictions(
     store: Store, ensemble: Ensemble, rows: Rows, split: str, member_outputs: Callable[[], Rows]
 ) -> dict[str, np.ndarray]:
@@ -147,7 +159,7 @@ def ensemble_predictions(
     They are read from `predictions_<split>.npz`, or computed from `member_outputs()`, which are the outputs of the
     networks that answer for its members, and written there.
     """
-    path = store.workspace.ensemble(ensemble.name) / f"predictions_{split}.npz"
+    path = _predictions_file(store.workspace, ensemble.name, split)
     key = prediction_key(store, ensemble, rows, split)
     if path.is_file():
         stored = read_arrays(path, remedy="Remove it, then evaluate again")

@@ -202,6 +202,8 @@ def _evaluation_state(store: Store, saved: Mapping[str, Ensemble], in_use: Mappi
         return State(DAMAGED, (str(error),))
     if ranking is None:
         return State(MISSING)
-    if ranking.get("inputs_digest") == scoring.inputs_digest(store, saved, in_use, "test"):
-        return State(CURRENT)
-    return State(STALE, ("members or ensembles have changed since",))
+    if ranking.get("inputs_digest") != scoring.inputs_digest(store, saved, in_use, "test"):
+        return State(STALE, ("members or ensembles have changed since",))
+    if names := scoring.without_predictions(store.workspace, ranking, "test"):
+        return State(STALE, (f"built again since: {', '.join(names)}",))
+    return State(CURRENT)

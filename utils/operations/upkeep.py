@@ -201,7 +201,8 @@ def _removable(config: Config, workspace: Workspace) -> list[Group]:
     saved = [] if _linked(workspace, workspace.models) else caches.list_children(workspace.models)
     stale = listing.stale_ensembles()
     old = [_saved_item(item, f": {stale[item.name]}") for item in saved if item.name in stale]
-    apart = [_saved_item(item) for item in saved if item.name in listing.unlisted and item.name not in stale]
+    unread = ensemble_listing.without_readers(workspace, listing.unlisted)
+    apart = [_saved_item(item) for item in saved if item.name in unread and item.name not in stale]
     return [
         Group("predictions of members that are gone", tuple(gone), None),
         Group("progress of finished trainings", tuple(_finished_progress(workspace)), None),

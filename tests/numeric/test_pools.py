@@ -291,3 +291,19 @@ def test_the_same_rows_give_the_same_bytes(pool):
     solve, _, _ = pool
     scores, labels = INPUTS["plain"]
     assert solve(scores, labels).weights.tobytes() == solve(scores.copy(), labels.copy()).weights.tobytes()
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0, 40.0])
+@pytest.mark.parametrize("start", [0.05, 1.0, 20.0])
+def test_the_weight_of_one_member_is_the_least_of_a_grid_from_any_start(scale, start):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 80)
+    scores = (rng.normal(size=(80, 3)) + 1.5 * np.eye(3)[labels]) * scale
+    solution = pools.fit_log_linear(scores[None], labels, start=np.array([start]))
+    loss = pools.LogLinearObjective(scores[None], labels)
+    grid = np.geomspace(*pools.SUM_BOUNDS, 4001)
+    losses = [loss.value(np.array([weight])) for weight in grid]
+    assert solution.value <= min(losses) + 1e-12
+    assert solution.weights[0] == pytest.approx(grid[int(np.argmin(losses))], rel=2e-3)
+    assert solution.gap <= pools.TOLERANCE
+    assert solution.steps <= 12

@@ -248,6 +248,8 @@ def minimise(
     if np.isinf(strength):
         common = minimise(_CommonWeight(loss), sum_bounds=sum_bounds, tolerance=tolerance)
         return Solution(np.full(loss.members, common.weights[0] / loss.members), common.value, common.gap, common.steps)
+    if loss.members == 1:
+        return _minimise_alone(loss, 1.0 if start is None else float(start[0]), sum_bounds, tolerance)
     weights = _feasible(
         average_duplicates(np.ones(loss.members) if start is None else start, loss.duplicate_of), sum_bounds
     )
@@ -269,6 +271,35 @@ def minimise(
         weights = _feasible(candidate, sum_bounds)
         step += 1
     return Solution(weights, value, gap, step)
+
+
+def _minimise_alone(loss: ConvexLoss, start: float, bounds: tuple[float, float], tolerance: float) -> Solution:
+    """Return the weight of least loss of one member within `bounds`, as `minimise` does.
+
+    Newton's method on the derivative. The bounds close in on its root, and a step beyond them halves the distance
+    instead; thousands of temperatures are fitted in a nested search.
+    """
+    lower, upper = bounds
+    weight, step = min(max(start, lower), upper), 0
+    while True:
+        value, gradient, hessian = loss.derivatives(np.array([weight]))
+        slope, curvature = float(gradient[0]), float(hessian[0, 0])
+        gap = max(0.0, weight * slope - min(bounds[0] * slope, bounds[1] * slope))
+        if gap <= tolerance or step == MAX_STEPS:
+            break
+        if slope > 0:
+            upper = weight
+        else:
+            lower = weight
+        candidate = weight - slope / curvature if curvature > 0 else (lower if slope > 0 else upper)
+        if candidate <= lower:
+            candidate = lower if lower == bounds[0] else (lower + upper) / 2
+        elif candidate >= upper:
+            candidate = upper if upper == bounds[1] else (lower + upper) / 2
+        if candidate == weight:
+            break
+        weight, step = candidate, step + 1
+    return Solution(np.array([weight]), value, gap, step)
 
 
 def duality_gap(weights: Floats, gradient: Floats, sum_bounds: tuple[float, float]) -> float:

@@ -242,7 +242,8 @@ class Soak:
                 shutil.copy2(path, target)
         (fresh / "ensembles").mkdir()
         shutil.copy(self.workspace / "ensembles" / "latency.json", fresh / "ensembles" / "latency.json")
-        for line in (("pipeline", "--config", str(self.workspace / "ensembles" / "config.yaml")), ("evaluate",)):
+        remembered = str(self.workspace / "ensembles" / "config.yaml")
+        for line in (("pipeline", "--config", remembered), *steps.builds_by_option(self.workspace), ("evaluate",)):
             ended = Running((*line, "--quiet"), fresh).wait(LIMIT)
             self.judge(ended, was_stopped=False)
         wrong = [

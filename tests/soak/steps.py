@@ -99,6 +99,15 @@ class User:
         return f"{path.name} touched"
 
 
+def builds_by_option(workspace: Path) -> Iterator[tuple[str, ...]]:
+    """Commands that built what is there with values for themselves alone, which the configuration does not keep."""
+    for line in WRITERS:
+        if line[0] == "build-ensemble" and "--set" in line:
+            (name,) = line[-1].partition("=[")[2].removesuffix("]").split(",")
+            if (workspace / "ensembles" / "models" / f"{name}_ensemble" / "ensemble.json").is_file():
+                yield line
+
+
 def files_of(folder: Path, backbone: str) -> Iterator[Path]:
     """What the base pipeline wrote of one backbone."""
     for place in ("checkpoints", "kfold_results", "metrics_output"):

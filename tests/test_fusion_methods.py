@@ -266,3 +266,12 @@ def test_networks_trained_further_are_calibrated_where_rows_left_out_gain(rows):
     assert fitted.calibration.temperature > 0.3  # a few rows without another error do not end in certainty
     unseen = fitted.retrained(fitted.model.weights, outputs, labels, folds)
     assert log_loss(unseen, labels) <= log_loss(fitted.model.predict_proba(fitted.mapped_outputs(outputs)), labels)
+
+
+def test_heads_that_are_trained_further_have_gradients_and_those_that_answer_have_none(rows):
+    fusion = recipe("concat_mlp", seeds=2)
+    fusion.fit(*rows)
+    trained = fusion.heads_to_train()
+    assert len(trained) == 2
+    assert all(parameter.requires_grad for head in trained for parameter in head.parameters())
+    assert not any(parameter.requires_grad for head in fusion.model.modules() for parameter in head.parameters())

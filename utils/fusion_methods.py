@@ -105,10 +105,10 @@ class FusionStacker(Stacker):
         return self.maps.module()
 
     def heads_to_train(self) -> list[nn.Module]:
-        """Return the fitted heads, one per seed, with dropout."""
+        """Return the fitted heads, one per seed, with dropout and gradients."""
         assert isinstance(self.model, TrainedHeads)
         assert isinstance(self.learner, HeadLearner)
-        return self.model.modules(self.learner.dropout)
+        return [head.requires_grad_(True) for head in self.model.modules(self.learner.dropout)]
 
     def retrained(
         self, heads: Sequence[Mapping[str, np.ndarray]], outputs: MemberOutputs, labels: np.ndarray, folds: np.ndarray

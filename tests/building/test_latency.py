@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
 
 from utils.building import latency
 from utils.building.latency import Timing, measure, stored, timing_of
@@ -235,3 +236,12 @@ def test_equal_networks_are_timed_on_equal_images(store, member, monkeypatch):
     measure(store, [member("a"), member("b")], batches=[2])
     assert [tuple(images.shape) for images in seen] == [(2, 3, 32, 32)] * 2
     assert torch.equal(*seen)
+
+
+def test_on_a_gpu_events_are_timed_and_the_device_is_named(store, member, monkeypatch):
+    with fake_cuda(monkeypatch) as device:
+        timings = latency._measured(member("a"), store.workspace, "cuda:0", (1, 2))
+        assert latency._named("cuda:0") == "cuda (fake)"
+    assert set(timings) == {1, 2}
+    assert all(timing.p50 > 0 for timing in timings.values())
+    assert device.counts["to device"] > 0

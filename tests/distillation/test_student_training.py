@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from digit_splits import split_of
+from fake_cuda import fake_cuda
 from noise_datasets import logged
 from preprocessings import BASE_32
 
@@ -127,6 +128,25 @@ def test_network_and_images_have_the_memory_format_of_the_rule(sources, name, la
     assert kernels
     assert all(tensor.is_contiguous(memory_format=layout) for tensor in (*seen, *kernels))
     assert all(weight.is_contiguous() for weight in result.weights.values())  # files do not depend on the layout
+
+
+@pytest.mark.parametrize("feature_weight", [0.0, 2.0])
+def test_on_a_gpu_it_ends_as_on_the_cpu_and_waits_once_a_step(sources, monkeypatch, feature_weight):
+    expected = run(sources, epochs=2, feature_weight=feature_weight)
+    settings = StudentTrainingSettings(NAME, 2, 1e-3, 4.0, 0.5, seed=1, feature_weight=feature_weight)
+    with fake_cuda(monkeypatch) as device:
+        model = initial_network()
+        weights = len(model.state_dict())
+        result = train(model, settings, schedule_of(sources[0], HALF), random_targets, sources[1], device="cuda")
+        counts = device.counts.copy()
+    assert result.threads is None
+    for name, values in expected.weights.items():
+        torch.testing.assert_close(result.weights[name], values, atol=1e-3, rtol=1e-3)
+    steps = 2 * len(schedule_of(sources[0]))
+    moved_per_step = 5 + (feature_weight > 0)  # images, labels, targets and two masks; embeddings
+    assert counts["to device"] <= 2 * weights + (moved_per_step + 1) * steps
+    # The loss and whether its gradients are finite, each once a step, and what begins and ends an epoch.
+    assert counts["synchronisations"] <= 2 * steps + 8
 
 
 def test_a_bar_counts_the_batches_that_are_left(sources, tmp_path, monkeypatch):

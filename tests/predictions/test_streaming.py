@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT
+from fake_cuda import fake_cuda
 from PIL import Image
 from preprocessings import BASE_32
 
@@ -298,6 +299,19 @@ def test_the_next_members_file_is_read_while_this_one_runs(store, monkeypatch):
     monkeypatch.setattr(extraction, "reading_ahead", telling)
     extraction.ensure(store, [first, second], ("val",))
     assert order == ["CustomConvNeXt_final.pth", "done", None, "done"]
+
+
+def test_on_a_gpu_a_batch_is_moved_once_and_its_outputs_come_back_together(laid, monkeypatch):
+    expected = laid.run(batch_size=2)
+    with fake_cuda(monkeypatch) as device:
+        batches = laid.run(device="cuda:0", batch_size=2)
+    assert [batch.start for batch in batches if batch.split == "val"] == [0, 2, 6, 14]
+    for name in ("logits", "embeddings"):
+        np.testing.assert_allclose(joined(batches, name), joined(expected, name), atol=1e-5)
+    n_weights = len(laid.model.state_dict())
+    n_probes = 1
+    assert device.counts["to device"] <= n_weights + n_probes + len(batches)
+    assert device.counts["to host"] == 2 * len(batches)  # logits and embeddings
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_cuda import fake_cuda
 from given_predictions import logged
 from joint_members import NAMES, head_of, joint_members
 
@@ -35,13 +36,14 @@ def run(
     lr: float = 1e-2,
     key: str = "key",
     measured_batch_size: int = 8,
+    device: str = "cpu",
 ) -> JointTrainingResult:
     settings = JointTrainingSettings(epochs, lr, 0.0, seed=1)
     return train(
         *(members, head_of(members), settings),
         folder=folder,
         key=key,
-        device="cpu",
+        device=device,
         batch_size=measured_batch_size,
         budget=budget,
     )
@@ -68,6 +70,16 @@ def test_it_learns_and_does_not_change_the_checkpoints(members, tmp_path, budget
         initial = open_network(members[0].spec).state_dict()
         weights = result.weights(NAMES[0])
         assert any(not torch.equal(initial[name], weights[name]) for name in initial)
+
+
+@pytest.mark.parametrize("budget", [UNLIMITED, NOTHING])
+def test_on_a_gpu_it_ends_as_on_the_cpu(members, tmp_path, monkeypatch, budget):
+    expected = run(members, tmp_path / "cpu", budget=budget)
+    with fake_cuda(monkeypatch) as device:
+        result = run(members, tmp_path / "gpu", budget=budget, device="cuda")
+    assert device.counts["to device"] > 0
+    for row, expected_row in zip(result.history, expected.history, strict=True):
+        assert row["val_log_loss"] == pytest.approx(expected_row["val_log_loss"], abs=1e-3)
 
 
 class Interrupted(Exception):

@@ -11,6 +11,7 @@ interrupted training resumes at its last saved epoch and ends with equal weights
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -171,10 +172,11 @@ def predict_logits(
     """Logits float32 (N, C) of images with the evaluation transform; `weights` replace those of the model."""
     model.to(device).eval()
     batches = []
+    replaced = {name: tensor.to(device) for name, tensor in (weights or {}).items()}
     with torch.inference_mode():
         for _, crops in image_source.evaluation_batches(image_source.preprocessing):
             images = crops.to(device)
-            logits = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
+            logits = torch.func.functional_call(model, replaced, (images,)) if replaced else model(images)
             batches.append(logits.float().cpu().numpy())
     return np.concatenate(batches)
 
@@ -276,13 +278,14 @@ class _StudentTraining:
             if projected is not None and embeddings is not None:
                 matched = embeddings[batch.rows].to(self.device)
                 loss = loss + self.settings.feature_weight * embedding_loss(projected.float(), matched)
-            if not torch.isfinite(loss):
+            value = loss.item()  # once: on a GPU each look at a value waits for it
+            if not math.isfinite(value):
                 raise UserError(
-                    f"distillation: the loss became {loss.item()} in epoch {epoch + 1}; set a lower rate: "
+                    f"distillation: the loss became {value} in epoch {epoch + 1}; set a lower rate: "
                     f"--set distillation.lr={self.settings.lr / 10:g}"
                 )
             self._step(loss)
-            total, count = total + loss.item() * len(batch.rows), count + len(batch.rows)
+            total, count = total + value * len(batch.rows), count + len(batch.rows)
             advance(1)
         return total / count
 

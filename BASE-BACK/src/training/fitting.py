@@ -232,6 +232,7 @@ class _Training:
         train_criterion, criterion = self.losses
         optimizer = self._optimizer(phase)
         scheduler = phase.schedule(optimizer, epochs, len(self.train_loader), recipe.backbone)
+        scaler = torch.amp.GradScaler("cuda", enabled=device.type == "cuda")
         stage: Stage | None = None
         rows: list[EpochRow] = []
         snapshots: list[tuple[int, Weights]] = []
@@ -239,12 +240,14 @@ class _Training:
             stage = Stage(**running["stage"])
             rows, snapshots = stage.rows, stage.snapshots
             self._restore(running, optimizer, scheduler)
+            scaler.load_state_dict(running.get("scaler") or scaler.state_dict())
         for epoch in range(len(rows), epochs):
             start = time.monotonic()
             trained = train_epoch_optimized(
                 *(model, self.train_loader, optimizer, train_criterion, device),
                 scheduler=scheduler,
                 in_evaluation_mode=recipe.is_pretrained and phase.name == "head",
+                scaler=scaler if scaler.is_enabled() else None,
             )
             checked = validate_epoch_optimized(model, self.val_loader, criterion, device)
             rows.append((trained[0], checked[0], checked[1], trained[1], checked[4]))
@@ -269,7 +272,7 @@ class _Training:
                 file_only=seconds < 20 and not (is_snapshot and phase.every > 1),
             )
             if self.progress and epoch + 1 < epochs and self.progress.due():
-                self.progress.save(_record(self.finished, self._state(stage, epoch, optimizer, scheduler)))
+                self.progress.save(_record(self.finished, self._state(stage, epoch, optimizer, scheduler, scaler)))
         assert stage is not None  # epochs is at least 1
         return stage
 
@@ -280,7 +283,7 @@ class _Training:
             return create_layer_decay_optimizer(self.model, phase.rate, *decays)
         return create_optimized_optimizer(self.model, phase.rate, recipe.backbone)
 
-    def _state(self, stage: Stage, epoch: int, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    def _state(self, stage: Stage, epoch: int, optimizer: Any, scheduler: Any, scaler: Any) -> dict[str, Any]:
         """What the next epoch needs of those before."""
         return {
             "epoch": epoch,
@@ -288,7 +291,7 @@ class _Training:
             "optimizer": optimizer.state_dict(),
             "schedule": _plain(scheduler.state_dict()),
             "random": random_state(self.device),
-        }
+        } | ({"scaler": scaler.state_dict()} if scaler.is_enabled() else {})
 
     def _restore(self, running: dict[str, Any], optimizer: Any, scheduler: Any) -> None:
         self.model.load_state_dict(running["stage"]["last"])

@@ -47,15 +47,17 @@ def train_epoch_optimized(
     *,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     in_evaluation_mode: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> EpochResult:
     """Train one epoch, gradients clipped at norm 1, `scheduler` stepped after every batch.
 
-    `in_evaluation_mode` keeps BatchNorm's statistics, as a head on pretrained layers needs it.
+    `in_evaluation_mode` keeps BatchNorm's statistics, as a head on pretrained layers needs it. On CUDA, `scaler` keeps
+    the scale of the loss from one epoch to the next; a new one skips steps until it has found it.
     Returns (loss, accuracy, precision, recall, f1, preds (N,), labels (N,), probs (N, C)): loss in nats per sample,
     the next four as fractions (macro over the classes), float32 probabilities, all in the loader's order.
     """
     model.train(not in_evaluation_mode)
-    return _epoch(model, loader, criterion, device or DEVICE, optimizer, scheduler)
+    return _epoch(model, loader, criterion, device or DEVICE, optimizer, scheduler, scaler)
 
 
 def validate_epoch_optimized(
@@ -77,30 +79,33 @@ def _epoch(
     device: torch.device,
     optimizer: torch.optim.Optimizer | None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> EpochResult:
     total, labels_seen, probabilities = 0.0, [], []
     half = device.type == "cuda"
-    scaler = torch.amp.GradScaler("cuda") if half and optimizer else None
-    for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    if scaler is None and half and optimizer is not None:
+        scaler = torch.amp.GradScaler("cuda")
+    for images, host_labels in loader:
+        images, labels = images.to(device, non_blocking=True), host_labels.to(device, non_blocking=True)
         with torch.autocast("cuda") if half else nullcontext():
             logits, auxiliary = _unwrap_logits(model(images))
             loss = criterion(logits, labels)
             if auxiliary is not None:
                 loss = loss + 0.4 * criterion(auxiliary, labels)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss.item()}; try lower rates (DBT_HEAD_LR, DBT_BACKBONE_LR)")
+        value = loss.item()  # once: on a GPU each look at a value waits for it
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss became {value}; try lower rates (DBT_HEAD_LR, DBT_BACKBONE_LR)")
         if optimizer is not None:
             _step(model, loss, optimizer, scaler)
             if scheduler is not None:
                 scheduler.step()
-        total += loss.item() * len(labels)
-        labels_seen.append(labels.cpu())
-        probabilities.append(torch.softmax(logits.detach().float(), dim=1).cpu())
+        total += value * len(labels)
+        labels_seen.append(host_labels)
+        probabilities.append(torch.softmax(logits.detach().float(), dim=1))
     if not labels_seen:
         raise ValueError("the loader gave no batch; expected at least one image")
     truth = torch.cat(labels_seen).numpy()
-    probs = torch.cat(probabilities).numpy()
+    probs = torch.cat(probabilities).cpu().numpy()
     preds = probs.argmax(axis=1)
     return total / len(truth), *macro_scores(preds, truth, probs.shape[1]), preds, truth, probs
 

@@ -2,7 +2,7 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow test-browser test-newest test-all crash soak fuzz mutate bench lint docs wheel tflite clean-environment
+.PHONY: help setup demo test test-fast test-slow test-browser test-newest test-all crash soak fuzz mutate bench gpu lint docs wheel tflite clean-environment
 .NOTPARALLEL: # two test runs at once would share the cores
 
 PYTHON ?= python3
@@ -71,6 +71,10 @@ mutate: setup ## patch 200 (MUTANTS) small defects into a copy and count those t
 
 bench: setup ## run all benchmarks (two hours and more) and print one table of goals
 	@$(IN_ENVIRONMENT) benchmarks/all.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+
+gpu: setup ## on a machine with a CUDA device: run the tests that need one and print the table of benchmarks/gpu.py
+	@$(IN_ENVIRONMENT) -m pytest -q -rs -m gpu; tests=$$?; \
+		$(IN_ENVIRONMENT) benchmarks/gpu.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS) && exit $$tests
 
 lint: setup ## check style, layers of packages, unused code and types
 	@$(IN_ENVIRONMENT) -m ruff check .

@@ -21,12 +21,18 @@ def row(what: str, figure: float | None, unit: str, goal: str | None, holds: boo
     return {"what": what, "figure": value, "unit": unit, "goal": goal, "holds": holds, "peer": peer}
 
 
-def report(benchmark: str, rows: list[dict], *, quick: bool, packages: Sequence[str], **facts: Any) -> None:
-    """Print the rows; `packages` are those whose versions matter, `facts` go into the JSON object beside them."""
+def report(
+    benchmark: str, rows: list[dict], *, quick: bool, packages: Sequence[str], card: str | None = None, **facts: Any
+) -> None:
+    """Print the rows; `packages` are those whose versions matter, `facts` go into the JSON object beside them.
+
+    `card` describes the GPU that was measured, and becomes a fact of the machine.
+    """
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     machine = {"processor": _processor(), "cores": _cores(), "system": f"{platform.system()} {platform.release()}"}
+    machine |= {"card": card} if card else {}
     packages_text = ", ".join(f"{name} {found}" for name, found in versions.items())
-    print(f"{machine['processor']}, {machine['cores']} cores; {packages_text}")
+    print("; ".join([f"{machine['processor']}, {machine['cores']} cores", *([card] if card else []), packages_text]))
     for entry in rows:
         verdict = {True: "holds", False: "MISSED", None: ""}[entry["holds"]]
         figure = "-" if entry["figure"] is None else f"{entry['figure']:.3f}"

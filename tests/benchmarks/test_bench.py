@@ -42,6 +42,8 @@ def test_every_program_of_the_folder_has_the_one_form(bench):
         "distillation_rows",
         "distillation_runs",
         "export_proofs",
+        "gpu_runs",
+        "gpu_workspace",
         "large_inputs",
         "planted_copies",
         "prepare",
@@ -146,6 +148,16 @@ def test_the_commit_tells_of_files_that_differ(bench, tmp_path, monkeypatch):
     assert re.fullmatch("[0-9a-f]{7,}", clean)
     (tmp_path / "file").write_text("two")
     assert bench.commit() == f"{clean}+"
+
+
+def test_what_needs_a_gpu_runs_by_its_name_alone(bench, programs, monkeypatch):
+    monkeypatch.setattr(bench, "programs", lambda: ["good", "gpu"])
+    ran = programs / "gpu ran"
+    (programs / "gpu.py").write_text(f"open({str(ran)!r}, 'w')\nprint({json.dumps(REPORT)!r})")
+    assert bench.main([]) == 0
+    assert not ran.exists()
+    assert bench.main(["gpu"]) == 0
+    assert ran.exists()
 
 
 def test_an_unknown_name_is_usage(bench, capsys):

@@ -27,6 +27,13 @@ def test_the_last_line_is_the_report(capsys):
     assert any("goal: at most 1.1; beside it: 3 s  holds" in line for line in lines)
 
 
+def test_a_card_is_a_fact_of_the_machine(capsys):
+    report("some", [], quick=False, packages=(), card="Some Card, 80 GiB")
+    first, last = capsys.readouterr().out.splitlines()
+    assert "cores; Some Card, 80 GiB; python" in first
+    assert json.loads(last)["machine"]["card"] == "Some Card, 80 GiB"
+
+
 def test_the_interval_is_student_s():
     low, high = interval([1.0, 2.0, 3.0])
     assert (low + high) / 2 == pytest.approx(2.0)

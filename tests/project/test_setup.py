@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "environment.py"
 VERBS = [
     *("help", "setup", "demo", "test", "test-fast", "test-slow", "test-browser", "test-newest", "test-all"),
-    *("crash", "soak", "fuzz", "mutate", "bench", "lint", "docs", "wheel", "tflite", "clean-environment"),
+    *("crash", "soak", "fuzz", "mutate", "bench", "gpu", "lint", "docs", "wheel", "tflite", "clean-environment"),
 ]
 
 
@@ -415,6 +415,20 @@ def test_test_all_runs_every_kind_of_test_one_after_another(clone):
         "slow",
         "browser",
     )
+
+
+@pytest.mark.parametrize(("failing", "code"), [("", 0), ("pytest", 2), ("gpu.py", 2)])
+def test_gpu_runs_the_tests_that_need_one_and_then_the_benchmark(clone, failing, code):
+    shows_its_arguments(clone / ".venv" / "bin" / "python", "usual")
+    with (clone / ".venv" / "bin" / "python").open("a", encoding="utf-8") as file:
+        file.write(f'case "$*" in *"{failing or "nothing"}"*) exit 1;; esac\n')
+    command = ["make", "gpu", "QUICK=1", "ARGS=--device cpu", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    environment, tests, benchmark = done.stdout.splitlines()
+    assert json.loads(environment) == ["scripts/environment.py"]
+    assert tests == "usual -m pytest -q -rs -m gpu"
+    assert benchmark == "usual benchmarks/gpu.py --quick --device cpu"
 
 
 def test_clean_environment_removes_the_environments_alone(clone):

@@ -229,28 +229,31 @@ def training_runs(bench: Bench) -> dict[str, Callable[[], object]]:
 
     def trained(data: Any) -> Callable[[], object]:
         model = bench.new_network(name)
-        optimizer = create_optimized_optimizer(model, RATE, name)
-        return lambda: train_epoch_optimized(model, data, optimizer, criterion, device)
+        optimizer, scaler = create_optimized_optimizer(model, RATE, name), bench.new_scaler()
+        return lambda: train_epoch_optimized(model, data, optimizer, criterion, device, scaler=scaler)
 
-    model = bench.new_network(name)
+    model, scaler = bench.new_network(name), bench.new_scaler()
     optimizer = create_optimized_optimizer(model, RATE, name)
     return {
         "product": trained(loader),
         "in memory": trained(batches),
-        "bare": lambda: _bare_epoch(bench, model, batches, optimizer, criterion),
+        "bare": lambda: _bare_epoch(bench, model, batches, optimizer, criterion, scaler),
     }
 
 
-def _bare_epoch(bench: Bench, model: Any, batches: Sequence[Any], optimizer: Any, criterion: Any) -> None:
+def _bare_epoch(bench: Bench, model: Any, batches: Sequence[Any], optimizer: Any, criterion: Any, scaler: Any) -> None:
     import torch
 
     model.train()
-    scaler = torch.amp.GradScaler("cuda", enabled=bench.on_cuda)
     for images, labels in batches:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda") if bench.on_cuda else nullcontext():
             logits = model(images.to(bench.device, non_blocking=True))
             loss = criterion(logits, labels.to(bench.device, non_blocking=True))
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+            continue
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

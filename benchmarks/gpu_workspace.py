@@ -96,6 +96,12 @@ class Bench:
 
         return torch.device(self.device)
 
+    def new_scaler(self) -> Any:
+        """Of the loss of a training in float16; None on the CPU."""
+        import torch
+
+        return torch.amp.GradScaler("cuda") if self.on_cuda else None
+
     def images(self, split: str, count: int | None = None) -> Any:
         """The images of a split as an `ImageSplit`; with `count` so many, the same ones again where there are fewer."""
         from utils.core.artifacts import FileDigests
@@ -184,10 +190,10 @@ def _train_member(bench: Bench, name: str) -> None:
     )
 
     model, loader = bench.new_network(name), bench.train_loader()
-    optimizer = create_optimized_optimizer(model, RATE, name)
+    optimizer, scaler = create_optimized_optimizer(model, RATE, name), bench.new_scaler()
     criterion = get_loss_function_for_backbone(name, len(CLASSES))
     for _ in range(MEMBER_EPOCHS):
-        train_epoch_optimized(model, loader, optimizer, criterion, bench.torch_device)
+        train_epoch_optimized(model, loader, optimizer, criterion, bench.torch_device, scaler=scaler)
     extra = {"backbone_name": name, "model_size": bench.form.size, "img_size": bench.form.side}
     path = bench.workspace / "checkpoints" / f"{name}_final.pth"
     path.parent.mkdir(exist_ok=True)

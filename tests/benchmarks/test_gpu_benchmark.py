@@ -36,6 +36,31 @@ def test_the_same_code_runs_on_the_cpu():
     assert rows["half precision against float32, 2 members: largest difference"]["figure"] == 0
 
 
+ON_FAKE_DEVICE = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import pytest
+from fake_cuda import fake_cuda
+import gpu
+with pytest.MonkeyPatch.context() as patch, fake_cuda(patch):
+    sys.exit(gpu.main(["--quick"]))
+"""
+
+
+def test_all_code_for_cuda_runs_on_a_fake_device(tmp_path):
+    script = tmp_path / "on_fake_device.py"
+    script.write_text(ON_FAKE_DEVICE)
+    done = run_python(str(script), *(str(PROJECT / name) for name in ("tests/support", "benchmarks", "")))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["failed"], found["device"], found["machine"]["card"].split(",")[0]) == ([], "cuda:0", "fake")
+    rows = {row["what"]: row for row in found["rows"]}
+    assert rows["largest batch that streaming reaches"]["figure"] == 64  # doubled twice on 128 images, from 16 on
+    assert {row["holds"] is None for row in rows.values() if row["goal"]} == {False}
+    silent = [what for what, row in rows.items() if row["figure"] is None]
+    assert len(silent) == 4  # the profiler sees no kernels, and onnxruntime has no TensorRT
+
+
 def test_without_a_device_it_says_what_to_do():
     done = run_python(PROGRAM, environment={"CUDA_VISIBLE_DEVICES": ""})
     assert (done.returncode, done.stdout) == (1, "")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, ZOO_BACKBONES, ZOO_FOLDS, ZOO_OPTIONS
+from fake_cuda import fake_cuda
 from killing import digests, run_and_kill
 from noise_datasets import logged, noise_datasets
 
@@ -97,7 +98,12 @@ def recipe_of(backbone: str, **changes: object) -> Recipe:
     return replace(recipe, **(fixed | changes))
 
 
-def train(recipe: Recipe, loaders: tuple[DecodedDataset, DecodedDataset], progress: Progress | None = None) -> Fitted:
+def train(
+    recipe: Recipe,
+    loaders: tuple[DecodedDataset, DecodedDataset],
+    progress: Progress | None = None,
+    device: torch.device = CPU,
+) -> Fitted:
     set_seed(5)
     model = create_custom_backbone(recipe.backbone, 3, size="tiny", img_size=32)
     for module in model.modules():
@@ -108,7 +114,7 @@ def train(recipe: Recipe, loaders: tuple[DecodedDataset, DecodedDataset], progre
         return BatchLoader(loaders[0], recipe.batch_size, training=True, seed=seed, kind=recipe.augment)
 
     val = BatchLoader(loaders[1], 12)
-    return fit(recipe, model, loader, val, purpose=("final",), device=CPU, progress=progress)
+    return fit(recipe, model, loader, val, purpose=("final",), device=device, progress=progress)
 
 
 def bytes_of(fitted: Fitted, path: Path) -> str:
@@ -131,6 +137,19 @@ def test_a_training_stopped_after_any_epoch_ends_with_the_same_bytes(backbone, l
         again = train(recipe, loaders, Progress(path, "digest", seconds=0))
         assert bytes_of(again, tmp_path / "again.pth") == expected, f"stopped after epoch {stop}"
         path.unlink()
+
+
+def test_on_a_gpu_a_training_goes_on_where_it_was_stopped_with_the_scale_of_its_loss(loaders, tmp_path, monkeypatch):
+    recipe, path = recipe_of("CustomConvNeXt", epochs_head=1, epochs_finetune=2), tmp_path / "a.pth"
+    expected = train(recipe, loaders)
+    with fake_cuda(monkeypatch):
+        with pytest.raises(Interrupted):
+            train(recipe, loaders, Stopping(path, 2), torch.device("cuda"))
+        assert torch.load(path, weights_only=True)["running"]["scaler"]["_growth_tracker"] > 0
+        again = train(recipe, loaders, Progress(path, "digest", seconds=0), torch.device("cuda"))
+    assert [stage.name for stage in again.stages] == [stage.name for stage in expected.stages]
+    for name, values in expected.stages[-1].last.items():
+        torch.testing.assert_close(again.stages[-1].last[name], values, atol=1e-3, rtol=1e-3)
 
 
 def test_a_resumed_training_has_as_many_threads_as_when_it_began(loaders, tmp_path, monkeypatch):

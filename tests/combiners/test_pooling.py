@@ -8,7 +8,7 @@ import pytest
 from utils.combiners import pooling
 from utils.combiners.pooled_members import LOWEST_SCORE, POOLS
 from utils.combiners.pooling import Weighting
-from utils.numeric import pools, temperature
+from utils.numeric import temperature, weight_search
 from utils.numeric.metrics import METRICS, log_loss, log_softmax, softmax
 
 
@@ -48,14 +48,16 @@ def test_the_penalty_is_the_best_on_folds_left_out(pool, metric):
         for fold in range(4):
             inside = folds == fold
             loss = pool.loss(pool.parts(scores[:, ~inside]), labels[~inside], metric)
-            fitted = pools.minimise(loss, strength=strength, sum_bounds=pool.sums)
+            fitted = weight_search.minimise(loss, strength=strength, sum_bounds=pool.sums)
             crossfit[inside] = output(pool, scores[:, inside], fitted.weights)
         held_out[strength] = METRICS[metric].function(crossfit, labels)
         if strength == found.strength:
             np.testing.assert_allclose(np.exp(found.crossfit), crossfit, atol=2e-3)
     assert held_out[found.strength] == pytest.approx(min(held_out.values()), abs=1e-5)
     assert len({round(value, 4) for value in held_out.values()}) > 3  # there was something to choose
-    last = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=found.strength, sum_bounds=pool.sums)
+    last = weight_search.minimise(
+        pool.loss(pool.parts(scores), labels, metric), strength=found.strength, sum_bounds=pool.sums
+    )
     np.testing.assert_allclose(found.weights, last.weights, atol=1e-4)
 
 
@@ -233,7 +235,7 @@ def test_of_many_rows_a_sample_chooses_the_strength_and_all_fit_the_weights(monk
     for number, weights in enumerate(found.fold_weights):
         outside = folds != number
         loss = pool.loss(pool.parts(scores[:, outside]), labels[outside], "log_loss")
-        best = pools.minimise(loss, strength=found.strength).weights
+        best = weight_search.minimise(loss, strength=found.strength).weights
         np.testing.assert_allclose(weights, best, atol=1e-2)
         mixed = np.tensordot(weights, np.exp(scores[:, ~outside]), axes=1)
         np.testing.assert_allclose(np.exp(found.crossfit[~outside]), mixed, atol=1e-9)

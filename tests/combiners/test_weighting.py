@@ -12,7 +12,7 @@ from utils.combiners.protocol import MemberFacts
 from utils.combiners.weighting import UNTESTED_STRENGTH, WeightedPool
 from utils.core.config import Config
 from utils.core.errors import UserError
-from utils.numeric import pools
+from utils.numeric import pools, weight_search
 from utils.numeric.metrics import METRICS, log_loss, softmax
 from utils.numeric.uniform_mixture import mixed_with_uniform
 
@@ -131,7 +131,7 @@ def test_its_report_is_for_json():
     fitted = configured().fit(logits, labels, folds)
     found = json.loads(json.dumps(fitted.report(NAMES), allow_nan=False))
     assert tuple(found["weights"]) == NAMES
-    assert found["duality_gap"] <= pools.TOLERANCE
+    assert found["duality_gap"] <= weight_search.TOLERANCE
     equal = configured(optimization_metric="log_loss").fit(np.repeat(logits[:1], 5, axis=0), labels, folds)
     assert equal.report(NAMES)["strength"] == "infinite"
 

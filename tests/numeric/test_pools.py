@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from utils.numeric import pools
+from utils.numeric import pools, weight_search
 
 
 def members_of(members, rows, classes, *, seed=0, skill=1.5, sharpness=1.0):
@@ -110,7 +110,7 @@ def test_weights_are_as_good_as_scipys(pool, name, strength):
     solve, reference, sums = pool
     scores, labels = INPUTS[name]
     found = solve(scores, labels, strength=strength)
-    assert found.gap <= pools.TOLERANCE
+    assert found.gap <= weight_search.TOLERANCE
     assert (found.weights >= 0).all()
     assert sums[0] - 1e-12 <= found.weights.sum() <= sums[1] + 1e-12
     assert found.value == pytest.approx(reference(scores, labels, found.weights, strength), abs=1e-12)
@@ -134,7 +134,7 @@ def test_the_gap_bounds_the_loss_of_all_weights(pool):
     weights = np.array([0.4, 0.0, 0.1, 0.3, 0.2])
     ahead = [reference(scores, labels, weights + step) for step in 1e-6 * np.eye(5)]
     back = [reference(scores, labels, weights - step) for step in 1e-6 * np.eye(5)]
-    gap = pools.duality_gap(weights, (np.array(ahead) - back) / 2e-6, sums)
+    gap = weight_search.duality_gap(weights, (np.array(ahead) - back) / 2e-6, sums)
     shares = np.random.default_rng(0).dirichlet(np.full(5, 0.4), size=400)
     others = shares * np.random.default_rng(1).uniform(*sums, size=(400, 1))
     lowest = min(reference(scores, labels, other) for other in others)
@@ -176,7 +176,7 @@ def test_members_that_are_nearly_equal_are_not_taken_for_equal(pool):
     near = scores[1].copy()
     near[np.arange(60), labels] += 1e-7  # no longer sums to 1, and a little better on every row
     found = solve(np.concatenate([scores, near[None]]), labels)
-    assert found.gap <= pools.TOLERANCE
+    assert found.gap <= weight_search.TOLERANCE
     assert found.weights[1] != found.weights[5]
 
 
@@ -185,7 +185,7 @@ def test_members_that_are_all_equal_share_equally(pool):
     scores, labels = INPUTS["plain"]
     found = solve(np.repeat(scores[:1], 6, axis=0), labels)
     assert len(set(found.weights)) == 1
-    assert found.gap <= pools.TOLERANCE
+    assert found.gap <= weight_search.TOLERANCE
     if sums[0] != sums[1]:
         assert found.weights.sum() == pytest.approx(pools.fit_log_linear(scores[:1], labels).weights[0], abs=1e-5)
 
@@ -229,7 +229,7 @@ def test_the_optimum_is_found_from_where_the_loss_is_steep_and_flat(seed):
     labels = rng.integers(0, scores.shape[2], scores.shape[1])
     for total in (0.05, 1, 20):
         found = pools.fit_log_linear(scores, labels, start=total * rng.dirichlet(np.ones(len(scores))))
-        assert found.gap <= pools.TOLERANCE
+        assert found.gap <= weight_search.TOLERANCE
 
 
 def test_the_only_member_that_is_right_where_all_others_fail_keeps_what_this_is_worth():
@@ -238,7 +238,7 @@ def test_the_only_member_that_is_right_where_all_others_fail_keeps_what_this_is_
     of_truth[0], of_truth[4] = 0.99, 0.3
     of_truth[:4, 7] = 1e-12
     found = pools.fit_linear(of_truth)
-    assert found.gap <= pools.TOLERANCE
+    assert found.gap <= weight_search.TOLERANCE
     np.testing.assert_array_equal(found.weights[1:4], 0)
     share = np.linspace(1e-4, 0.01, 100_000)
     losses = -(999 * np.log(0.99 - 0.69 * share) + np.log(0.3 * share)) / 1000
@@ -305,5 +305,5 @@ def test_the_weight_of_one_member_is_the_least_of_a_grid_from_any_start(scale, s
     losses = [loss.value(np.array([weight])) for weight in grid]
     assert solution.value <= min(losses) + 1e-12
     assert solution.weights[0] == pytest.approx(grid[int(np.argmin(losses))], rel=2e-3)
-    assert solution.gap <= pools.TOLERANCE
+    assert solution.gap <= weight_search.TOLERANCE
     assert solution.steps <= 12

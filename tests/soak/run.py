@@ -270,11 +270,12 @@ class Soak:
 
 
 def is_for_a_fit(name: str) -> bool:
-    """Whether a file holds outputs on train rows, which `clean` may have taken with a member that was gone for a while.
+    """Whether a file holds what only fits read: outputs on train rows, and those of fold networks on val.
 
-    Nothing but a fit reads them, and a fit that is current is not made again.
+    `clean` takes them with a member that is gone for a while, and a fit that is current is not made again.
     """
-    return name.startswith(("ensembles/predictions/", "ensembles/fusion_embeddings/")) and "train" in name
+    outputs = ("ensembles/predictions/", "ensembles/fusion_embeddings/")
+    return name.startswith(outputs) and ("train" in name or "/val/folds." in name)
 
 
 def is_score(name: str) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.combiners.protocol import Combiner, unsaved
-from utils.numeric import pools
+from utils.numeric import pools, weight_search
 from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, clipped_log, log_softmax, softmax
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Pool(Protocol):
     def pooled(self, sums: Floats) -> Floats:
         """Log-probabilities (..., N, C) of weighted sums of the parts."""
 
-    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.ConvexLoss:
+    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> weight_search.ConvexLoss:
         """The convex loss that stands for `metric`."""
 
     def votes(self, parts: Floats) -> NDArray[np.float32]:
@@ -58,7 +58,7 @@ class LinearPooling:
     def pooled(self, sums: Floats) -> Floats:
         return log_softmax(clipped_log(sums))
 
-    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.ConvexLoss:
+    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> weight_search.ConvexLoss:
         if metric == "brier":
             return pools.LinearBrier(parts, labels)
         return pools.LinearLogLoss(parts[:, np.arange(len(labels)), labels])
@@ -83,7 +83,7 @@ class LogLinearPooling:
     def pooled(self, sums: Floats) -> Floats:
         return log_softmax(sums)
 
-    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> pools.ConvexLoss:
+    def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> weight_search.ConvexLoss:
         return pools.LogLinearObjective(parts, labels)
 
     def votes(self, parts: Floats) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.combiners.pooled_members import Floats, Pool
-from utils.numeric import candidate_losses, pools, temperature
+from utils.numeric import candidate_losses, pools, temperature, weight_search
 from utils.numeric.metrics import METRICS, log_softmax
 
 STRENGTHS = (np.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.001, 0.0)
@@ -61,7 +61,9 @@ def fixed_weights(
 
 def fitted_weights(pool: Pool, scores: Floats, labels: NDArray[Any], metric: str, *, strength: float) -> Weighting:
     """Weights of least loss and penalty, without cross-fitting."""
-    solution = pools.minimise(pool.loss(pool.parts(scores), labels, metric), strength=strength, sum_bounds=pool.sums)
+    solution = weight_search.minimise(
+        pool.loss(pool.parts(scores), labels, metric), strength=strength, sum_bounds=pool.sums
+    )
     return Weighting(pool, solution.weights, strength=strength, gap=solution.gap)
 
 
@@ -83,7 +85,7 @@ def tuned_weights(
     options: dict[str, Any] = {"strength": strength, "sum_bounds": pool.sums, "start": mean_weights}
     if len(held_out[1]) < len(labels):
         fold_weights = tuple(
-            pools.minimise(
+            weight_search.minimise(
                 pool.loss(parts[:, folds != number], labels[folds != number], metric),
                 tolerance=TUNING_TOLERANCE,
                 **options,
@@ -91,7 +93,7 @@ def tuned_weights(
             for number in np.unique(folds)
         )
         held_out = _calibrated(_unseen(pool, parts, folds, fold_weights), labels, folds, calibrate=calibrate)
-    solution = pools.minimise(pool.loss(parts, labels, metric), **options)
+    solution = weight_search.minimise(pool.loss(parts, labels, metric), **options)
     return Weighting(pool, solution.weights, *held_out, fold_weights, strength, solution.gap)
 
 
@@ -190,12 +192,12 @@ def _tried(
     return paths, tried, best
 
 
-def _path(pool: Pool, loss: pools.ConvexLoss) -> Floats:
+def _path(pool: Pool, loss: weight_search.ConvexLoss) -> Floats:
     """Weights (S, M) of all strengths; each starts where the stronger one ended."""
     path: list[Floats] = []
     for strength in STRENGTHS:
         start = path[-1] if path else None
-        solution = pools.minimise(
+        solution = weight_search.minimise(
             loss, strength=strength, sum_bounds=pool.sums, start=start, tolerance=TUNING_TOLERANCE
         )
         path.append(solution.weights)
@@ -217,7 +219,7 @@ def _moved(pool: Pool, parts: Floats, labels: NDArray[Any], weights: Floats, met
     for _ in range(BAGS):
         rows = np.sort(random.integers(len(labels), size=min(len(labels), MAX_TUNING_ROWS)))
         counts += _additions(pool, parts, votes[:, rows], labels[rows], rows, weights, metric)
-    return pools.average_duplicates(counts, pools.first_duplicates([parts])) * (weights.sum() / counts.sum())
+    return weight_search.average_duplicates(counts, pools.first_duplicates([parts])) * (weights.sum() / counts.sum())
 
 
 def _additions(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.numeric import pools
+from utils.numeric import pools, weight_search
 from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.numeric.pools import Floats
 
@@ -72,22 +72,28 @@ def fit(scores: NDArray[np.floating], labels: Integers, folds: Integers) -> Supe
 
 
 def fit_weights(
-    scores: Floats, labels: Integers, best: int, strength: float, *, start: Floats, tolerance: float = pools.TOLERANCE
-) -> pools.Solution:
+    scores: Floats,
+    labels: Integers,
+    best: int,
+    strength: float,
+    *,
+    start: Floats,
+    tolerance: float = weight_search.TOLERANCE,
+) -> weight_search.Solution:
     """Return the weights (I,) of least loss with prior and penalty of a finite strength, found from `start` (I,)."""
     penalties = np.full(len(scores), strength)
     penalties[best] = 0.0
     weights, active, steps, is_minimal = start, np.flatnonzero(start), 0, False
     while True:
         gradient = _gradient(scores, labels, weights) + penalties
-        gap = pools.duality_gap(weights, gradient, pools.SUM_BOUNDS)
+        gap = weight_search.duality_gap(weights, gradient, pools.SUM_BOUNDS)
         descending = np.setdiff1d(np.flatnonzero(gradient < 0), active)
         objective = _Penalised(scores[active], labels, penalties[active])
         if gap <= tolerance or (is_minimal and not len(descending)):
-            return pools.Solution(weights, objective.value(weights[active]), gap, steps)
+            return weight_search.Solution(weights, objective.value(weights[active]), gap, steps)
         active = np.union1d(active, descending[np.argsort(gradient[descending], kind="stable")[:JOINING]])
         objective = _Penalised(scores[active], labels, penalties[active])
-        solution = pools.minimise(
+        solution = weight_search.minimise(
             objective, sum_bounds=pools.SUM_BOUNDS, start=weights[active], tolerance=tolerance / 2
         )
         weights, steps, is_minimal = np.zeros(len(scores)), steps + solution.steps, True
@@ -120,13 +126,13 @@ def _path(scores: Floats, labels: Integers) -> list[Floats]:
     return path
 
 
-def _best_alone(scores: Floats, labels: Integers) -> tuple[int, pools.Solution]:
+def _best_alone(scores: Floats, labels: Integers) -> tuple[int, weight_search.Solution]:
     """The input of least loss with a temperature of its own, of equals the first; and its weight, as (I,)."""
     solutions = [pools.fit_log_linear(scores[[index]], labels) for index in range(len(scores))]
     best = int(np.argmin([solution.value for solution in solutions]))
     weights = np.zeros(len(scores))
     weights[best] = solutions[best].weights[0]
-    return best, pools.Solution(weights, solutions[best].value, solutions[best].gap, solutions[best].steps)
+    return best, weight_search.Solution(weights, solutions[best].value, solutions[best].gap, solutions[best].steps)
 
 
 def _gradient(scores: Floats, labels: Integers, weights: Floats) -> Floats:

@@ -98,19 +98,30 @@ def student_loss(
 ) -> Tensor:
     """Return alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, of `distilled` and of `labelled` rows.
 
-    Takes logits (B, C), labels (B,), the teacher's log-probabilities (B, C) and two masks (B,). `criterion` is the
-    cross-entropy of the second term, and any smoothing of labels affects that term alone. A term without rows is 0.
+    Takes logits (B, C) on any device, and on the CPU labels (B,), the teacher's log-probabilities (B, C) and two masks
+    (B,): rows are chosen there, as a GPU would have to be waited for. `criterion` is the cross-entropy of the second
+    term, and any smoothing of labels affects that term alone. A term without rows is 0.
     """
+    device = logits.device
     loss = logits.sum() * 0.0
     if alpha > 0 and bool(distilled.any()):
-        loss = loss + alpha * teacher_loss(logits[distilled], teacher[distilled], temperature)
+        targets = teacher[distilled].to(device, non_blocking=True)
+        loss = loss + alpha * teacher_loss(_of_rows(logits, distilled), targets, temperature)
     if alpha < 1 and bool(labelled.any()):
-        label_loss = criterion(logits[labelled], labels[labelled])
+        chosen = _of_rows(logits, labelled)
+        label_loss = criterion(chosen, labels[labelled].to(device, non_blocking=True))
         if mixing is not None:
-            partner_loss = criterion(logits[labelled], labels[mixing.partner][labelled])
-            label_loss = mixing.weight * label_loss + (1 - mixing.weight) * partner_loss
+            partners = labels[mixing.partner][labelled].to(device, non_blocking=True)
+            label_loss = mixing.weight * label_loss + (1 - mixing.weight) * criterion(chosen, partners)
         loss = loss + (1 - alpha) * label_loss
     return loss
+
+
+def _of_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """The rows of values (B, ...) on any device that a mask (B,) on the CPU selects."""
+    if bool(mask.all()):
+        return values
+    return values[mask.nonzero().squeeze(1).to(values.device, non_blocking=True)]
 
 
 def embedding_loss(projected: Tensor, embeddings: Tensor) -> Tensor:
@@ -141,18 +152,20 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.steps = 0
-        self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        live = model.state_dict()  # tensors that share their memory with the network's
+        self.weights = {name: tensor.detach().clone() for name, tensor in live.items()}
+        averaged = [name for name, tensor in live.items() if tensor.is_floating_point()]
+        self._averaged = [self.weights[name] for name in averaged], [live[name] for name in averaged]
+        self._copied = [(self.weights[name], tensor) for name, tensor in live.items() if name not in averaged]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Update the average with the weights after one more step."""
+    def update(self) -> None:
+        """Update the average with the network's weights after one more step."""
         self.steps += 1
         weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                self.weights[name].lerp_(tensor, weight)
-            else:
-                self.weights[name].copy_(tensor)
+        torch._foreach_lerp_(*self._averaged, weight)
+        for copied, tensor in self._copied:
+            copied.copy_(tensor)
 
     def restore(self, weights: Mapping[str, Tensor], steps: int) -> None:
         """Set the average to saved weights after a number of steps."""

@@ -263,13 +263,13 @@ class _StudentTraining:
             if batch.mixing is not None:  # an unlabeled partner leaves no label for the mixed image
                 labelled = labelled & labelled[batch.mixing.partner]
             with torch.autocast("cuda") if self.on_cuda else nullcontext():
-                logits, projected = self._forward(images.to(self.device, non_blocking=True, memory_format=self.layout))
+                logits, projected = self._forward(self._placed(images))
             loss = student_loss(
                 logits.float(),
-                labels[batch.rows].to(self.device),
-                batch_targets.to(self.device),
-                distilled=distilled.to(self.device),
-                labelled=labelled.to(self.device),
+                labels[batch.rows],
+                batch_targets,
+                distilled=distilled,
+                labelled=labelled,
                 mixing=batch.mixing,
                 criterion=F.cross_entropy,
                 temperature=self.settings.temperature,
@@ -289,6 +289,11 @@ class _StudentTraining:
             advance(1)
         return total / count
 
+    def _placed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) on the device; from pinned memory a GPU copies them beside its computations."""
+        images = images.pin_memory() if self.on_cuda else images
+        return images.to(self.device, non_blocking=True, memory_format=self.layout)
+
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits (B, C), and the projected embeddings (B, D) where they are matched."""
         if self.matching is not None:
@@ -303,7 +308,7 @@ class _StudentTraining:
         step_with_clipped_gradients(self.scaler, self.optimizer, self.model)
         self.scaler.update()
         self.lr_schedule.step()
-        self.average.update(self.model)
+        self.average.update()
 
     def state(self) -> dict[str, Any]:
         """Everything that the next epoch needs, for `restore`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,16 +164,20 @@ def _in_channel_order(planes: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 def _standardised(values: Tensor, preprocessing: Preprocessing) -> Tensor:
     """In place, from [0, 1]."""
-    import torch
-
     low, high = preprocessing.value_range
     if (low, high) != (0, 1):
         values = values.mul_(high - low).add_(low)
-    mean, std = (
-        torch.tensor(parameters, device=values.device).view(1, 3, 1, 1)
-        for parameters in (preprocessing.mean, preprocessing.std)
-    )
+    mean, std = (_of_channels(tuple(each), str(values.device)) for each in (preprocessing.mean, preprocessing.std))
     return values.sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=64)
+def _of_channels(parameters: tuple[float, ...], device: str) -> Tensor:
+    """Parameters (1, 3, 1, 1) on a device; kept, since a GPU would have to be waited for in every batch."""
+    import torch
+
+    with torch.inference_mode(mode=False):  # what is made in inference mode may be of no use in a training
+        return torch.tensor(parameters, device=device).view(1, 3, 1, 1)
 
 
 def decoding_threads(requested: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ TOLERATED_ROWS = 1.5  # and always one row, which on few images is more
 TOLERATED_LOSS = 0.1  # nats, likewise: errors alone say little where there are few
 ALL_PAIRS = 4  # checkpoints up to which every pair is tried; of more, each with the best one
 BATCHES = 100
+KEPT_BYTES = 64 * 2**20  # of all checkpoints of a member, up to which each is read once
 FEWEST_IMAGES = 16  # in a batch: the variance of fewer says little
 
 Mix = tuple[tuple[str, int], ...]
@@ -335,9 +336,11 @@ def _usable(
     left_out: dict[str, str] = {}
     stage_of: dict[str, str] = {}
     first_preprocessing: Preprocessing | None = None
-    for entry in entries:
-        stage, path = entry["stage"], store.workspace.base / entry["path"]
-        ingredient = Ingredient(stage, partial(_weights, path))
+    paths = [store.workspace.base / entry["path"] for entry in entries]
+    keeps = sum(path.stat().st_size for path in paths if path.is_file()) <= KEPT_BYTES
+    for entry, path in zip(entries, paths, strict=True):
+        stage, opener = entry["stage"], partial(_weights, path)
+        ingredient = Ingredient(stage, cache(opener) if keeps else opener)
         try:
             catalog.check_current(store.workspace, member, store.digests, stage)
             weights = ingredient.open()

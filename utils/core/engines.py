@@ -11,7 +11,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,10 +102,11 @@ class Local:
                 for item in items:
                     yield function(*shared, item)
                 return
-            from joblib import Parallel, delayed
-
-            calls = [delayed(function)(*shared, item) for item in items]
-            yield from Parallel(n_jobs=n_threads, prefer="threads", return_as="generator")(calls)
+            pool = ThreadPoolExecutor(n_threads)
+            try:
+                yield from pool.map(partial(function, *shared), items)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def worker_device(self, device: str) -> str:
         """The same device."""

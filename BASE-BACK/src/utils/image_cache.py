@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -168,14 +169,22 @@ def _read_indices(folder: Path, key: str) -> dict[str, tuple[Path, int, int, int
     """{content digest: (pack, offset, height, width)} over all packs with this key."""
     entries: dict[str, tuple[Path, int, int, int]] = {}
     for path in sorted(folder.glob(f"{key}_*.npz")):
-        pack = path.with_suffix(".npy")
-        if not pack.is_file():
-            continue
-        with np.load(path) as index:
-            rows = zip(index["contents"], index["offset"], index["height"], index["width"], strict=True)
-            for content, offset, height, width in rows:
-                entries[content.tobytes().hex()] = (pack, int(offset), int(height), int(width))
+        if path.with_suffix(".npy").is_file():
+            status = path.stat()
+            entries |= _read_index(path, status.st_size, status.st_mtime_ns)
     return entries
+
+
+@lru_cache(maxsize=16)
+def _read_index(path: Path, size: int, modified: int) -> dict[str, tuple[Path, int, int, int]]:
+    """The entries of one pack; kept, since soups and fold networks run over the same images many times."""
+    pack = path.with_suffix(".npy")
+    with np.load(path) as index:
+        rows = zip(index["contents"], index["offset"], index["height"], index["width"], strict=True)
+        return {
+            content.tobytes().hex(): (pack, int(offset), int(height), int(width))
+            for content, offset, height, width in rows
+        }
 
 
 def _decode(

@@ -63,16 +63,20 @@ def head_rows(name: str, width: int, hidden: tuple[int, ...], *, rows: int, epoc
     """A head trained on rows in memory: seconds outside its arithmetic, and the same through a DataLoader."""
     import torch
 
-    from utils.combiners.fusion_learner import WEIGHT_DECAY, HeadShape
-    from utils.numeric.module_training import train_module
+    from utils.combiners.fusion_learner import WEIGHT_DECAY, HeadLearner
+    from utils.combiners.trained_heads import HeadShape
+    from utils.predictions.rows import MemberOutputs
 
     inputs, labels = _embeddings(rows + rows // 5, width)
     fresh, truth, inputs, labels = inputs[rows:], labels[rows:], inputs[:rows], labels[:rows]
     shape = HeadShape("concat_mlp", (width,), hidden, CLASSES, 0)
     options = {"epochs": epochs, "lr": 0.001, "weight_decay": WEIGHT_DECAY, "seed": 0}
 
+    learner = HeadLearner("concat_mlp", hidden, epochs, options["lr"], 0.3, 0.0, seeds=1, seed=0)
+    outputs = MemberOutputs(np.empty((1, rows, CLASSES), dtype=np.float32), (inputs.numpy(),))
+
     def ours() -> Any:
-        return list(train_module(lambda: shape.head(0.3), inputs, labels, checkpoint_epochs=[epochs], **options))[-1]
+        return learner.fit(outputs, labels.numpy(), {"rank": 0, "epochs": epochs}).modules()[0]
 
     def loader() -> Any:
         return _through_loader(lambda: shape.head(0.3), inputs, labels, **options)

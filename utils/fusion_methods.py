@@ -15,8 +15,9 @@ import numpy as np
 
 from utils.combiners import embedding_maps
 from utils.combiners.embedding_maps import EmbeddingMaps
-from utils.combiners.fusion_learner import HeadLearner, HeadShape, TrainedHeads
+from utils.combiners.fusion_learner import HeadLearner
 from utils.combiners.protocol import Combiner, MemberFacts, NestedPredictions, mixed_by_fold, sub_state, unsaved
+from utils.combiners.trained_heads import HeadShape, TrainedHeads
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric.metrics import log_loss, softmax
@@ -48,13 +49,10 @@ class FusionStacker(Stacker):
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """Return an unfitted fusion with the settings of `runs.fusion`."""
-        return cls(
-            learner=cls.make_learner(config),
-            use_temperature=config.runs.score_ensemble.temperature != "off",
-            fallback=config.runs.stacking.fallback,
-            names=members.names,
-        )
+        """Return an unfitted fusion with the settings of `runs.fusion` and as many jobs as there are cores."""
+        fusion = super().configured(config, members)
+        fusion.names = members.names
+        return fusion
 
     @classmethod
     def make_learner(cls, config: Config) -> Learner:

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from utils.numeric.batched_perceptrons import BatchedPerceptrons, FitRows, batch_shape
+from utils.numeric.batched_training import Schedule
 
 SIZES = [12, 24, 8, 5]
 N = 420
-OPTIONS = {"epochs": 4, "lr": 0.01, "weight_decay": 1.0, "seed": 3}
+SEED = 3
 
 
 @pytest.fixture
@@ -34,22 +35,22 @@ def fits():
 
 
 def trained(table, chosen, *, dropout=0.0, epochs=3):
-    batched = BatchedPerceptrons(*table, chosen, SIZES, dropout=dropout, **OPTIONS)
+    batched = BatchedPerceptrons(*table, chosen, SIZES, Schedule(4, 0.01, 1.0, dropout), seed=SEED)
     batched.run_to(epochs)
     return batched
 
 
 def reference(table, fit, *, dropout, epochs=3):
     """The same training by modules and autograd; the factors of dropout come from the generator that a fit has."""
-    noise = np.random.SFC64(OPTIONS["seed"])
-    generator = torch.Generator().manual_seed(OPTIONS["seed"])
+    noise = np.random.SFC64(SEED)
+    generator = torch.Generator().manual_seed(SEED)
     layers = [nn.Linear(*pair) for pair in pairwise(SIZES)]
     for layer in layers:
         nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
         bound = 1 / math.sqrt(layer.in_features)
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
     inputs = (table[0][fit.rows] - torch.tensor(fit.centre)) / torch.tensor(fit.scale)
-    inputs, labels, batches, step = inputs.float(), table[1][fit.rows], batch_shape(len(fit.rows))[0], 0
+    inputs, labels, batches, step = inputs.float(), table[1][fit.rows], batch_shape(len(fit.rows)).n_batches, 0
     optimizer = torch.optim.AdamW([values for layer in layers for values in layer.parameters()], weight_decay=1.0)
 
     def dropped(values):

@@ -28,7 +28,7 @@ from utils.predictions.store import IMPORT, Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 8  # raised whenever the same inputs would give another ensemble
+VERSION = 9  # raised whenever the same inputs would give another ensemble
 KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
 
 

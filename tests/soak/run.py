@@ -250,7 +250,7 @@ class Soak:
             name
             for name in differences(self.workspace, fresh)
             if self.counts_as_result(name)
-            and not (is_for_a_fit(name) and not ((self.workspace / name).exists() and (fresh / name).exists()))
+            and not is_for_a_fit(name)
             and not (is_score(name) and not (fresh / name).parent.exists())
         ]
         if wrong:
@@ -273,7 +273,7 @@ def is_for_a_fit(name: str) -> bool:
     """Whether a file holds what only fits read: outputs on train rows, and those of fold networks on val.
 
     `clean` takes them with a member that is gone for a while, and a fit that is current is not made again; those of a
-    fit that the configuration no longer asks for stay.
+    fit that the configuration no longer asks for stay, also when the member has other weights since.
     """
     outputs = ("ensembles/predictions/", "ensembles/fusion_embeddings/")
     return name.startswith(outputs) and ("train" in name or "/val/folds." in name)

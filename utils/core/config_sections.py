@@ -363,8 +363,7 @@ class Distillation(Section):
     )
     views: Count = Field(
         default=4,
-        description="Augmented views of each image that the teacher predicts, with `targets: views`; at least one for "
-        "ten epochs where `auto` takes them.",
+        description="Augmented views of each image that the teacher predicts, with `targets: views`.",
     )
     mix: Literal["auto", "none", "mixup", "cutmix", "both"] = Field(
         default="auto", description="How two images of a batch are mixed."

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("disease_pipeline")
 
 CONFIG_KEY = "distillation.targets"
-MAX_PASS_FRACTION = 0.2
-"""Of the student's training time: the largest cost of one pass of the teacher for which `auto` is `consistent`."""
-MAX_RECURRENCES = 10
-"""Epochs that a recurring view is shown in with `auto`, and before a warning; with 40 a student was worse than the
-network alone (benchmarks/distillation.py)."""
+EXPENSIVE_PASS = 0.2
+"""Of the student's training time: the cost of one pass of the teacher from which on `auto` tells it."""
+MAX_RECURRENCES = 4
+"""Epochs that a recurring view is shown in before a warning; with 5 and with 40 students were worse than the network
+alone (benchmarks/distillation.py)."""
 OOF, CONSISTENT, VIEWS = "oof", "consistent", "views"
 ROWS = {OOF: "oof", CONSISTENT: "in_sample", VIEWS: "in_sample"}
 """By kind of targets: whether the teacher's predictions of train rows are out-of-fold or in-sample."""
@@ -70,9 +70,7 @@ def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tup
     """The kind of targets, and the cross-fitted log-probabilities (N, C) of the train rows, NaN where there are none.
 
     `student` is (bytes of its weights, input size in px). `auto` resolves to `oof` where the teacher has members
-    without a network. It resolves to `consistent` (function matching, Beyer et al. 2022) where one pass of the teacher
-    over the images costs at most `MAX_PASS_FRACTION` of the student's training or embeddings are matched, else to
-    `views`.
+    without a network, else to `consistent` (function matching, Beyer et al. 2022), and tells where that is expensive.
 
     Raises LeakageError where `oof` is configured and there is no cross-fitted prediction, and UserError where the kind
     needs a network that the teacher does not have.
@@ -82,8 +80,9 @@ def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tup
     crossfit = teachers.crossfit_log_probabilities(store, teacher, "train", train.sample_ids)
     has_target = ~np.isnan(crossfit).any(axis=1)
     if kind == "auto":
-        matches_embeddings = store.config.distillation.feature_weight != 0
-        kind = OOF if without_network else CONSISTENT if matches_embeddings else _kind_by_cost(store, teacher, student)
+        kind = OOF if without_network else CONSISTENT
+        if kind == CONSISTENT:
+            _tell_cost(store, teacher, student)
     if kind != OOF and without_network:
         raise UserError(
             f"{CONFIG_KEY}: {kind} needs the teacher's networks, and {', '.join(without_network)} of {teacher.name} "
@@ -107,28 +106,17 @@ def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tup
     return kind, crossfit
 
 
-def _kind_by_cost(store: Store, teacher: Teacher, student: tuple[int, int]) -> str:
-    """`consistent`, or `views` for a teacher that is expensive to run; follows from sizes, so that it is repeatable."""
+def _tell_cost(store: Store, teacher: Teacher, student: tuple[int, int]) -> None:
+    """Log what the passes of an expensive teacher cost; sizes alone decide, so that it is repeatable."""
     settings = store.config.distillation
     fraction = estimates.pass_fraction(teachers.network_sizes(store, teacher), student, epochs=settings.epochs)
-    if fraction <= MAX_PASS_FRACTION:
-        return CONSISTENT
-    logger.info(
-        "%s: auto takes %s: one pass of %s over the images costs an estimated %.0f%% of the student's training (limit "
-        "%.0f%%), so it predicts %d views of each image once instead of new views in every epoch; set it to %s for "
-        "new views",
-        *(CONFIG_KEY, VIEWS, teacher.name, 100 * fraction, 100 * MAX_PASS_FRACTION, recurring_views(store.config)),
-        CONSISTENT,
-    )
-    return VIEWS
-
-
-def recurring_views(config: Config) -> int:
-    """Number of views of each image with `views`; with `auto` so many that none recurs in too many epochs."""
-    settings = config.distillation
-    if settings.targets != "auto":
-        return settings.views
-    return max(settings.views, -(-settings.epochs // MAX_RECURRENCES))
+    if fraction > EXPENSIVE_PASS:
+        logger.info(
+            "%s: auto takes %s: each of the %d epochs has a pass of %s over the images, which costs an estimated "
+            "%.0f%% of the student's whole training. %s needs fewer passes, but students of recurring views were worse "
+            "than the same network alone",
+            *(CONFIG_KEY, CONSISTENT, settings.epochs, teacher.name, 100 * fraction, VIEWS),
+        )
 
 
 def mixing_of(config: Config, kind: str) -> str:
@@ -190,7 +178,7 @@ def prepare(
         settings.batch_size,
         store.config.seed,
         unaugmented=unaugmented_frequency(image_source, kind, ~np.isnan(crossfit).any(axis=1), settings.alpha),
-        n_views=recurring_views(store.config) if kind == VIEWS and image_source.augmentation != NO_AUGMENTATION else 0,
+        n_views=settings.views if kind == VIEWS and image_source.augmentation != NO_AUGMENTATION else 0,
         mix=mixing_of(store.config, kind),
         mixes_targets=kind != CONSISTENT,
         is_shared=kind == CONSISTENT,

@@ -351,13 +351,18 @@ def clone(tmp_path):
     return folder
 
 
-def make(folder: Path, *arguments: str) -> list[str]:
-    variables = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
-    variables = {name: value for name, value in variables.items() if name not in {"DATA", "QUICK", "ARGS", "PYTHON"}}
+def run_make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Without what a `make` that runs these tests hands on."""
+    handed_on = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "DATA", "QUICK", "ARGS", "PYTHON"}
+    variables = {name: value for name, value in os.environ.items() if name not in handed_on}
     command = ["make", *arguments, f"PYTHON={sys.executable}"]
-    return subprocess.run(
-        command, cwd=folder, env=variables, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+
+
+def make(folder: Path, *arguments: str) -> list[str]:
+    done = run_make(folder, *arguments)
+    done.check_returncode()
+    return done.stdout.splitlines()
 
 
 def test_make_alone_lists_the_verbs(clone):
@@ -422,8 +427,7 @@ def test_gpu_runs_the_tests_that_need_one_and_then_the_benchmark(clone, failing,
     shows_its_arguments(clone / ".venv" / "bin" / "python", "usual")
     with (clone / ".venv" / "bin" / "python").open("a", encoding="utf-8") as file:
         file.write(f'case "$*" in *"{failing or "nothing"}"*) exit 1;; esac\n')
-    command = ["make", "gpu", "QUICK=1", "ARGS=--device cpu", f"PYTHON={sys.executable}"]
-    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+    done = run_make(clone, "gpu", "QUICK=1", "ARGS=--device cpu")
     assert done.returncode == code
     environment, tests, benchmark = done.stdout.splitlines()
     assert json.loads(environment) == ["scripts/environment.py"]

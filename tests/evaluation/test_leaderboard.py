@@ -128,6 +128,7 @@ def test_the_guide_shows_rows_that_are_printed(ranking):
     (shown,) = [block for block in page_outputs.blocks("guides/report.md") if "evaluate --metrics" in block[0]]
     ranking["options"] = {"metrics": shown[0].split("--metrics")[1].split()}
     scores = dict.fromkeys(ranking["options"]["metrics"], 0.75)
+    ranking["rows"].append(ranking["rows"][2] | {"name": "d"})
     for line in ranking["rows"]:
         line |= scores | {
             "contaminated": False,
@@ -137,8 +138,8 @@ def test_the_guide_shows_rows_that_are_printed(ranking):
         }
     ranking["rows"][0] |= {"kind": "member"}
     ranking["rows"][1] |= {"vs_best_single": HELD}
-    ranking |= {"order": ["log_loss"], "recommended_fast": {"name": "b", "reason": "cheap", "evidence": None}}
+    ranking |= {"order": ["log_loss"], "recommended_fast": {"name": "d", "reason": "cheap", "evidence": None}}
     ranking["recommended_fast"]["evidence"] = ranking["recommended"]["evidence"]
     printed = leaderboard.as_text(ranking)
-    names = ("a_much_longer_name", "b", "x_%$|<&")
+    names = ("a_much_longer_name", "b", "d", "x_%$|<&")
     assert page_outputs.not_printed(shown[1:], printed, names) == [], printed

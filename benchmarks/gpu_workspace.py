@@ -97,10 +97,10 @@ class Bench:
         return torch.device(self.device)
 
     def new_scaler(self) -> Any:
-        """Of the loss of a training in float16; None on the CPU."""
+        """Of the loss of a training in float16; it changes nothing on the CPU."""
         import torch
 
-        return torch.amp.GradScaler("cuda") if self.on_cuda else None
+        return torch.amp.GradScaler("cuda", enabled=self.on_cuda)
 
     def images(self, split: str, count: int | None = None) -> Any:
         """The images of a split as an `ImageSplit`; with `count` so many, the same ones again where there are fewer."""

@@ -239,15 +239,14 @@ class _Training:
         if running:
             stage = Stage(**running["stage"])
             rows, snapshots = stage.rows, stage.snapshots
-            self._restore(running, optimizer, scheduler)
-            scaler.load_state_dict(running.get("scaler") or scaler.state_dict())
+            self._restore(running, optimizer, scheduler, scaler)
         for epoch in range(len(rows), epochs):
             start = time.monotonic()
             trained = train_epoch_optimized(
                 *(model, self.train_loader, optimizer, train_criterion, device),
                 scheduler=scheduler,
                 in_evaluation_mode=recipe.is_pretrained and phase.name == "head",
-                scaler=scaler if scaler.is_enabled() else None,
+                scaler=scaler,
             )
             checked = validate_epoch_optimized(model, self.val_loader, criterion, device)
             rows.append((trained[0], checked[0], checked[1], trained[1], checked[4]))
@@ -290,13 +289,16 @@ class _Training:
             "stage": vars(stage),
             "optimizer": optimizer.state_dict(),
             "schedule": _plain(scheduler.state_dict()),
+            "scaler": scaler.state_dict(),
             "random": random_state(self.device),
-        } | ({"scaler": scaler.state_dict()} if scaler.is_enabled() else {})
+        }
 
-    def _restore(self, running: dict[str, Any], optimizer: Any, scheduler: Any) -> None:
+    def _restore(self, running: dict[str, Any], optimizer: Any, scheduler: Any, scaler: Any) -> None:
         self.model.load_state_dict(running["stage"]["last"])
         optimizer.load_state_dict(running["optimizer"])
         scheduler.load_state_dict(running["schedule"])
+        if running.get("scaler"):  # empty on the CPU, and not in files of earlier versions
+            scaler.load_state_dict(running["scaler"])
         self.train_loader.epoch = running["epoch"] + 1
         restore_random_state(running["random"], self.device)
 

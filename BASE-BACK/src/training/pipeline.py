@@ -83,8 +83,7 @@ def _epoch(
 ) -> EpochResult:
     total, labels_seen, probabilities = 0.0, [], []
     half = device.type == "cuda"
-    if scaler is None and half and optimizer is not None:
-        scaler = torch.amp.GradScaler("cuda")
+    scaler = scaler or torch.amp.GradScaler("cuda", enabled=half)  # changes nothing on the CPU
     for images, host_labels in loader:
         images, labels = images.to(device, non_blocking=True), host_labels.to(device, non_blocking=True)
         with torch.autocast("cuda") if half else nullcontext():
@@ -100,7 +99,7 @@ def _epoch(
             if scheduler is not None:
                 scheduler.step()
         total += value * len(labels)
-        labels_seen.append(host_labels)
+        labels_seen.append(host_labels.cpu())
         probabilities.append(torch.softmax(logits.detach().float(), dim=1))
     if not labels_seen:
         raise ValueError("the loader gave no batch; expected at least one image")
@@ -110,19 +109,13 @@ def _epoch(
     return total / len(truth), *macro_scores(preds, truth, probs.shape[1]), preds, truth, probs
 
 
-def _step(model: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
+def _step(model: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     optimizer.zero_grad(set_to_none=True)
-    if scaler is None:
-        loss.backward()
-    else:
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def _unwrap_logits(outputs: Any) -> tuple[Tensor, Tensor | None]:

@@ -179,7 +179,7 @@ class Fold:
         """(architecture, network) of the teacher; trained once, then read."""
         import torch
 
-        from utils.networks.construction import keeps_channels_last
+        from utils.networks.construction import evaluation_format
 
         members = []
         for number, architecture in enumerate(self.design.members):
@@ -188,8 +188,7 @@ class Fold:
             if not path.is_file():
                 _save(path, partial(torch.save, self._fit_member(model, architecture)))
             model.load_state_dict(torch.load(path, weights_only=True))
-            layout = torch.channels_last if keeps_channels_last(model) else torch.contiguous_format
-            members.append((architecture, model.eval().to(memory_format=layout)))
+            members.append((architecture, model.eval().to(memory_format=evaluation_format(model))))
         return members
 
     def _fit_member(self, model: Any, architecture: str) -> dict[str, Any]:

@@ -183,12 +183,12 @@ def bare_forward_seconds(bench: Bench, name: str, count: int, batch_size: int) -
     import torch
 
     from utils import base_back
-    from utils.networks.construction import keeps_channels_last
+    from utils.networks.construction import evaluation_format
     from utils.predictions import image_splits, streaming
 
     spec = bench.spec(name)
     model = streaming.open_network(spec)
-    layout = torch.channels_last if keeps_channels_last(model) else torch.contiguous_format
+    layout = evaluation_format(model)
     model.to(device=bench.device, memory_format=layout)
     images, cache = bench.images("val", batch_size), bench.workspace / "image_cache"
     opened = image_splits.open_images(images, spec.preprocessing, image_cache=cache, threads=1)
@@ -250,10 +250,6 @@ def _bare_epoch(bench: Bench, model: Any, batches: Sequence[Any], optimizer: Any
         with torch.autocast("cuda") if bench.on_cuda else nullcontext():
             logits = model(images.to(bench.device, non_blocking=True))
             loss = criterion(logits, labels.to(bench.device, non_blocking=True))
-        if scaler is None:
-            loss.backward()
-            optimizer.step()
-            continue
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

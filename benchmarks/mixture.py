@@ -96,13 +96,13 @@ def _opened(size: str) -> Callable[[int, Any], np.ndarray]:
 
     import utils  # noqa: F401  (mounts BASE-BACK)
     from models import create_custom_backbone
-    from utils.networks.construction import keeps_channels_last
+    from utils.networks.construction import evaluation_format
 
     networks, layouts = [], []
     for number, name in enumerate(EXPERTS):
         torch.manual_seed(number)
         network = create_custom_backbone(name, CLASSES, size=size, img_size=PIXELS[size]).eval()
-        layouts.append(torch.channels_last if keeps_channels_last(network) else torch.contiguous_format)
+        layouts.append(evaluation_format(network))
         networks.append(network.to(memory_format=layouts[-1]))
 
     def answer(member: int, pixels: Any) -> np.ndarray:

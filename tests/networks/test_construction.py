@@ -135,6 +135,9 @@ def test_the_table_of_layouts_names_bundled_architectures_only():
     from models import BACKBONE_MAP, create_custom_backbone
 
     assert set().union(*construction.CHANNELS_LAST.values()) <= set(BACKBONE_MAP)
-    assert construction.keeps_channels_last(create_custom_backbone("CustomRegNet", 3, size="tiny", img_size=32))
-    assert not construction.keeps_channels_last(create_custom_backbone("CustomDeiTStyle", 3, size="tiny", img_size=32))
-    assert not construction.keeps_channels_last(Foreign(3))
+    listed, other = (
+        create_custom_backbone(name, 3, size="tiny", img_size=32) for name in ("CustomRegNet", "CustomDeiTStyle")
+    )
+    assert construction.evaluation_format(listed) == torch.channels_last
+    assert construction.evaluation_format(other) == torch.contiguous_format
+    assert construction.evaluation_format(Foreign(3)) == torch.contiguous_format

@@ -108,11 +108,11 @@ def test_rows_come_in_order_whatever_the_batch_size(laid):
     assert laid.run(splits=[]) == []
 
 
-@pytest.mark.parametrize("layout", [True, False])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_logits_do_not_depend_on_the_layout_in_memory(laid, layout, monkeypatch):
     from utils.datasets import create_optimized_transforms
 
-    monkeypatch.setattr(streaming, "keeps_channels_last", lambda model: layout)
+    monkeypatch.setattr(streaming, "evaluation_format", lambda model: layout)
     transform = create_optimized_transforms(32, is_training=False)
     images = []
     for path in laid.splits[0].paths:

@@ -20,7 +20,7 @@ from utils.core.errors import UserError, did_you_mean
 from utils.distillation.soft_targets import Targets, log_probabilities
 from utils.ensemble_methods import SoftVoting
 from utils.networks import memory
-from utils.networks.construction import NetworkSpec, keeps_channels_last
+from utils.networks.construction import NetworkSpec, evaluation_format
 from utils.networks.embeddings import EmbeddingExtractor
 from utils.networks.preprocessing import Preprocessing
 from utils.numeric.metrics import softmax
@@ -264,7 +264,7 @@ def _run(
     logits = np.empty((count, len(spec.classes)), dtype=np.float32)
     embeddings: np.ndarray | None = None
     model = streaming.open_network(spec)
-    layout = torch.channels_last if keeps_channels_last(model) else torch.contiguous_format
+    layout = evaluation_format(model)
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     rule = base_back.load_bundled("threads")
     n_threads = rule.threads_of_network("streaming", model, spec.img_size, device)

@@ -18,7 +18,7 @@ import numpy as np
 from utils import base_back
 from utils.core.errors import UserError
 from utils.networks.checkpoints import read_checkpoint
-from utils.networks.construction import RETRAIN, NetworkSpec, build_network, extra_outputs_problem, keeps_channels_last
+from utils.networks.construction import RETRAIN, NetworkSpec, build_network, evaluation_format, extra_outputs_problem
 from utils.networks.embeddings import EmbeddingExtractor
 from utils.networks.memory import cleanup_memory, out_of_memory, safe_delete_model, trim_memory
 from utils.networks.shared_trunks import network_weights
@@ -178,9 +178,8 @@ class _Pass:
 
         self.on_cuda = torch.device(self.device).type == "cuda"
         self.growing = self.on_cuda
-        self.layout = torch.channels_last if keeps_channels_last(self.model) else torch.contiguous_format
-        layout = torch.channels_last if keeps_channels_last(self.model) else torch.preserve_format
-        self.model = self.model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.layout = evaluation_format(self.model)
+        self.model = self.model.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.outputs = EmbeddingExtractor(self.model, str(self.spec.checkpoint))
         rule = base_back.load_bundled("threads")
         self.threads = rule.threads_of_network("streaming", self.model, self.spec.img_size, self.device)

@@ -49,7 +49,7 @@ def _predictions(
         name, kind = row["name"], row["kind"]
         try:
             if kind == "ensemble":
-                arrays = read_arrays(store.workspace.ensemble(name) / f"predictions_{SPLIT}.npz", remedy=AGAIN)
+                arrays = read_arrays(store.workspace.ensemble_predictions(name, SPLIT), remedy=AGAIN)
                 yield name, kind, arrays["sample_ids"], arrays["labels"], arrays["probabilities"]
                 continue
             member = store.catalog.members[name]

@@ -231,6 +231,10 @@ class Workspace:
         """Folder of one saved ensemble."""
         return self.models / name
 
+    def ensemble_predictions(self, name: str, split: str) -> Path:
+        """What one ensemble predicts for a split, as `evaluate` stores it."""
+        return self.ensemble(name) / f"predictions_{split}.npz"
+
     def tuned_checkpoint(self, ensemble: str, member: str) -> Path:
         """Weights of a member's network as a fusion trained it further."""
         return self.ensemble(ensemble) / f"{member}.pth"

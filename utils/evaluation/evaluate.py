@@ -165,7 +165,7 @@ def _require_known(metrics: Sequence[str]) -> None:
 
 
 def _is_current(workspace: Workspace, ranking: Mapping[str, Any], digest: str, settings: EvaluationSettings) -> bool:
-    """Whether a ranking has the same inputs and options, and what it ranks its predictions.
+    """Whether a ranking has the same inputs and options, and all ensembles that it lists have stored predictions.
 
     Never where something was left out, as that may be mended.
     """

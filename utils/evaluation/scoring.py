@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,11 +143,7 @@ def prediction_key(store: Store, ensemble: Ensemble, rows: Rows, split: str) -> 
 def without_predictions(workspace: Workspace, ranking: Mapping[str, Any], split: str) -> list[str]:
     """Names of the ensembles of a ranking whose predictions are no longer stored, as after a build with `--force`."""
     names = [row["name"] for row in ranking["rows"] if row["kind"] == "ensemble"]
-    return [name for name in names if not _predictions_file(workspace, name, split).is_file()]
-
-
-def _predictions_file(workspace: Workspace, name: str, split: str) -> Path:
-    return workspace.ensemble(name) / f"predictions_{split}.npz"
+    return [name for name in names if not workspace.ensemble_predictions(name, split).is_file()]
 
 
 def ensemble_predictions(
@@ -159,7 +154,7 @@ def ensemble_predictions(
     They are read from `predictions_<split>.npz`, or computed from `member_outputs()`, which are the outputs of the
     networks that answer for its members, and written there.
     """
-    path = _predictions_file(store.workspace, ensemble.name, split)
+    path = store.workspace.ensemble_predictions(ensemble.name, split)
     key = prediction_key(store, ensemble, rows, split)
     if path.is_file():
         stored = read_arrays(path, remedy="Remove it, then evaluate again")

@@ -204,5 +204,5 @@ def _read_records(workspace: Workspace, names: Sequence[str], notes: list[str]) 
 
 
 def _of_ensemble(workspace: Workspace, name: str, split: str) -> LabelledPredictions:
-    arrays = read_arrays(workspace.ensemble(name) / f"predictions_{split}.npz", remedy=AGAIN)
+    arrays = read_arrays(workspace.ensemble_predictions(name, split), remedy=AGAIN)
     return LabelledPredictions(arrays["sample_ids"], arrays["labels"], arrays["probabilities"])

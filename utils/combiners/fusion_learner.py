@@ -17,7 +17,13 @@ from utils.combiners.trained_heads import HeadShape, TrainedHeads
 from utils.core.errors import UserError
 from utils.networks.memory import out_of_memory
 from utils.numeric.nested_cv import evenly_spaced_epochs
-from utils.numeric.setting_paths import FIT_THREADS, torch_threads, whole_paths
+from utils.numeric.setting_paths import (
+    FIT_THREADS,
+    fits_side_by_side,
+    joined_path_predictions,
+    paths_of_length,
+    torch_threads,
+)
 from utils.predictions.rows import MemberOutputs
 
 if TYPE_CHECKING:
@@ -56,8 +62,7 @@ class HeadLearner:
 
     def paths(self) -> Sequence[Sequence[int]]:
         """One path per rank."""
-        length = len(self._stops())
-        return [range(first, first + length) for first in range(0, len(self.settings()), length)]
+        return paths_of_length(len(self.settings()), len(self._stops()))
 
     def trainings(
         self, path: int, outputs: MemberOutputs, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
@@ -67,16 +72,12 @@ class HeadLearner:
 
         shape = self._shape(outputs, self._ranks()[path])
         table, truth = _tensors(outputs, labels)
-        fits_of: dict[BatchShape, list[int]] = {}
-        for number, held_out in enumerate(held_out_sets):
-            fits_of.setdefault(_batches(int(np.count_nonzero(~held_out))), []).append(number)
         heads = BATCHED[self.method]
         most = min(SIDE_BY_SIDE, MOST_NUMBERS // heads.numbers(shape)) if heads.are_independent(shape) else 1
-        side_by_side = max(1, most // self.seeds)
+        shapes = [_batches(int(np.count_nonzero(~held_out))) for held_out in held_out_sets]
         return [
             (fits, _Training(self, shape, batches, table, truth, [held_out_sets[fit] for fit in fits], self._stops()))
-            for batches, all_fits in fits_of.items()
-            for fits in (all_fits[first : first + side_by_side] for first in range(0, len(all_fits), side_by_side))
+            for batches, fits in fits_side_by_side(shapes, max(1, most // self.seeds))
         ]
 
     def predictions(self, outputs: MemberOutputs, labels: np.ndarray, held_out: MemberOutputs) -> np.ndarray:
@@ -85,9 +86,7 @@ class HeadLearner:
         joined = MemberOutputs(
             np.concatenate([outputs.logits, held_out.logits], axis=1), tuple(np.concatenate(pair) for pair in pairs)
         )
-        rows, more = outputs.shape[1], held_out.shape[1]
-        truth = np.concatenate([labels, np.zeros(more, dtype=np.asarray(labels).dtype)])
-        return whole_paths(self, joined, truth, np.arange(rows + more) >= rows)
+        return joined_path_predictions(self, joined, labels)
 
     def fit(self, outputs: MemberOutputs, labels: np.ndarray, setting: Mapping[str, Any]) -> TrainedHeads:
         """The heads of all seeds under one setting: the same schedule, stopped where the setting says."""

@@ -17,7 +17,7 @@ import numpy as np
 from utils.combiners.stacking_features import FeatureRows, centred_log, features
 from utils.numeric.metrics import softmax
 from utils.numeric.pools import fit_log_linear, scale_prior
-from utils.numeric.setting_paths import path_predictions
+from utils.numeric.setting_paths import path_predictions, paths_of_length
 
 STRENGTHS = tuple(float(f"{10.0**power:.0e}") for power in np.arange(1, -4.25, -0.75))
 """Of the ridge, as a share of the mean log-loss; strongest first."""
@@ -66,8 +66,7 @@ class LogisticLearner:
 
     def paths(self) -> Sequence[Sequence[int]]:
         """One path per form and kind."""
-        length = len(self.strengths)
-        return [range(first, first + length) for first in range(0, len(self.settings()), length)]
+        return paths_of_length(len(self.settings()), len(self.strengths))
 
     def trainings(
         self, path: int, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]

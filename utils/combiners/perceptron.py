@@ -16,11 +16,10 @@ import numpy as np
 from utils.combiners.stacking_features import FeatureRows, features
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import evenly_spaced_epochs
-from utils.numeric.setting_paths import FIT_THREADS, path_predictions, torch_threads
+from utils.numeric.setting_paths import FIT_THREADS, fits_side_by_side, path_predictions, paths_of_length, torch_threads
 
 if TYPE_CHECKING:
     from utils.numeric.batched_perceptrons import BatchedPerceptrons, FitRows
-    from utils.numeric.batched_training import BatchShape
 
 STOPS = 6
 SIDE_BY_SIDE = 3  # fits in one batch: what they read stays in the cache, and there are batches for several cores
@@ -64,8 +63,7 @@ class PerceptronLearner:
 
     def paths(self) -> Sequence[Sequence[int]]:
         """One path per kind."""
-        length = len(self._stops())
-        return [range(first, first + length) for first in range(0, len(self.settings()), length)]
+        return paths_of_length(len(self.settings()), len(self._stops()))
 
     def trainings(
         self, path: int, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
@@ -79,17 +77,13 @@ class PerceptronLearner:
 
         kind = self.kinds[path]
         rows = FeatureRows.of(logits, labels, kind)
-        fits_of: dict[BatchShape, list[int]] = {}
-        for number, held_out in enumerate(held_out_sets):
-            fits_of.setdefault(batch_shape(int(np.count_nonzero(~held_out))), []).append(number)
         sizes = [rows.raw.shape[1], *self.hidden_dims, rows.classes]
         side_by_side = SIDE_BY_SIDE if independent_products(pairwise(sizes)) else 1
-        groups = [
-            fits[first : first + side_by_side]
-            for fits in fits_of.values()
-            for first in range(0, len(fits), side_by_side)
+        shapes = [batch_shape(int(np.count_nonzero(~held_out))) for held_out in held_out_sets]
+        return [
+            (fits, _Training(self, rows, [held_out_sets[fit] for fit in fits], self._stops()))
+            for _, fits in fits_side_by_side(shapes, side_by_side)
         ]
-        return [(fits, _Training(self, rows, [held_out_sets[fit] for fit in fits], self._stops())) for fits in groups]
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after trainings on logits (M, N, C)."""

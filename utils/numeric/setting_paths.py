@@ -9,10 +9,10 @@ stops.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ PATIENCE = 2  # settings of a path that are no better than its best one, after w
 FIT_THREADS = 1  # over which the sums of one fit are split; small as they are, a second thread costs time
 
 
+Shape = TypeVar("Shape", bound=Hashable)
 Predictions = Mapping[int, np.ndarray]
 """{setting: probabilities float32 (H, C)} of one fit"""
 
@@ -156,21 +157,36 @@ def whole_training(
 
 def path_predictions(learner: PathLearner, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     """Return probabilities float32 (G, H, C) of held-out logits (M, H, C) after trainings on logits (M, N, C)."""
-    joined = np.concatenate([logits, held_out], axis=1)
-    mask = np.arange(joined.shape[1]) >= logits.shape[1]
-    truth = np.concatenate([labels, np.zeros(held_out.shape[1], dtype=np.asarray(labels).dtype)])
-    return whole_paths(learner, joined, truth, mask)
+    return joined_path_predictions(learner, np.concatenate([logits, held_out], axis=1), labels)
 
 
-def whole_paths(learner: PathLearner, logits: Any, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """Return probabilities float32 (G, H, C) of the rows held out, bool (N,), after trainings on the others.
+def joined_path_predictions(learner: PathLearner, joined: Any, labels: np.ndarray) -> np.ndarray:
+    """Return probabilities float32 (G, H, C) of the last H rows after trainings on the first N.
 
-    Of logits (M, N, C) and labels (N,); labels of the rows held out are not read.
+    Takes logits (M, N + H, C), or `MemberOutputs` of that shape, and the labels (N,) of the first rows.
     """
+    rows = joined.shape[1]
+    truth = np.concatenate([labels, np.zeros(rows - len(labels), dtype=np.asarray(labels).dtype)])
+    held_out = np.arange(rows) >= len(labels)
     by_setting: dict[int, np.ndarray] = {}
     for path in range(len(learner.paths())):
-        by_setting |= whole_training(learner, logits, labels, [held_out], (path, 0))[0]
+        by_setting |= whole_training(learner, joined, truth, [held_out], (path, 0))[0]
     return np.stack([by_setting[setting] for setting in range(len(learner.settings()))])
+
+
+def paths_of_length(n_settings: int, length: int) -> list[range]:
+    """Paths of equal length, one after the other, as many as the settings make."""
+    return [range(first, first + length) for first in range(0, n_settings, length)]
+
+
+def fits_side_by_side(shapes: Sequence[Shape], most: int) -> list[tuple[Shape, list[int]]]:
+    """Groups of up to `most` fits whose shapes, one per fit, are equal, with the numbers of the fits."""
+    fits_of: dict[Shape, list[int]] = {}
+    for number, shape in enumerate(shapes):
+        fits_of.setdefault(shape, []).append(number)
+    return [
+        (shape, fits[first : first + most]) for shape, fits in fits_of.items() for first in range(0, len(fits), most)
+    ]
 
 
 @contextmanager

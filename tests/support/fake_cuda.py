@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from utils.predictions import image_splits
 
 DEVICE = torch.device("cuda", 0)
 SYNCHRONISING = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
@@ -162,4 +165,6 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, *, memory: int = 8 * 2**30) -> It
     with monkeypatch.context() as patched, device:
         for name, value in facts.items():
             patched.setattr(torch.cuda, name, value)
+        # A cache of its own: a real device of the same name must not be handed what the fake has made.
+        patched.setattr(image_splits, "channel_constants", cache(image_splits.channel_constants.__wrapped__))
         yield device

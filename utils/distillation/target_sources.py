@@ -37,7 +37,7 @@ logger = logging.getLogger("disease_pipeline")
 
 CONFIG_KEY = "distillation.targets"
 EXPENSIVE_PASS = 0.2
-"""Of the student's training time: the cost of one pass of the teacher from which on `auto` tells it."""
+"""Of the student's training time: the cost of one pass of the teacher from which on `auto` logs it."""
 MAX_RECURRENCES = 4
 """Epochs that a recurring view is shown in before a warning; with 5 and with 40 students were worse than the network
 alone (benchmarks/distillation.py)."""
@@ -70,7 +70,8 @@ def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tup
     """The kind of targets, and the cross-fitted log-probabilities (N, C) of the train rows, NaN where there are none.
 
     `student` is (bytes of its weights, input size in px). `auto` resolves to `oof` where the teacher has members
-    without a network, else to `consistent` (function matching, Beyer et al. 2022), and tells where that is expensive.
+    without a network, else to `consistent` (function matching, Beyer et al. 2022), and logs the cost of an expensive
+    teacher.
 
     Raises LeakageError where `oof` is configured and there is no cross-fitted prediction, and UserError where the kind
     needs a network that the teacher does not have.
@@ -82,7 +83,7 @@ def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tup
     if kind == "auto":
         kind = OOF if without_network else CONSISTENT
         if kind == CONSISTENT:
-            _tell_cost(store, teacher, student)
+            _log_cost(store, teacher, student)
     if kind != OOF and without_network:
         raise UserError(
             f"{CONFIG_KEY}: {kind} needs the teacher's networks, and {', '.join(without_network)} of {teacher.name} "
@@ -106,7 +107,7 @@ def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tup
     return kind, crossfit
 
 
-def _tell_cost(store: Store, teacher: Teacher, student: tuple[int, int]) -> None:
+def _log_cost(store: Store, teacher: Teacher, student: tuple[int, int]) -> None:
     """Log what the passes of an expensive teacher cost; sizes alone decide, so that it is repeatable."""
     settings = store.config.distillation
     fraction = estimates.pass_fraction(teachers.network_sizes(store, teacher), student, epochs=settings.epochs)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from utils.numeric import pools, weight_search
 from utils.numeric.metrics import log_loss_per_row, softmax
-from utils.numeric.pools import Floats
+from utils.numeric.weight_search import Floats
 
 STRENGTHS = (np.inf, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001, 0.0)
 """In nats per unit of weight, the strongest first: it wins a tie."""

@@ -115,9 +115,10 @@ def _minimise_alone(loss: ConvexLoss, start: float, bounds: tuple[float, float],
     lower, upper = bounds
     weight, step = min(max(start, lower), upper), 0
     while True:
-        value, gradient, hessian = loss.derivatives(np.array([weight]))
+        weights = np.array([weight])
+        value, gradient, hessian = loss.derivatives(weights)
         slope, curvature = float(gradient[0]), float(hessian[0, 0])
-        gap = max(0.0, weight * slope - min(bounds[0] * slope, bounds[1] * slope))
+        gap = duality_gap(weights, gradient, bounds)
         if gap <= tolerance or step == MAX_STEPS:
             break
         if slope > 0:
@@ -132,7 +133,7 @@ def _minimise_alone(loss: ConvexLoss, start: float, bounds: tuple[float, float],
         if candidate == weight:
             break
         weight, step = candidate, step + 1
-    return Solution(np.array([weight]), value, gap, step)
+    return Solution(weights, value, gap, step)
 
 
 def duality_gap(weights: Floats, gradient: Floats, sum_bounds: tuple[float, float]) -> float:

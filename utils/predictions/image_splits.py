@@ -167,12 +167,12 @@ def _standardised(values: Tensor, preprocessing: Preprocessing) -> Tensor:
     low, high = preprocessing.value_range
     if (low, high) != (0, 1):
         values = values.mul_(high - low).add_(low)
-    mean, std = (_of_channels(tuple(each), str(values.device)) for each in (preprocessing.mean, preprocessing.std))
+    mean, std = (channel_constants(tuple(each), str(values.device)) for each in (preprocessing.mean, preprocessing.std))
     return values.sub_(mean).div_(std)
 
 
 @lru_cache(maxsize=64)
-def _of_channels(parameters: tuple[float, ...], device: str) -> Tensor:
+def channel_constants(parameters: tuple[float, ...], device: str) -> Tensor:
     """Parameters (1, 3, 1, 1) on a device; kept, since a GPU would have to be waited for in every batch."""
     import torch
 

@@ -245,3 +245,4 @@ def test_on_a_gpu_events_are_timed_and_the_device_is_named(store, member, monkey
     assert set(timings) == {1, 2}
     assert all(timing.p50 > 0 for timing in timings.values())
     assert device.counts["to device"] > 0
+    assert device.counts["events"] >= 2 * sum(timing.runs for timing in timings.values())  # begin and end of each run

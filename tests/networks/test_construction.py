@@ -141,3 +141,10 @@ def test_the_table_of_layouts_names_bundled_architectures_only():
     assert construction.evaluation_format(listed) == torch.channels_last
     assert construction.evaluation_format(other) == torch.contiguous_format
     assert construction.evaluation_format(Foreign(3)) == torch.contiguous_format
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "mobileone_s0"])  # the latter is trained contiguous
+def test_networks_of_timm_are_evaluated_channels_last(name):
+    import timm
+
+    assert construction.evaluation_format(timm.create_model(name, num_classes=3)) == torch.channels_last

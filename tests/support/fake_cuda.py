@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +29,7 @@ ACROSS_DEVICES = {Tensor.copy_, Tensor.__getitem__, Tensor.__setitem__, torch._h
 
 
 class FakeCuda(TorchFunctionMode):
-    """The device. `counts` has `to device`, `to host` and `synchronisations`, each by number of calls."""
+    """The device. `counts` has `to device`, `to host`, `synchronisations` and `events`, each by number of calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,10 +125,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 class Event:
     """`torch.cuda.Event`, by the clock."""
 
-    def __init__(self, **_: Any) -> None:
-        self.time = 0.0
+    def __init__(self, counts: Counter[str], **_: Any) -> None:
+        self.counts, self.time = counts, 0.0
 
     def record(self) -> None:
+        self.counts["events"] += 1
         self.time = time.perf_counter()
 
     def synchronize(self) -> None:
@@ -159,7 +160,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, *, memory: int = 8 * 2**30) -> It
         "get_rng_state_all": list,
         "set_rng_state_all": lambda states: None,
         "manual_seed_all": lambda seed: None,
-        "Event": Event,
+        "Event": partial(Event, device.counts),
         "device": lambda *_: nullcontext(),
     }
     with monkeypatch.context() as patched, device:

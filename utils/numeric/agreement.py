@@ -1,7 +1,7 @@
 """Agreement of predicted and true classes beyond chance: Matthews correlation and Cohen's kappas.
 
 All are computed from the numbers of true and of predicted rows of each class, so that the cost is linear in the number
-of classes and the bootstrap scores all its samples at once.
+of classes and the bootstrap scores all samples at once.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ def chance_corrected(
 ) -> dict[str, Floats]:
     """Return {metric of `CHANCE_CORRECTED`: values (...,)}; a kappa is NaN where chance alone always agrees.
 
-    `support` and `predicted` (..., C) are the numbers of rows of each class, `hits` (...,) the rows that are correct,
-    and `distances` (...,) the sums over rows of the distance between the columns of both classes, and of its square.
+    `support` and `predicted` (..., C) are the numbers of rows per true and per predicted class, `hits` (...,) the
+    numbers of correct rows, and `distances` the sums (...,) over rows of the distance between the columns of the true
+    and the predicted class, and of its square.
 
-    The Matthews correlation is that of more than two classes (Gorodkin 2004), 0 where all rows have one predicted or
-    true class. Kappa (Cohen 1960) counts all errors alike; the weighted ones (Cohen 1968) count the distance between
-    classes, or its square, and mean something only where the classes have an order.
+    The Matthews correlation is the multiclass one (Gorodkin 2004), 0 where all rows have one predicted or true class.
+    Kappa (Cohen 1960) weights all errors equally; the weighted kappas (Cohen 1968) weight them by the distance between
+    the classes, or by its square, and are meaningful only for ordered classes.
     """
-    true, answered = (np.asarray(values, dtype=np.float64) for values in (support, predicted))
+    true, answers = (np.asarray(values, dtype=np.float64) for values in (support, predicted))
     rows = true.sum(axis=-1)
-    expected = (true * answered).sum(axis=-1)
+    expected = (true * answers).sum(axis=-1)
     covariance = hits * rows - expected
-    spreads = (rows**2 - (answered**2).sum(axis=-1)) * (rows**2 - (true**2).sum(axis=-1))
+    spreads = (rows**2 - (answers**2).sum(axis=-1)) * (rows**2 - (true**2).sum(axis=-1))
     correlation = np.divide(covariance, np.sqrt(spreads), out=np.zeros(np.shape(rows)), where=spreads > 0)
     columns = np.arange(true.shape[-1], dtype=np.float64)
-    true_below, answered_below = (np.cumsum(values, axis=-1) for values in (true, answered))
-    linear = true_below * (rows[..., None] - answered_below) + answered_below * (rows[..., None] - true_below)
-    squares = ((true + answered) * columns**2).sum(axis=-1)
-    quadratic = rows * squares - 2 * (true * columns).sum(axis=-1) * (answered * columns).sum(axis=-1)
+    true_below, answers_below = (np.cumsum(values, axis=-1) for values in (true, answers))
+    linear = true_below * (rows[..., None] - answers_below) + answers_below * (rows[..., None] - true_below)
+    squares = ((true + answers) * columns**2).sum(axis=-1)
+    quadratic = rows * squares - 2 * (true * columns).sum(axis=-1) * (answers * columns).sum(axis=-1)
     return {
         "matthews_corrcoef": correlation,
         "cohen_kappa": _kappa(rows - hits, rows**2 - expected, rows),

@@ -1,4 +1,4 @@
-"""Perceptrons of standardised features, trained side by side; each fit has its own standardisation."""
+"""Perceptrons on standardised features, trained in one batch; each fit has its own standardisation."""
 
 from __future__ import annotations
 
@@ -15,26 +15,23 @@ from utils.numeric.module_training import BATCH_SIZE
 
 @dataclass(frozen=True)
 class FitRows:
-    """The rows of one fit and their standardisation."""
+    """The rows of one fit and the standardisation of their features."""
 
     rows: np.ndarray
     """int64 (n,): indices into the table"""
     centre: np.ndarray
-    """float64 (F,)"""
+    """float64 (F,): subtracted from the features"""
     scale: np.ndarray
-    """float64 (F,)"""
+    """float64 (F,): divisor of the centred features"""
 
 
 def batch_shape(rows: int) -> BatchShape:
-    """How the rows of a fit are split; fits of equal shape are trained side by side."""
+    """Return how the rows of a fit are split into batches; fits of equal shape are trained together."""
     return BatchShape.of(rows, max(1, rows // BATCH_SIZE))
 
 
 class BatchedPerceptrons(BatchedTraining):
-    """B perceptrons under training on features, which each standardises as its fit says.
-
-    `layers` are matrices (in, out) and biases (out,) of standardised features.
-    """
+    """B perceptrons in training on features, which each fit standardises by its centre and scale."""
 
     def __init__(
         self,
@@ -46,19 +43,19 @@ class BatchedPerceptrons(BatchedTraining):
         *,
         seed: int,
     ) -> None:
-        """Take features float32 (N, F), labels int64 (N,), and fits of equal `batch_shape`; widths in `sizes`."""
+        """Take features float32 (N, F), labels int64 (N,), fits of equal `batch_shape`, and layer widths `sizes`."""
         (shape,) = {batch_shape(len(fit.rows)) for fit in fits}
         super().__init__(table, labels, [fit.rows for fit in fits], [seed] * len(fits), shape, sizes, schedule)
         self.centres = torch.from_numpy(np.stack([fit.centre for fit in fits]).astype(np.float32))[:, None]
         self.factors = torch.from_numpy(np.stack([1 / fit.scale for fit in fits]).astype(np.float32))[:, None]
 
     def keep(self, numbers: Sequence[int]) -> None:
-        """Leave out all fits but those at these places; the others stay as they are, with the state of AdamW."""
+        """Keep the fits at these indices unchanged, with their state of AdamW, and drop all others."""
         self.centres, self.factors = self.centres[list(numbers)], self.factors[list(numbers)]
         super().keep(numbers)
 
     def layers(self, number: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """A copy of the matrices (in, out) and biases (out,) of one fit, float64."""
+        """Return copies of the matrices (in, out) and biases (out,) of one fit on standardised features, float64."""
         parts = [part.numpy().astype(np.float64) for part in self.parts(number)]
         return parts[::2], [bias[0] for bias in parts[1::2]]
 

@@ -1,10 +1,10 @@
-"""Networks of one shape, trained side by side on rows of one table as products of three-dimensional tensors.
+"""Networks of one shape, trained together on rows of one table by batched matrix products.
 
-Fits of a nested search are small: much of their time goes into starting operations. One operation for several of them
-costs hardly more than for one. Each fit has its own rows, initial weights, order of rows and random numbers, drawn from
-generators of its own, so that its bytes do not depend on the fits beside it. AdamW (Loshchilov and Hutter 2019) with a
+Fits of a nested search are small: much of their time is the overhead of starting operations. One operation for several
+fits costs hardly more than for one. Each fit has its own rows and its own generators, which draw its initial weights,
+order of rows and dropout, so that its bytes do not depend on the other fits. AdamW (Loshchilov and Hutter 2019) with a
 cosine schedule, dropout (Srivastava et al. 2014) and label smoothing (Szegedy et al. 2016). A network ends in a
-perceptron, whose gradients are written out; what a subclass puts before it has its own.
+perceptron, whose gradients are written by hand; a subclass that adds layers before it writes their gradients.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-RANDOM_VALUES = 2**16  # that a number takes which decides whether a unit is dropped
+RANDOM_VALUES = 2**16  # values of the random number that decides whether a unit is dropped
 BYTES_PER_DRAW = 8  # of the generator
-FILLED = 4  # a batch's rows are filled up to a multiple of it
-VECTOR = 64  # numbers, a multiple of what any processor treats at once
+FILLED = 4  # the rows of a batch are padded to a multiple of this
+VECTOR = 64  # numbers, a multiple of the SIMD width of any processor
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How the rows of a fit are split; fits of equal shape are trained side by side."""
+    """How the rows of a fit are split into batches; fits of equal shape are trained together."""
 
     n_batches: int
-    """Of an epoch; they differ by at most one row"""
+    """Batches of an epoch, whose sizes differ by at most one row"""
     width: int
-    """Rows of the largest, filled up"""
+    """Rows of the largest batch, padded"""
 
     @classmethod
     def of(cls, rows: int, n_batches: int) -> BatchShape:
-        """Of so many rows.
+        """Return the shape of a fit on this number of rows.
 
-        It depends on the fit alone, since the number of rows that are summed over may decide about the last bit.
+        It depends on the fit alone, since the number of summands may change the last bit of a sum.
         """
         return cls(n_batches, -(-rows // (n_batches * FILLED)) * FILLED)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a network is trained; the learning rate falls to 0 over `epochs`, also where a training ends earlier."""
+    """How a network is trained; the learning rate falls to 0 over `epochs`, even if training ends earlier."""
 
     epochs: int
     lr: float
@@ -54,9 +54,9 @@ class Schedule:
 
 
 class BatchedTraining:
-    """B perceptrons under training: affine maps with ReLU and dropout between them, cross-entropy at the end.
+    """B perceptrons in training: linear layers with ReLU and dropout between them, and the cross-entropy as loss.
 
-    `run_to` goes on to an epoch, `predict` answers with one of them.
+    `run_to` trains all of them until the end of an epoch, `predict` returns the probabilities of one.
     """
 
     def __init__(
@@ -71,22 +71,22 @@ class BatchedTraining:
     ) -> None:
         """Take a table float32 (N, F), labels int64 (N,), and each fit's rows, int64 (n,), and seed.
 
-        `sizes` are the widths of the perceptron, from what it reads to the classes.
+        `sizes` are the widths of the perceptron's layers, from its inputs to the classes.
         """
         self.table, self.labels, self.sizes, self.schedule = table, labels, sizes, schedule
         self.n_batches, self.width = shape.n_batches, shape.width
         self.threshold = round(schedule.dropout * RANDOM_VALUES)
         self.kept_share = 1 - self.threshold / RANDOM_VALUES
-        self.rows = [torch.from_numpy(each) for each in rows]
+        self.rows = [torch.from_numpy(indices) for indices in rows]
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        # Torch's own draws of dropout would take a third of the training.
+        # Drawing dropout masks in torch would take a third of the training time.
         self.noise = [np.random.SFC64(seed) for seed in seeds]
         layers = [shape for pair in pairwise(sizes) for shape in (pair, (1, pair[1]))]
         self.shapes: list[tuple[int, ...]] = [*self._shapes_before(), *layers]
-        """Of the matrices (in, out) and biases (1, out), by turns; the perceptron's come last"""
+        """Shapes of alternating matrices (in, out) and biases (1, out); the perceptron's come last"""
         self.n_before = len(self.shapes) - len(layers)
         self.values = torch.stack([_flat(self._initial(generator)) for generator in self.generators])
-        """Float32 (B, P): a fit's numbers end at a multiple of `VECTOR`, as no vector is to hold those of two"""
+        """Parameters float32 (B, P): padded to a multiple of `VECTOR`, so that no SIMD vector spans two fits"""
         self.optimizer = self._new_optimizer()
         self.epoch = self.step = 0
 
@@ -95,60 +95,60 @@ class BatchedTraining:
         while self.epoch < epoch:
             indices, divisors, sizes = self._epoch_rows()
             for number in range(self.n_batches):
-                self._train_step(indices[:, number], divisors[:, number], [each[number] for each in sizes])
+                self._train_step(indices[:, number], divisors[:, number], [counts[number] for counts in sizes])
             self.epoch += 1
 
     def keep(self, numbers: Sequence[int]) -> None:
-        """Leave out all fits but those at these places; the others stay as they are, with the state of AdamW."""
+        """Keep the fits at these indices unchanged, with their state of AdamW, and drop all others."""
         if len(numbers) == len(self.rows):
             return
-        chosen = torch.tensor(list(numbers))
+        indices = torch.tensor(list(numbers))
         state = self.optimizer.state[self.values]
-        self.values = self.values[chosen]
+        self.values = self.values[indices]
         self.optimizer = self._new_optimizer()
         if state:
-            moments = {name: state[name][chosen] for name in ("exp_avg", "exp_avg_sq")}
+            moments = {name: state[name][indices] for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[self.values] = moments | {"step": state["step"]}
         self.rows = [self.rows[number] for number in numbers]
         self.generators = [self.generators[number] for number in numbers]
         self.noise = [self.noise[number] for number in numbers]
 
     def parts(self, number: int) -> list[Tensor]:
-        """Views of the matrices (in, out) and biases (1, out) of one fit, by turns."""
+        """Return views of the alternating matrices (in, out) and biases (1, out) of one fit."""
         return [part[number] for part in self._parts(self.values)]
 
     def predict(self, number: int, rows: np.ndarray) -> np.ndarray:
-        """Probabilities float32 (n, C) by one fit of rows of the table, int64 (n,)."""
+        """Return the probabilities float32 (n, C) of one fit for rows of the table, int64 (n,)."""
         parts = self.parts(number)
         values = self._read(number, self.table[torch.from_numpy(rows)], parts[: self.n_before])
         layers = parts[self.n_before :]
-        for place in range(0, len(layers), 2):
-            values = torch.addmm(layers[place + 1], values.relu_() if place else values, layers[place])
+        for layer in range(0, len(layers), 2):
+            values = torch.addmm(layers[layer + 1], values.relu_() if layer else values, layers[layer])
         return torch.softmax(values, dim=1).numpy()
 
-    # what a subclass may put before the perceptron -------------------------------------------------------------------
+    # Hooks for subclasses with layers before the perceptron ----------------------------------------------------------
     def _shapes_before(self) -> Sequence[tuple[int, ...]]:
         """Shapes of the matrices and biases before the perceptron."""
         return ()
 
     def _initial(self, generator: torch.Generator) -> list[Tensor]:
-        """The numbers of a fit before its training, in the order and in the shapes of `shapes`."""
+        """Draw the initial parameters of a fit, in the order and shapes of `shapes`."""
         return [part for pair in pairwise(self.sizes) for part in linear_values(*pair, generator)]
 
     def _read(self, number: int, values: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """What the perceptron of one fit reads of rows (n, F) of the table; `parts` come before it."""
+        """Map rows (n, F) of the table to the inputs (n, D) of one fit's perceptron by its earlier layers, `parts`."""
         return values
 
     def _forward(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-        """What the perceptrons read under training, (B, n, D), of rows (B, n, F), `counts` of which are there."""
+        """Map training rows (B, n, F) to the perceptrons' inputs (B, n, D); all but the first `counts` are padding."""
         return values
 
     def _backward(self, gradient: Tensor, slopes: Sequence[Tensor]) -> None:
-        """Write the slopes of the parts before the perceptron, given the gradient (B, n, D) of what `_forward` gave."""
+        """Write the gradients of the layers before the perceptron, given that of the output of `_forward` (B, n, D)."""
 
     # -----------------------------------------------------------------------------------------------------------------
     def _parts(self, values: Tensor) -> list[Tensor]:
-        """Views of matrices (B, in, out) and biases (B, 1, out), by turns, of values (B, P)."""
+        """Return views of the alternating matrices (B, in, out) and biases (B, 1, out) in values (B, P)."""
         sizes = [math.prod(shape) for shape in self.shapes]
         parts = values[:, : sum(sizes)].split(sizes, dim=1)
         return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
@@ -158,9 +158,9 @@ class BatchedTraining:
         return torch.optim.AdamW([self.values], lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
 
     def _epoch_rows(self) -> tuple[Tensor, Tensor, list[list[int]]]:
-        """Indices (B, S, n) and divisors (B, S, n) of each batch's rows, and how many there are of each fit and batch.
+        """Return indices (B, S, n) and divisors (B, S, n) of the rows of S batches, and the rows per fit and batch.
 
-        Batches of a fit differ by at most one row. Rows that fill a batch up have the divisor 0.
+        Batches of a fit differ by at most one row. Padding rows have the divisor 0.
         """
         counts = [[len(part) for part in torch.arange(len(rows)).tensor_split(self.n_batches)] for rows in self.rows]
         indices = torch.zeros(len(self.rows), self.n_batches, self.width, dtype=torch.int64)
@@ -174,28 +174,28 @@ class BatchedTraining:
         return indices, divisors, counts
 
     def _train_step(self, indices: Tensor, divisors: Tensor, counts: Sequence[int]) -> None:
-        """One step of AdamW on batches of `indices` (B, n) whose gradients have the `divisors` (B, n)."""
+        """Take one step of AdamW on batches of `indices` (B, n) whose gradients have the `divisors` (B, n)."""
         fits, width = indices.shape
         values = self.table.index_select(0, indices.reshape(-1)).view(fits, width, -1)
         parts = self._parts(self.values)
         matrices, biases = parts[self.n_before :: 2], parts[self.n_before + 1 :: 2]
         inputs = [self._forward(values, parts[: self.n_before], counts)]
-        for place, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
+        for layer, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
             scores = torch.baddbmm(bias, inputs[-1], matrix)
-            if place < len(matrices) - 1:
+            if layer < len(matrices) - 1:
                 inputs.append(self._drop(scores.relu_(), counts))
         gradient = self._score_gradient(scores, indices, divisors)
         self.values.grad = torch.zeros_like(self.values)
         all_slopes = self._parts(self.values.grad)
         slopes = all_slopes[self.n_before :]
-        for place in reversed(range(len(matrices))):
-            slopes[2 * place].copy_(torch.bmm(inputs[place].transpose(1, 2), gradient))
-            torch.sum(gradient, dim=1, keepdim=True, out=slopes[2 * place + 1])
-            if place or self.n_before:
-                gradient = torch.bmm(gradient, matrices[place].transpose(1, 2))
-            if place:
-                # What is positive was neither cut off by ReLU nor dropped.
-                gradient = torch.ops.aten.threshold_backward(gradient, inputs[place], 0).div_(self.kept_share)
+        for layer in reversed(range(len(matrices))):
+            slopes[2 * layer].copy_(torch.bmm(inputs[layer].transpose(1, 2), gradient))
+            torch.sum(gradient, dim=1, keepdim=True, out=slopes[2 * layer + 1])
+            if layer or self.n_before:
+                gradient = torch.bmm(gradient, matrices[layer].transpose(1, 2))
+            if layer:
+                # A positive activation was neither zeroed by ReLU nor dropped.
+                gradient = torch.ops.aten.threshold_backward(gradient, inputs[layer], 0).div_(self.kept_share)
         if self.n_before:
             self._backward(gradient, all_slopes[: self.n_before])
         total_steps = self.schedule.epochs * self.n_batches
@@ -205,7 +205,7 @@ class BatchedTraining:
         self.step += 1
 
     def _score_gradient(self, scores: Tensor, indices: Tensor, divisors: Tensor) -> Tensor:
-        """Gradient (B, n, C) of each fit's mean cross-entropy by its scores (B, n, C)."""
+        """Return the gradient (B, n, C) of each fit's mean cross-entropy with respect to its logits (B, n, C)."""
         smoothing = self.schedule.label_smoothing
         gradient = torch.softmax(scores, dim=2)
         truth = self.labels[indices].unsqueeze(2)
@@ -215,15 +215,15 @@ class BatchedTraining:
         return gradient.mul_(divisors.unsqueeze(2))
 
     def _drop(self, values: Tensor, counts: Sequence[int]) -> Tensor:
-        """Dropout of values (B, n, H) in place."""
+        """Apply dropout to values (B, n, H) in place."""
         if not self.threshold:
             return values
         return values.mul_(self._kept(values.shape, counts, self.threshold)).div_(self.kept_share)
 
     def _kept(self, shape: Sequence[int], counts: Sequence[int], threshold: int) -> Tensor:
-        """Draw whether values (B, n, H) are kept, bool; `threshold` in `RANDOM_VALUES` are not.
+        """Draw which values (B, n, H) are kept, bool; a share of `threshold` / `RANDOM_VALUES` is dropped.
 
-        Every fit draws numbers for as many rows as it has.
+        Every fit draws numbers for its own rows only, without the padding.
         """
         numbers = np.zeros(shape, dtype=np.int16)
         for of_fit, count, noise in zip(numbers, counts, self.noise, strict=True):
@@ -234,16 +234,16 @@ class BatchedTraining:
 
 
 def independent_products(maps: Iterable[tuple[int, int]]) -> bool:
-    """Whether products with matrices (in, out) of several fits have the bytes that each of them has alone.
+    """Return whether batched products with matrices (in, out) have the same bytes as the product of each fit alone.
 
-    With rows filled up to a multiple of `FILLED` they have where each fit's matrices begin at a multiple of 16 bytes
-    and none is a vector. With MKL, 11 % of other random products had another last bit, and none of these.
+    With rows padded to a multiple of `FILLED` this holds where each fit's matrices begin at a multiple of 16 bytes and
+    none is a vector. With MKL, 11 % of other random products differed in the last bit, and none of these.
     """
     return all(width * wider % FILLED == 0 and min(width, wider) > 1 for width, wider in maps)
 
 
 def linear_values(width: int, wider: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A matrix (in, out) and a bias (1, out) as `torch.nn.Linear` draws them."""
+    """Draw a matrix (in, out) and a bias (1, out) as `torch.nn.Linear` does."""
     matrix = torch.empty(wider, width)
     nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
     bound = 1 / math.sqrt(width)
@@ -251,6 +251,6 @@ def linear_values(width: int, wider: int, generator: torch.Generator) -> tuple[T
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
-    """All numbers one after the other, filled up with zeros to a multiple of `VECTOR`."""
+    """Concatenate all values, padded with zeros to a multiple of `VECTOR`."""
     values = torch.cat([part.reshape(-1) for part in parts])
     return nn.functional.pad(values, (0, -len(values) % VECTOR))

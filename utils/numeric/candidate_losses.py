@@ -1,9 +1,9 @@
 """Losses of a pool with one member added, for all candidate members at once.
 
 Member m added to a pool makes the mixture (total + p_m) / (size + 1). Lower losses are better: log-loss, Brier score,
-1 - accuracy and 1 - macro F1 as `utils.numeric.metrics` defines them; the predicted class is the first of the highest.
-Probabilities are read as float32, sums are float64. The last digits of a sum depend on its order, so that losses that
-differ by at most `TIE_TOLERANCE` count as equal.
+1 - accuracy and 1 - macro F1 as `utils.numeric.metrics` defines them; the predicted class is the first of the most
+probable ones. Probabilities are read as float32, sums are float64. Since the last digits of a sum depend on its order,
+losses that differ by at most `TIE_TOLERANCE` count as equal.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ class Scorer(Protocol):
     """One metric on M members' probabilities (M, N, C), which it does not modify, and labels (N,)."""
 
     def reset(self, total: NDArray[Any] | None, size: float) -> None:
-        """Set the pool to the weighted sum `total` (N, C) of weight `size`; None and 0 make it empty, as at first."""
+        """Set the pool to the weighted sum `total` (N, C) of weight `size`; None and 0 empty it, the initial state."""
 
     def add(self, member: int) -> None:
-        """Add this member to the pool once more."""
+        """Add this member to the pool, which may already hold it."""
 
     def loss(self) -> float:
         """Return the loss of the current pool, which must not be empty."""
 
     def losses(self, *, all_exact: bool = False) -> Floats:
-        """Return losses (M,) with each member added: exact to rounding within 1e-6 of the lowest, else to 1e-6."""
+        """Return losses (M,) with each member added: exact to rounding within 1e-6 of the lowest loss, others to 1e-6.
+
+        With `all_exact`, all are exact to rounding.
+        """
 
 
 def make_scorer(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -> Scorer:
@@ -65,8 +68,8 @@ def candidate_losses(
 ) -> Floats:
     """Return losses (M,) of (1 - weight) * current + weight * candidate, for current (N, C), candidates (M, N, C).
 
-    Weight 1 scores the candidates alone. To add candidates in turn, `make_scorer` is faster. Raises UserError for a
-    weight outside [1e-9, 1].
+    `labels` are (N,). Weight 1 scores the candidates alone. To add several candidates one after another, `make_scorer`
+    is faster. Raises UserError for a weight outside [1e-9, 1].
     """
     if not 1e-9 <= weight <= 1:
         raise UserError(f"weight of a candidate: found {weight}; expected a number from 1e-9 to 1")
@@ -77,7 +80,7 @@ def candidate_losses(
 
 
 def weighted_sum(probabilities: NDArray[Any], weights: NDArray[Any]) -> Floats:
-    """Return the sum (N, C) of members' probabilities (M, N, C) times their weights (M,), in the scorers' precision."""
+    """Return the sum (N, C) of members' probabilities (M, N, C), read as float32, times their weights (M,)."""
     members = MemberBlocks(probabilities)
     total = np.zeros(probabilities.shape[1:])
     for member in np.flatnonzero(weights).tolist():
@@ -207,7 +210,7 @@ class LogLossScorer:
 
 
 class BrierScorer:
-    """Brier score, quadratic in the mixture: it needs the members' scalar products, one pass per new member."""
+    """Brier score, quadratic in the mixture: it needs the members' dot products, one pass over them per new member."""
 
     def __init__(self, members: MemberBlocks, labels: NDArray[np.intp]) -> None:
         count, self.rows, classes = members.shape
@@ -291,7 +294,7 @@ class VoteScorer:
     def reset(self, total: NDArray[Any] | None, size: float) -> None:
         self.size = float(size)
         is_settled = self.leads > 1e-6 + self.SLACK * self.size
-        if total is not None:  # it need not be a sum of these members
+        if total is not None:  # which may include probabilities of other members
             is_settled &= total[np.arange(self.rows), self.leaders] >= total.max(axis=1)
         self.open_rows = np.flatnonzero(~is_settled)
         self.truth = self.labels[self.open_rows]
@@ -342,12 +345,15 @@ class VoteScorer:
                 np.maximum(slot_winners, (reached > slot_best) * classes, out=slot_winners)
                 np.maximum(slot_best, reached, out=slot_best)
             bins = winners + np.arange(len(winners))[:, None] * self.classes
-            for table, counted in ((predicted, bins.ravel()), (hits, bins[winners == truth[rows]])):
-                table[block] += np.bincount(counted, minlength=len(winners) * self.classes).reshape(-1, self.classes)
+            for table, entries in ((predicted, bins.ravel()), (hits, bins[winners == truth[rows]])):
+                table[block] += np.bincount(entries, minlength=len(winners) * self.classes).reshape(-1, self.classes)
 
 
 def _slots(can_win: NDArray[np.bool_], counts: NDArray[Any]) -> list[NDArray[Any]]:
-    """Return the first, second, ... possible class of each row that has so many; rows (n, C) with the most first."""
+    """Return one array per slot k: the k-th class that can win of each row with at least k such classes.
+
+    `can_win` (n, C) and `counts` (n,), its sums over classes, are sorted by falling count.
+    """
     classes = np.nonzero(can_win)[1].astype(counts.dtype)
     starts = np.cumsum(counts) - counts
     return [classes[starts[counts > slot] + slot] for slot in range(counts[0] if len(counts) else 0)]

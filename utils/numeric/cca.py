@@ -1,9 +1,9 @@
 """Generalised canonical correlation analysis (GCCA) of several views of the same rows, in closed form, without labels.
 
 MAXVAR (Kettenring 1971; Carroll 1968) finds unit variates of the rows with the greatest sum, over the views, of squared
-multiple correlations: the leading eigenvectors of the sum of the views' projectors. Each view's covariance gets the
-ridge by which Ledoit and Wolf (2004) shrink it towards a multiple of the identity, so that a view may have more columns
-than rows or collinear columns.
+multiple correlations: the leading eigenvectors of the sum of the views' projectors. The covariance of each view is
+regularised by the shrinkage of Ledoit and Wolf (2004) towards a multiple of the identity, so that a view may have more
+columns than rows or collinear columns.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-SMALLEST_EIGENVALUE = 1e-10  # relative to a view's largest: below it a direction is rounding
-MIN_COVARIANCE_WEIGHT = 0.01  # of the covariance next to its ridge
+SMALLEST_EIGENVALUE = 1e-10  # relative to a view's largest: smaller ones are rounding errors
+MIN_COVARIANCE_WEIGHT = 0.01  # of the covariance relative to its ridge
 MAX_DENSE_SIZE = 800  # a dense solver is faster up to this size, or for at least a quarter of the spectrum
 Floats = NDArray[np.float64]
 
@@ -39,8 +39,8 @@ def shared_space(
 ) -> SharedSpace:
     """Fit at most `rank` variates of M views (N, D_m).
 
-    `shrinkage` replaces Ledoit and Wolf's intensity, which is raised to `min_shrinkage` where it is lower. There are
-    fewer variates if the views have fewer directions in total, and a single zero variate if all views are constant.
+    `shrinkage` replaces Ledoit and Wolf's intensity, which is otherwise at least `min_shrinkage`. There are fewer
+    variates if the views have fewer directions in total, and a single zero variate if all views are constant.
     """
     rows = len(views[0])
     centres, whiteners, whitened, intensities = [], [], [], []
@@ -66,7 +66,7 @@ def shared_space(
 
 
 def _mean_correlations(scores: Sequence[Floats]) -> Floats:
-    """Return the mean over the pairs of M views of the correlations of their centred scores (N, R): (R,).
+    """Return the mean correlations (R,) over the pairs of M views, from their centred scores (N, R).
 
     They are 1 for a single view, which has no pair.
     """
@@ -80,7 +80,10 @@ def _mean_correlations(scores: Sequence[Floats]) -> Floats:
 
 
 def principal_axes(values: NDArray, count: int) -> Floats:
-    """Return at most `count` leading principal axes (D, R) of centred values (N, D), signs fixed; R is at least 1."""
+    """Return at most `count` leading principal axes (D, R) of centred values (N, D); R is at least 1.
+
+    The largest entry of each axis is positive.
+    """
     rows, width = values.shape
     _, vectors = _leading(np.asarray(values, dtype=np.float64) / np.sqrt(max(1, rows)), min(count, rows))
     return vectors if vectors.shape[1] else np.zeros((width, 1))
@@ -89,7 +92,7 @@ def principal_axes(values: NDArray, count: int) -> Floats:
 def _ledoit_wolf(values: Floats) -> float:
     from sklearn.covariance import ledoit_wolf_shrinkage
 
-    # The intensity does not depend on the unit; dividing by the spread keeps squares of huge values from overflowing.
+    # The intensity does not depend on the scale; dividing by the spread keeps squares of huge values from overflowing.
     spread = np.abs(values).max()
     if len(values) < 2 or spread == 0 or values.shape[1] < 2:
         return 0.0
@@ -135,7 +138,7 @@ def _leading_eigenpairs(gram: Floats, count: int) -> tuple[Floats, Floats]:
     else:
         from scipy.sparse.linalg import eigsh
 
-        start = np.random.default_rng(0).normal(size=size)  # a fixed Krylov space makes the result reproducible
+        start = np.random.default_rng(0).normal(size=size)  # a fixed starting vector makes the result reproducible
         values, vectors = eigsh(gram, k=count, which="LA", v0=start)
     order = np.argsort(-values, kind="stable")
     return values[order], vectors[:, order]

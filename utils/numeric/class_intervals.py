@@ -1,4 +1,4 @@
-"""95% intervals of the figures of each class against the rest: Wilson's of rates, and areas by rows' influences."""
+"""95% intervals of the one-vs-rest metrics of each class: Wilson's for rates, and areas by the influences of rows."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Intervals = dict[str, list[float]]
 def class_intervals(
     probabilities: ArrayLike, labels: ArrayLike, groups: ArrayLike | None = None
 ) -> list[Intervals] | None:
-    """Return {figure: [low, high]} of each class, of probabilities (N, C) with labels (N,) and groups (N,).
+    """Return {metric: [low, high]} for each class, from probabilities (N, C), labels (N,) and groups (N,).
 
-    The figures are `sensitivity`, `specificity`, `positive_predictive_value`, `negative_predictive_value`, `roc_auc`
-    and `average_precision`; those of too few rows or groups are missing. None for more than 1,000 classes, whose
-    intervals would be most of the record.
+    The metrics are `sensitivity`, `specificity`, `positive_predictive_value`, `negative_predictive_value`, `roc_auc`
+    and `average_precision`; those with too few rows or groups are missing. None for more than 1,000 classes, whose
+    intervals would make up most of the record.
     """
     scores, truth = check_probabilities(probabilities, labels)
     if scores.shape[1] > MAX_LISTED_CLASSES:
@@ -44,15 +44,15 @@ def _rates(is_class: NDArray[np.bool_], is_predicted: NDArray[np.bool_], units: 
         "negative_predictive_value": ~is_predicted,
     }
     bounds = {
-        name: proportion_interval(is_right[chosen], None if units is None else units[chosen])
-        for name, chosen in rows.items()
-        if chosen.any()
+        name: proportion_interval(is_right[is_counted], None if units is None else units[is_counted])
+        for name, is_counted in rows.items()
+        if is_counted.any()
     }
     return {name: list(interval) for name, interval in bounds.items() if interval is not None}
 
 
 def _areas(areas: ClassAreas, units: NDArray[np.int64] | None) -> Intervals:
-    """Of a class and a rest of at least five rows, or groups, each."""
+    """Return the intervals of the areas; empty where the class or the rest has fewer than five rows, or groups."""
     sides = [
         count_units(int(side.sum()), None if units is None else units[side])
         for side in (areas.is_positive, ~areas.is_positive)

@@ -1,9 +1,9 @@
 """Vector and Dirichlet scaling of class scores, shrunk to temperature scaling (Guo et al. 2017; Kull et al. 2019).
 
-Log-probabilities z (N, C) that already have a temperature become z + z D^T + b, of which the softmax is taken. Vector
-scaling has a diagonal D, Dirichlet scaling a full one. Both minimise the mean log-loss plus
+Log-probabilities z (N, C), already divided by a temperature, become the softmax of z + z D^T + b. Vector scaling has a
+diagonal D, Dirichlet scaling a full one. Both minimise the mean log-loss plus
 `strength * (sum of squares of D and b)`, which is convex and leads to D = 0 and b = 0, the temperature alone, as the
-strength grows. Held-out folds choose kind and strength.
+strength grows. Held-out folds select kind and strength.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STRENGTHS = (1.0, 0.1, 0.01, 0.001)
 """In nats per squared unit of a parameter."""
 MAX_DIRICHLET_CLASSES = 50  # a full D has the square of this many parameters
 MIN_STANDARD_ERRORS = 1.0
-"""By which the held-out log-loss has to fall."""
+"""Least decrease of the held-out log-loss for which a map is kept."""
 VECTOR, DIRICHLET = "vector", "dirichlet"
 Floats = NDArray[np.float64]
 Integers = NDArray[np.integer]
@@ -28,7 +28,7 @@ Integers = NDArray[np.integer]
 
 @dataclass(frozen=True)
 class ClassScaling:
-    """A fitted map of log-probabilities at a temperature."""
+    """A temperature and the fitted affine map of the log-probabilities divided by it."""
 
     temperature: float
     matrix: Floats
@@ -37,13 +37,13 @@ class ClassScaling:
     """(C,)"""
 
     def apply(self, scores: Floats) -> Floats:
-        """Log-probabilities (N, C) of log-probabilities (N, C) at temperature 1."""
+        """Return scaled log-probabilities (N, C) of log-probabilities (N, C) at temperature 1."""
         scaled: Floats = log_softmax(log_softmax(scores / self.temperature) @ self.matrix.T + self.bias)
         return scaled
 
 
 def fit(scores: Floats, labels: Integers, kind: str, strength: float) -> ClassScaling:
-    """Fit a temperature, then the map of a kind and strength, to log-probabilities (N, C) and labels (N,)."""
+    """Fit a temperature, then a map of this kind and strength, to log-probabilities (N, C) and labels (N,)."""
     return _fit_map(scores, labels, temperature.fit_temperature(scores, labels), kind, strength)
 
 
@@ -63,8 +63,8 @@ def _fit_map(scores: Floats, labels: Integers, divisor: float, kind: str, streng
         offsets, bias = unpacked(parameters)
         log_probabilities = log_softmax(scores + scores @ offsets.T + bias)
         errors = (np.exp(log_probabilities) - truth) / rows
-        of_matrix = (errors * scores).sum(axis=0) if is_vector else (errors.T @ scores).ravel()
-        gradient = np.concatenate([of_matrix, errors.sum(axis=0)]) + 2 * strength * parameters
+        matrix_gradient = (errors * scores).sum(axis=0) if is_vector else (errors.T @ scores).ravel()
+        gradient = np.concatenate([matrix_gradient, errors.sum(axis=0)]) + 2 * strength * parameters
         return float(-(truth * log_probabilities).sum() / rows + strength * (parameters @ parameters)), gradient
 
     start = np.zeros(classes * (1 if is_vector else classes) + classes)
@@ -74,28 +74,29 @@ def _fit_map(scores: Floats, labels: Integers, divisor: float, kind: str, streng
 
 
 def select(scores: Floats, labels: Integers, folds: Integers) -> tuple[ClassScaling, str] | None:
-    """Fit the map of least held-out log-loss to log-probabilities (N, C); with its kind. None: a temperature suffices.
+    """Return the map of least held-out log-loss and its kind; None where a temperature temperature_losses suffices.
 
-    Temperature and map are fitted anew for each fold of `folds` (N,). A map is kept when the held-out log-loss falls by
-    more than one standard error of the paired difference, since the best of several would otherwise win by chance.
+    Takes log-probabilities (N, C) and labels (N,). Temperature and map are refitted without each fold of `folds` (N,).
+    A map is kept when the held-out log-loss falls by more than one standard error of the paired difference, since the
+    best of several would otherwise win by chance.
     """
     fold_names = np.unique(folds)
     if len(fold_names) < 2:
         return None
     kinds = (VECTOR, DIRICHLET) if scores.shape[1] <= MAX_DIRICHLET_CLASSES else (VECTOR,)
     candidates = [(kind, strength) for kind in kinds for strength in STRENGTHS]
-    alone = np.empty(len(labels))
+    temperature_losses = np.empty(len(labels))
     losses = np.empty((len(candidates), len(labels)))
     for name in fold_names:
         inside = folds == name
         others, held_out, truth = scores[~inside], scores[inside], labels[inside]
         divisor = temperature.fit_temperature(others, labels[~inside])
-        alone[inside] = log_loss_per_row(softmax(held_out / divisor), truth)
+        temperature_losses[inside] = log_loss_per_row(softmax(held_out / divisor), truth)
         for index, (kind, strength) in enumerate(candidates):
             scaled = _fit_map(others, labels[~inside], divisor, kind, strength).apply(held_out)
             losses[index, inside] = log_loss_per_row(softmax(scaled), truth)
     best = int(losses.mean(axis=1).argmin())
-    gains = alone - losses[best]
+    gains = temperature_losses - losses[best]
     if gains.mean() <= MIN_STANDARD_ERRORS * gains.std() / np.sqrt(len(gains)):
         return None
     kind, strength = candidates[best]

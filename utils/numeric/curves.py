@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from utils.numeric.metrics import check_probabilities
 
 MAX_POINTS = 100
-"""Of the curves of one class."""
+"""Of the curve of one class."""
 MAX_CURVE_CLASSES = 100
 """With more classes no curves are kept."""
 MAX_ALL_POINTS = 2000
@@ -22,13 +22,13 @@ POINT_KEYS = ("threshold", "false_positive_rate", "true_positive_rate", "precisi
 def class_curves(
     probabilities: ArrayLike, labels: ArrayLike, classes: Sequence[str]
 ) -> dict[str, dict[str, list[float]]] | None:
-    """Return {class: {key of `POINT_KEYS`: values}} of probabilities (N, C) with labels (N,), or None for many classes.
+    """Return {class: {key of `POINT_KEYS`: values}} from probabilities (N, C), labels (N,) and class names (C,).
 
-    A point holds for the rows whose probability of the class is at least its threshold; the true positive rate is the
-    recall. Thresholds fall, each is a probability of some row, and the last retrieves every row. The points are those
-    of scikit-learn's `roc_curve` without its first, and of `precision_recall_curve` without its last. Of more than
-    `MAX_POINTS` (or what `MAX_ALL_POINTS` leaves each class) those are kept that lie evenly along the ROC curve.
-    Classes that have no rows, or all, have no curves.
+    A point describes the rows whose probability of the class is at least its threshold; the true positive rate is the
+    recall. Thresholds decrease, each is the probability of some row, and the last retrieves every row. The points are
+    those of scikit-learn's `roc_curve` without its first, and of `precision_recall_curve` without its last. If there
+    are more than `MAX_POINTS` (or each class's share of `MAX_ALL_POINTS`), points evenly spaced along the ROC curve are
+    kept. Classes with no rows, or with all rows, have no curves. None for more than `MAX_CURVE_CLASSES` classes.
     """
     scores, truth = check_probabilities(probabilities, labels)
     if len(classes) > MAX_CURVE_CLASSES:

@@ -18,21 +18,21 @@ class AreaComparison:
     """The difference of two areas."""
 
     difference: float
-    """The first less the second"""
+    """The first area minus the second"""
     standard_error: float
     interval: tuple[float, float] | None
-    """95%; None where rows or groups are too few, or nothing varies"""
+    """95%; None where rows or groups are too few, or the variance is 0"""
     p_value: float | None
-    """Two-sided; 1 for equal areas without variance, None where rows or groups are too few"""
+    """Two-sided; None for too few rows or groups. Without variance: 1 for equal areas, None for different ones"""
 
 
 def compare_areas(
     first: MeanAreas, second: MeanAreas, labels: ArrayLike, groups: ArrayLike | None = None
 ) -> AreaComparison | None:
-    """Compare the mean one-vs-rest areas of two models on the same rows with labels (N,), or groups (N,) of them.
+    """Compare the mean one-vs-rest areas of two models on the same rows with labels (N,).
 
     For two classes this is the test of two correlated curves; for more, the structural components of all classes are
-    averaged. None where a class has every row.
+    averaged. With groups (N,), groups are independent instead of rows. None where every row belongs to one class.
     """
     from scipy.special import ndtr, ndtri
 
@@ -51,10 +51,11 @@ def compare_areas(
 
 
 def influence_variance(influence: Floats, truth: ArrayLike, groups: ArrayLike | None = None) -> float:
-    """Return the variance of a mean area from the influences (N,) of its rows with labels (N,), or sides of one curve.
+    """Return the variance of an area from the influences (N,) of the rows and their labels, `truth` (N,).
 
-    Rows are independent within their class, whose size is fixed; for one curve this is the variance of DeLong et al.
-    (1988). With `groups` (N,) the sums of groups are independent (Obuchowski 1997). 0 where nothing varies.
+    For one curve, `truth` states which rows belong to the class. Rows are independent within their class, whose size is
+    fixed; for one curve this is the variance of DeLong et al. (1988). With `groups` (N,) the sums of groups are
+    independent (Obuchowski 1997). It is 0 where the influences do not vary.
     """
     if groups is not None:
         sums = np.bincount(unit_indices(len(influence), groups), weights=influence)
@@ -62,5 +63,5 @@ def influence_variance(influence: Floats, truth: ArrayLike, groups: ArrayLike | 
     sides = np.unique(np.asarray(truth), return_inverse=True)[1].reshape(-1)
     counts = np.bincount(sides)
     deviations = influence - (np.bincount(sides, weights=influence) / counts)[sides]
-    of_side = np.bincount(sides, weights=deviations**2)
-    return float((of_side * counts / np.maximum(1, counts - 1)).sum())
+    side_sums = np.bincount(sides, weights=deviations**2)
+    return float((side_sums * counts / np.maximum(1, counts - 1)).sum())

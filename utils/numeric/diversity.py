@@ -1,4 +1,4 @@
-"""Diversity of ensemble members: four measures of each pair of members and one of each row.
+"""Diversity of ensemble members: four measures for each pair of members and one for each row.
 
 Kuncheva and Whitaker (2003), "Measures of diversity in classifier ensembles and their relationship with the ensemble
 accuracy", Machine Learning 51, compare the pairwise measures.
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
-BLOCK_ROWS = 2**16  # at a time; sums of so many are exact in float32
+BLOCK_ROWS = 2**16  # at a time; counts up to this are exact in float32
 Floats = NDArray[np.float64]
 
 
@@ -68,9 +68,9 @@ def pairwise_diversity(hits: NDArray[np.bool_]) -> Diversity:
 
 
 def mutual_information(parts: Iterable[NDArray[np.floating]]) -> Floats:
-    """Return the mutual information of a row's class and the member that predicts it, in nats (N,).
+    """Return the mutual information (N,) of a row's class and the member that predicts it, in nats.
 
-    `parts` are the probabilities (N, C) of at least one member. The value is the entropy of the members' mean less the
+    `parts` are the probabilities (N, C) of at least one member. The value is the entropy of the members' mean minus the
     mean of their entropies: 0 if all agree, at most log(M) (Houlsby et al. 2011, "Bayesian active learning for
     classification and preference learning").
     """

@@ -1,7 +1,7 @@
 """Find labels that are likely to be wrong: confident learning (Northcutt et al. 2021) on cross-fitted predictions.
 
-A row counts for the most probable class among those that it gives at least as much probability as the rows with that
-label do on average. A row that counts for another class than its label is an issue.
+The threshold of a class is its mean probability over the rows with this label. A row is assigned to the most probable
+class among those whose threshold its probability reaches. A row assigned to a class other than its label is an issue.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ class LabelIssues:
     rows: NDArray[np.int64]
     """(n,): rows with a label issue, the lowest margin first"""
     suggested: NDArray[np.int64]
-    """(n,): the class that each of these rows counts for"""
+    """(n,): the class that each of these rows is assigned to"""
     margins: NDArray[np.float64]
-    """(n,): probability of the label less that of the suggested class"""
+    """(n,): probability of the label minus that of the suggested class"""
     thresholds: NDArray[np.float64]
     """(C,): mean probability of a class over the rows with this label; NaN for a class without rows"""
     counts: NDArray[np.int64]
-    """(C, C), the confident joint: number of rows with label i that count for class j"""
+    """(C, C), the confident joint: number of rows with label i that are assigned to class j"""
 
 
 def find_label_issues(probabilities: ArrayLike, labels: ArrayLike) -> LabelIssues:
     """Find label issues from labels (N,) and out-of-sample probabilities (N, C).
 
-    Rows that reach no class's threshold count for no class. Raises UserError as `metrics.check_probabilities` does.
+    Rows that reach no threshold are assigned to no class. Raises UserError as `metrics.check_probabilities` does.
     """
     scores, truth = check_probabilities(probabilities, labels)
-    everywhere, classes = np.arange(len(truth)), scores.shape[1]
+    all_rows, classes = np.arange(len(truth)), scores.shape[1]
     support = np.bincount(truth, minlength=classes)
-    sums = np.bincount(truth, weights=scores[everywhere, truth], minlength=classes)
+    sums = np.bincount(truth, weights=scores[all_rows, truth], minlength=classes)
     thresholds = np.divide(sums, support, out=np.full(classes, np.nan), where=support > 0)
     is_reached = scores >= np.where(support > 0, thresholds, np.inf) - ROUNDING
-    counted = np.where(is_reached, scores, -1).argmax(axis=1)
-    counts_for_any = is_reached.any(axis=1)
-    pairs = truth[counts_for_any] * classes + counted[counts_for_any]
+    assigned = np.where(is_reached, scores, -1).argmax(axis=1)
+    is_assigned = is_reached.any(axis=1)
+    pairs = truth[is_assigned] * classes + assigned[is_assigned]
     counts = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-    rows = np.flatnonzero(counts_for_any & (counted != truth))
-    margins = scores[rows, truth[rows]] - scores[rows, counted[rows]]
+    rows = np.flatnonzero(is_assigned & (assigned != truth))
+    margins = scores[rows, truth[rows]] - scores[rows, assigned[rows]]
     order = np.argsort(margins, kind="stable")
     rows = rows[order]
-    return LabelIssues(rows, counted[rows], margins[order], thresholds, counts)
+    return LabelIssues(rows, assigned[rows], margins[order], thresholds, counts)
 
 
 def issues_csv(

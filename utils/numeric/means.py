@@ -1,7 +1,7 @@
-"""Means of rows that may come in groups, and their ratios: standard errors and intervals by the sums of groups.
+"""Standard errors and intervals of means of rows that may come in groups, and of ratios of means.
 
 Rows of one group (images of one patient, frames of one film) are not independent. Their values are summed by group
-before any spread is computed, and degrees of freedom are those of the groups.
+before any variance is computed, and degrees of freedom are those of the groups.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 
 def unit_indices(rows: int, groups: ArrayLike | None) -> NDArray[np.int64]:
-    """Return the index of each row's group among the different groups (N,); each row's own where `groups` is None."""
+    """Return the index (N,) of each row's group among the distinct groups; 0 to N - 1 where `groups` is None."""
     if groups is None:
         return np.arange(rows)
     return np.asarray(np.unique(np.asarray(groups), return_inverse=True)[1], dtype=np.int64).reshape(-1)
@@ -37,14 +37,15 @@ def unit_sums(values: ArrayLike, groups: ArrayLike | None = None) -> Floats:
 
 
 def count_units(rows: int, groups: ArrayLike | None) -> int:
-    """Return the number of independent units: of groups, or of rows where `groups` is None."""
+    """Return the number of independent units: distinct groups, or rows where `groups` is None."""
     return rows if groups is None else len(np.unique(np.asarray(groups)))
 
 
 def standard_error(values: ArrayLike, groups: ArrayLike | None = None) -> float:
     """Return the standard error of the mean of values (N,), whose groups (N,) are independent; 0 for one unit.
 
-    It is that of a ratio of sums, linearised (Cochran 1977, section 6.3), so that groups may differ in size.
+    It is the linearised standard error of a ratio of sums (Cochran 1977, section 6.3), so that groups may differ in
+    size.
     """
     numbers = np.asarray(values, dtype=np.float64)
     deviations = unit_sums(numbers - numbers.mean(), groups)
@@ -59,8 +60,8 @@ def mean_interval(
 ) -> tuple[float, float] | None:
     """Return the interval of the mean of values (N,) over rows or groups (N,), corrected for skewness.
 
-    Student's t with Hall's monotone transformation (1992), since a few large losses decide the mean of many small ones.
-    None for fewer than `MIN_UNITS` rows or groups.
+    Uses Student's t with Hall's monotone transformation (1992), since a few large losses dominate the mean of many
+    small ones. None for fewer than `MIN_UNITS` rows or groups.
     """
     from scipy.special import stdtrit
 
@@ -83,7 +84,7 @@ def paired_interval(
 ) -> tuple[float, float] | None:
     """Return the interval of the mean of paired differences (N,) by Student's t over rows or groups (N,).
 
-    Differences of two models have heavy tails on both sides; a correction for the skewness of a sample would be noise.
+    Differences of two models have heavy tails on both sides; correcting for the skewness of the sample would add noise.
     None for fewer than `MIN_UNITS` rows or groups.
     """
     from scipy.special import stdtrit
@@ -101,9 +102,9 @@ def ratio_interval(
 ) -> tuple[float, float] | None:
     """Return the interval of mean(parts) / mean(wholes) of paired values (N,) over rows or groups (N,).
 
-    It holds the ratios r for which the mean of `parts - r wholes` may be 0 by Student's t (Fieller 1954). None where
-    the mean of `wholes` is not above 0 at this level, so that any ratio goes with the values, and for fewer than
-    `MIN_UNITS` rows or groups.
+    It contains the ratios r for which Student's t does not reject that the mean of `parts - r wholes` is 0 (Fieller
+    1954). None where the mean of `wholes` is not above 0 at this level, so that the interval is unbounded, and for
+    fewer than `MIN_UNITS` rows or groups.
     """
     from scipy.special import stdtrit
 
@@ -131,17 +132,17 @@ def _unskewed(quantile: float, skewness: float) -> float:
 
 
 def is_within_one_standard_error(losses: Floats, lowest: Floats, groups: ArrayLike | None = None) -> bool:
-    """Return whether losses (N,) are on average within one standard error of the lowest ones (N,), paired by row."""
+    """Return whether the mean of losses (N,) is within one standard error of that of `lowest` (N,), paired by row."""
     differences = losses - lowest
     return bool(differences.mean() <= standard_error(differences, groups) + ROUNDING)
 
 
 def design_effect(values: ArrayLike, groups: ArrayLike | None) -> float:
-    """Return by how much groups raise the variance of the mean of values (N,) above that of independent rows.
+    """Return the factor by which groups raise the variance of the mean of values (N,) over that of independent rows.
 
     It is at least 1, and 1 where `groups` is None or all values are equal (Kish 1965).
     """
     if groups is None:
         return 1.0
-    of_rows = standard_error(values)
-    return max(1.0, (standard_error(values, groups) / of_rows) ** 2) if of_rows > 0 else 1.0
+    row_error = standard_error(values)
+    return max(1.0, (standard_error(values, groups) / row_error) ** 2) if row_error > 0 else 1.0

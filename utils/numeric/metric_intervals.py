@@ -1,9 +1,9 @@
-"""95% intervals of the point metrics of one model, each by the method that holds what it says on few rows.
+"""95% intervals of the point metrics of one model, each by a method with the stated coverage on few rows.
 
-Accuracy, also top-k: Wilson's interval. Mean losses: Student's t, corrected for skewness. F1, precision, recall, areas
-under curves, Matthews correlation and kappas (as fractions of their range): Wilson's interval for as many rows as give
-the bootstrap's variance. Calibration errors, which resampling
-biases upwards: reflected percentiles, from 0 on where chance alone may give them.
+Accuracy and top-k accuracy: Wilson's interval. Mean losses: Student's t, corrected for skewness. F1, precision, recall,
+areas under curves, Matthews correlation and kappas (as fractions of their range): Wilson's interval for the number of
+rows that corresponds to the bootstrap variance. Calibration errors, which resampling biases upwards: reflected
+percentiles; the lower bound is 0 where the error is compatible with chance.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from utils.numeric.statistics import TAILS
 LOSSES = ("log_loss", "brier")
 CALIBRATION_ERRORS = ("ece", "ece_adaptive", "mce")
 MIN_CLASS_ROWS = 5
-"""Fewest rows, or groups, of each class that has any, for which the interval of a macro average is given."""
+"""Fewest rows, or groups, of the smallest non-empty class for which the interval of a macro average is given."""
 FEW_DECIDE = ("roc_auc_ovr_macro", "average_precision_macro", "cohen_kappa_linear", "cohen_kappa_quadratic")
 AREA_WIDENING = 1.2
-"""Of the standard error of metrics that a few rows decide, as areas under curves near 1: the bootstrap sees too few."""
+"""Factor of the standard error of metrics that depend on a few rows, such as areas near 1: the bootstrap sees too few
+of these rows."""
 Floats = NDArray[np.float64]
 
 
@@ -39,10 +40,10 @@ def metric_intervals(
     labels: ArrayLike,
     groups: ArrayLike | None = None,
 ) -> tuple[dict[str, list[float]], str]:
-    """Return `ci95` {metric: [low, high]} of one model, and the reason why intervals are missing, if any is.
+    """Return `ci95` {metric: [low, high]} of one model, and the reason for missing intervals, "" if none is missing.
 
-    `metrics` are its point metrics on probabilities (N, C) with labels (N,) and groups (N,), and `samples`
-    {metric: values (B,)} its part of what `statistics.bootstrap_metrics` gives.
+    `metrics` are the model's point metrics on probabilities (N, C) with labels (N,) and groups (N,), and `samples`
+    {metric: values (B,)} are its bootstrap values by `statistics.bootstrap_metrics`.
     """
     scores, truth = check_probabilities(probabilities, labels)
     units = count_units(len(truth), groups)
@@ -50,8 +51,8 @@ def metric_intervals(
         return {}, f"{units} {'rows' if groups is None else 'groups'}; an interval needs {MIN_UNITS}"
     hits = scores.argmax(axis=1) == truth
     support = np.bincount(truth, minlength=scores.shape[1])
-    of_class = np.bincount(truth if groups is None else _class_of_groups(truth, groups), minlength=len(support))
-    fewest = int(of_class[support > 0].min())
+    class_units = np.bincount(truth if groups is None else _class_of_groups(truth, groups), minlength=len(support))
+    fewest = int(class_units[support > 0].min())
     support = support[support > 0]
     widening = widening_of_classes(units, len(support), fewest)
     reasons = []
@@ -87,16 +88,16 @@ def metric_intervals(
 
 
 def _class_of_groups(truth: NDArray[np.int64], groups: ArrayLike) -> NDArray[np.int64]:
-    """Return the class of each pair of a class and a group that has rows of it."""
+    """Return the classes (P,) of the P distinct pairs of a class and a group."""
     pairs = np.unique(np.stack([truth, unit_indices(len(truth), groups)]), axis=1)
     return np.asarray(pairs[0], dtype=np.int64)
 
 
 def widening_of_classes(units: int, classes: int, fewest: int) -> float:
-    """Return by what to widen standard errors of a bootstrap within classes, the smallest of so many units.
+    """Return the factor that widens the standard errors of a stratified bootstrap; `fewest` units in a class.
 
-    It draws from the units that there are, so that the variance within a class of m is (m - 1) / m of the true one, and
-    the standard error is estimated itself, for which Student's t takes the place of the normal quantile.
+    Resampling a class of m units gives (m - 1) / m of the true variance within the class. Since the standard error is
+    an estimate, Student's t replaces the normal quantile.
     """
     from scipy.special import ndtri, stdtrit
 
@@ -106,26 +107,26 @@ def widening_of_classes(units: int, classes: int, fewest: int) -> float:
 
 
 def score_interval(value: float, variance: float, most: float) -> tuple[float, float]:
-    """Return Wilson's interval of a score between 0 and 1, for the number of rows that gives its variance.
+    """Return Wilson's interval of a score between 0 and 1, for the number of rows that corresponds to its variance.
 
-    Where it does not vary, that is `most`: rows in a mean over classes, each of the size that it has.
+    Where the variance is 0, `most` is that number: the effective number of rows of a mean over classes.
     """
     rows = value * (1 - value) / variance if variance > ROUNDING**2 else most
     return wilson_interval(value, max(rows, 1.0))
 
 
 def _signed_interval(value: float, samples: Floats, most: float, widening: float) -> tuple[float, float]:
-    """Return the interval of a score between -1 and 1, by that of the fraction of its range."""
-    known = samples[np.isfinite(samples)]
-    low, high = score_interval((value + 1) / 2, float(known.var()) / 4 * widening**2, most)
+    """Return the interval of a score between -1 and 1, from that of the score mapped to [0, 1]."""
+    finite = samples[np.isfinite(samples)]
+    low, high = score_interval((value + 1) / 2, float(finite.var()) / 4 * widening**2, most)
     return 2 * low - 1, 2 * high - 1
 
 
 def _reflected(value: float, samples: Floats, *, is_by_chance: bool) -> tuple[float, float]:
-    """Return percentiles of the samples, reflected about the value, cut off at 0 and widened to contain the value.
+    """Return percentiles of the samples, reflected about the value, clipped at 0 and widened to contain the value.
 
-    The lower one is lowered by the samples' bias once more, since the value's own bias is larger than theirs. The upper
-    one is not lowered by it: how large the bias is, is too uncertain.
+    The lower bound is lowered once more by the bias of the samples, since the bias of the value is larger. The upper
+    bound is not lowered, because the estimate of the bias is too uncertain.
     """
     low, high = (float(quantile) for quantile in np.quantile(samples, TAILS))
     lowest = 2 * value - high - max(0.0, float(samples.mean()) - value)

@@ -1,9 +1,8 @@
-"""Point metrics of class probabilities (N, C) against labels (N,); numpy alone, float64 inside.
+"""Point metrics of class probabilities (N, C) against labels (N,); NumPy only, computed in float64.
 
-Every public function of probabilities and labels checks them and raises UserError, which names the first invalid row,
-unless its docstring says otherwise. The predicted class is the one of highest probability, the first of equals.
-Macro averages are over the classes that have rows, as scikit-learn's are with
-`labels=unique(labels), zero_division=0`: of a class without rows nothing is known.
+Every public function of probabilities and labels validates them and raises UserError, which names the first invalid
+row, unless its docstring states otherwise. The predicted class is the one of highest probability, the first on ties.
+Macro averages are over the classes that have rows, as in scikit-learn with `labels=unique(labels), zero_division=0`.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ SUM_TOLERANCE = 1e-3
 """Largest deviation from 1 of the sum of a row's probabilities."""
 SIGN_TOLERANCE = 1e-6
 """Largest probability below 0 that counts as rounding."""
-MAX_LISTED_CLASSES = 1000  # whose confusion matrix `metrics.json` lists; that of 5,000 takes 150 MB as text
+MAX_LISTED_CLASSES = 1000  # classes up to which `metrics.json` has the confusion matrix; for 5,000 it takes 150 MB
 BINS = 15
 TOP_K = (3, 5)
-"""Numbers of most probable classes whose top-k accuracy is measured."""
+"""Values of k of the top-k accuracies."""
 ROUNDING = 1e-12
-"""Differences of losses up to it count as rounding."""
+"""Differences of losses up to this count as rounding."""
 MACRO_AVERAGES = (
     *("f1_macro", "precision_macro", "recall_macro", "balanced_accuracy", "roc_auc_ovr_macro"),
     "average_precision_macro",
@@ -42,7 +41,7 @@ Integers = NDArray[np.int64]
 def log_softmax(logits: ArrayLike) -> Floats:
     """Return log-probabilities (..., C) of logits (..., C) in float64, finite for every finite input."""
     values = np.asarray(logits, dtype=np.float64)
-    with np.errstate(over="ignore"):  # 1e308 beside -1e308: the difference is clipped below
+    with np.errstate(over="ignore"):  # the difference of 1e308 and -1e308 overflows and is clipped below
         shifted = values - values.max(axis=-1, keepdims=True)
     shifted = np.maximum(shifted, -np.finfo(np.float64).max)
     log_probabilities: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -56,7 +55,7 @@ def softmax(logits: ArrayLike) -> Floats:
 
 
 def clipped_log(probabilities: NDArray[Any]) -> NDArray[Any]:
-    """Return the logarithm of probabilities of any shape, clipped at 1e-12, in the type of the input; unchecked."""
+    """Return the logarithm of probabilities of any shape, clipped at 1e-12, in the dtype of the input; unchecked."""
     logs: NDArray[Any] = np.log(np.maximum(probabilities, SMALLEST_PROBABILITY))
     return logs
 
@@ -68,7 +67,7 @@ def ratio_or_zero(part: NDArray[Any], whole: NDArray[Any]) -> Floats:
 
 
 def check_probabilities(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Floats, Integers]:
-    """Return probabilities (N, C) and labels (N,) in float64 and int64.
+    """Return validated probabilities (N, C) and labels (N,) in float64 and int64.
 
     Raises UserError for wrong shapes or types, for probabilities that are not finite, are below 0 or do not sum to 1,
     and for labels outside 0..C-1.
@@ -125,7 +124,7 @@ def matthews_corrcoef(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
 
 def top_k_accuracy(probabilities: ArrayLike, labels: ArrayLike, k: int) -> float:
-    """Return the fraction of rows whose class is among the k most probable ones, the first of equals first."""
+    """Return the fraction of rows whose class is among the k most probable ones; ties go to the first class."""
     return float(top_k_hits(*check_probabilities(probabilities, labels), k).mean())
 
 
@@ -172,15 +171,15 @@ def _macro(by_class: dict[str, NDArray[Any]], name: str) -> float:
 
 
 def f1_weighted(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """Return the mean of the C classes' F1, weighted by the number of rows of each class."""
+    """Return the mean F1 of the classes, weighted by the number of rows of each class."""
     by_class = per_class(probabilities, labels)
     return float(np.average(by_class["f1"], weights=by_class["support"]))
 
 
 def log_loss_per_row(probabilities: ArrayLike, labels: ArrayLike) -> Floats:
-    """Return -log p(true class) of each row (N,) in nats; p is clipped at 1e-12, so that a row costs at most 27.6.
+    """Return the loss -log p(true class) of each row (N,) in nats; p is clipped at 1e-12, so that it is at most 27.6.
 
-    scikit-learn clips at the machine epsilon of the input's type (at most 36.0 in float64); both agree above 1e-12.
+    scikit-learn clips at the machine epsilon of the input's dtype (at most 36.0 in float64); both agree above 1e-12.
     """
     return _log_losses(*check_probabilities(probabilities, labels))
 
@@ -192,7 +191,7 @@ def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
 def _log_losses(scores: Floats, truth: Integers) -> Floats:
     p_true = scores[np.arange(len(truth)), truth]
-    losses: Floats = np.abs(np.log(p_true.clip(SMALLEST_PROBABILITY, 1.0)))  # no logarithm here is above 0
+    losses: Floats = np.abs(np.log(p_true.clip(SMALLEST_PROBABILITY, 1.0)))  # all logarithms are at most 0
     return losses
 
 
@@ -215,15 +214,15 @@ def _brier_per_row(scores: Floats, truth: Integers) -> Floats:
 
 
 def confidence_bins(confidence: Floats) -> Integers:
-    """Return the index (N,) of the equal-width bin, of 15, that holds each confidence (N,).
+    """Return the index (N,) of the equal-width bin, of 15, that contains each confidence (N,).
 
-    Bins are (low, high]; the first also holds 0, the last also what rounding puts above 1.
+    Bins are (low, high]; the first also contains 0, the last also values that rounding puts above 1.
     """
     return np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left").astype(np.int64)
 
 
 def _calibration(scores: Floats, truth: Integers) -> tuple[Integers, Floats, Floats]:
-    """Return the rows, the hits and the summed confidence (15,) of each bin."""
+    """Return the number of rows, the number of hits and the summed confidence (15,) of each bin."""
     confidence = scores.max(axis=1)
     bins = confidence_bins(confidence)
     is_hit = scores.argmax(axis=1) == truth
@@ -239,9 +238,9 @@ def _calibration_gaps(scores: Floats, truth: Integers) -> tuple[Floats, Floats]:
 
 
 def reliability(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, list[Any]]:
-    """Return the data of a reliability diagram: `confidence`, `accuracy` and `count` of each of the 15 bins.
+    """Return the data of a reliability diagram: mean `confidence`, `accuracy` and `count` of each of the 15 bins.
 
-    An empty bin has the confidence of its centre and the accuracy None.
+    The confidence of an empty bin is its centre, and its accuracy is None.
     """
     counts, hits, sums = _calibration(*check_probabilities(probabilities, labels))
     centres = (np.arange(BINS) + 0.5) / BINS
@@ -262,8 +261,8 @@ def ece(probabilities: ArrayLike, labels: ArrayLike) -> float:
 def ece_adaptive(probabilities: ArrayLike, labels: ArrayLike) -> float:
     """Return the expected calibration error of the top class over 15 bins of equal size (Nguyen and O'Connor 2015).
 
-    Rows are sorted by confidence. A row on the boundary of two bins belongs to each in part, and so do rows of equal
-    confidence, so that the result depends neither on the order of the rows nor on their number.
+    Rows are sorted by confidence. A row on the boundary of two bins belongs in part to each of them, and so do rows of
+    equal confidence, so that the result depends neither on the order of the rows nor on their number.
     """
     return _ece_adaptive(*check_probabilities(probabilities, labels))
 
@@ -277,7 +276,10 @@ def _ece_adaptive(scores: Floats, truth: Integers) -> float:
 
 
 def order_by_confidence(scores: Floats, truth: Integers) -> tuple[Integers, Integers, Floats]:
-    """Return the order of rows by confidence (N,), the last index of each confidence, and hit - confidence (N,)."""
+    """Return the order (N,) of rows by confidence, the last position (U,) of each value, and hit - confidence (N,).
+
+    The differences hit - confidence are in the order of the input.
+    """
     confidence = scores.max(axis=1)
     order = np.argsort(confidence, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(confidence[order]) > 0), len(truth) - 1)
@@ -285,17 +287,17 @@ def order_by_confidence(scores: Floats, truth: Integers) -> tuple[Integers, Inte
 
 
 def mce(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """Return the maximum calibration error: the largest gap of a non-empty bin, of 15 (Guo et al. 2017)."""
+    """Return the maximum calibration error: the largest gap among the non-empty of 15 bins (Guo et al. 2017)."""
     return float(_calibration_gaps(*check_probabilities(probabilities, labels))[1].max())
 
 
 def roc_auc_ovr_macro(
     probabilities: ArrayLike, labels: ArrayLike, classes: Sequence[str] | None = None
 ) -> tuple[float | None, str]:
-    """Return the mean over classes of the one-vs-rest area under the ROC curve, ties by mid-ranks, and "".
+    """Return the mean one-vs-rest area under the ROC curve over classes, and ""; ties count half.
 
-    Classes without rows are left out. Returns None and the reason, which names `classes` (C,) or their indices, if a
-    class has every row.
+    Classes without rows are left out. If every row belongs to one class, returns None and the reason, which gives its
+    name in `classes` (C,) or its index.
     """
     scores, truth = check_probabilities(probabilities, labels)
     names = list(map(str, range(scores.shape[1]) if classes is None else classes))
@@ -303,11 +305,14 @@ def roc_auc_ovr_macro(
 
 
 def _areas(scores: Floats, truth: Integers) -> dict[str, Floats]:
-    """Return `roc_auc` and `average_precision` (C,) of each class against the rest; NaN where it has no or all rows."""
+    """Return one-vs-rest `roc_auc` and `average_precision` (C,).
+
+    NaN for a class without rows; `roc_auc` is also NaN for a class with all rows.
+    """
     areas = {name: np.full(scores.shape[1], np.nan) for name in ("roc_auc", "average_precision")}
-    for of_class in class_areas(scores, truth):
-        areas["roc_auc"][of_class.index] = of_class.roc_auc
-        areas["average_precision"][of_class.index] = of_class.average_precision
+    for entry in class_areas(scores, truth):
+        areas["roc_auc"][entry.index] = entry.roc_auc
+        areas["average_precision"][entry.index] = entry.average_precision
     return areas
 
 
@@ -318,7 +323,7 @@ def _mean_roc_auc(areas: Floats, support: Integers, classes: Sequence[str]) -> t
 
 
 def _notes(support: Integers, classes: Sequence[str], reason: str) -> dict[str, str]:
-    """Return {key: why a macro average is null or over fewer than all classes}."""
+    """Return {metric: why its macro average is null or leaves classes out}."""
     absent = [name for name, count in zip(classes, support.tolist(), strict=True) if not count]
     if not absent:
         return {"roc_auc_ovr_macro": reason} if reason else {}
@@ -388,7 +393,7 @@ def point_metrics(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence
 def _further_metrics(
     scores: Floats, truth: Integers, confusion: Integers, notes: dict[str, str]
 ) -> dict[str, float | None]:
-    """Return top-k accuracies and what corrects the accuracy for chance; reasons for null go to `notes`."""
+    """Return top-k accuracies and chance-corrected agreement; adds the reasons for null values to `notes`."""
     classes, support, predicted = len(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     distances = [distance.sum() for distance in column_distances(truth, scores.argmax(axis=1))]
     agreement = chance_corrected(support, predicted, confusion.trace(), (distances[0], distances[1]))
@@ -407,10 +412,10 @@ def _number(value: Any) -> float | None:
 
 
 def row_losses(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -> Floats:
-    """Return losses (N,) of rows of probabilities (N, C), whose mean is the metric's loss; unchecked.
+    """Return losses (N,), whose mean is the metric's loss, from probabilities (N, C) and labels (N,); unchecked.
 
-    Macro F1 is not a mean over rows: each row gets the loss of all rows plus its own influence on it in first order, so
-    that the spread of these values is the spread of the metric (influence curve, Hampel 1974).
+    Macro F1 is not a mean over rows: each row gets the loss of all rows plus its first-order influence on it, so that
+    the spread of these values is the spread of the metric (influence curve, Hampel 1974).
     """
     rows, classes = probabilities.shape
     winners = probabilities.argmax(axis=1)
@@ -435,7 +440,7 @@ def row_losses(probabilities: NDArray[Any], labels: NDArray[Any], metric: str) -
 
 
 class Metric(NamedTuple):
-    """A metric that rankings use: a function of probabilities (N, C) and labels (N,), and which direction is better."""
+    """A ranking metric: a function of probabilities (N, C) and labels (N,), and which direction is better."""
 
     function: Callable[[ArrayLike, ArrayLike], float]
     higher_is_better: bool

@@ -1,4 +1,4 @@
-"""Train small torch modules on whole tensors in memory: no loader, one thread, reproducible to the byte."""
+"""Train small torch modules on tensors in memory: no data loader, one thread, reproducible to the byte."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from utils.numeric.setting_paths import FIT_THREADS, torch_threads
 
 BATCH_SIZE = 128
-GATHER_BYTES = 2**20  # bytes of rows that one gather copies where a batch is smaller
+GATHER_BYTES = 2**20  # bytes of rows that one gather copies if a batch is smaller
 Trained = TypeVar("Trained", bound=nn.Module)
 BatchLoss = Callable[[Any, Tensor, Tensor], Tensor]
 """(module, inputs, labels) of one batch -> the loss to minimise."""
@@ -37,11 +37,12 @@ def train_module(
 ) -> Iterator[Trained]:
     """Train a module on inputs (N, ...) and labels (N,); yield it after each of the `checkpoint_epochs`.
 
-    `make_module` builds the module once the random numbers are seeded. The module gives logits (N, C) unless the `loss`
-    expects something else. AdamW (Loshchilov and Hutter 2019) with a cosine schedule over `epochs`, even if the last
-    checkpoint comes earlier. Training continues on the yielded module: copy what you need before the next iteration.
+    `make_module` is called after the random number generator is seeded. The module returns logits (B, C) unless the
+    `loss` expects something else. AdamW (Loshchilov and Hutter 2019) with a cosine schedule over `epochs`, even if the
+    last checkpoint comes earlier. Training continues on the yielded module: copy what you need before the next
+    iteration.
     """
-    # One thread: the same sums in the same order on every machine's cores.
+    # One thread: the same order of summation for any number of cores.
     with torch_threads(FIT_THREADS), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         module = make_module().train()

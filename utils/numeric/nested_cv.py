@@ -1,9 +1,9 @@
-"""Nested cross-validation that makes every fit once: selects a learner's setting and measures what the selection gives.
+"""Nested cross-validation that computes every fit once: selects a learner's setting and cross-fits the selection.
 
 The copy for held-out fold k selects its setting by leaving out a second fold j of the others. A fit without k and j
-serves the copies of k and of j alike; a fit without k predicts k and helps to select the setting of the final fit. So
+serves the copies of both k and j; a fit without k predicts k and helps to select the setting of the final fit. So
 K (K + 1) / 2 fits replace K * K + K. A class may be absent from the rows of a fit: learners return all C columns.
-Fits along paths of settings go no further than the selections look (`utils.numeric.setting_paths`).
+Fits along paths of settings stop where no selection needs them (`utils.numeric.setting_paths`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from utils.core import engines
 from utils.numeric.metrics import log_loss_per_row
 from utils.numeric.setting_paths import FIT_THREADS, PathFits, PathLearner, Predictions, Vote
 
-FEWEST_FOLDS = 3  # of cross-fitting, for a copy without one of them to have two left
+FEWEST_FOLDS = 3  # of cross-fitting, so that a copy without one of them has two left
 FOLDS_BY_ROW = 5
 
 
@@ -27,7 +27,7 @@ class GridLearner(Protocol):
 
     @property
     def thread_safe(self) -> bool:
-        """Whether fits in concurrent threads give the same bytes; in processes they always do."""
+        """Whether fits in concurrent threads give the same bytes as in separate processes."""
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Return the G settings as JSON values; the first of equally good settings is selected."""
@@ -42,14 +42,14 @@ class GridLearner(Protocol):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What selects the setting of a fit and calibrates it: predictions for its rows without their inner folds."""
+    """Predictions that select the setting of a fit and calibrate it: each row's by the fit without its inner fold."""
 
     rows: np.ndarray
     """int64 (n,): indices of the rows"""
     folds: np.ndarray
     """int64 (n,): inner fold of each row"""
     probabilities: np.ndarray
-    """float32 (n, C): under the selected setting"""
+    """float32 (n, C): with the selected setting"""
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,30 @@ class NestedResult:
     setting: int
     """Index of the setting of the final fit."""
     setting_losses: np.ndarray
-    """float64 (G,): cross-validated log-loss of each setting in nats; NaN where no row can be held out, and of
+    """float64 (G,): cross-validated log-loss of each setting in nats; NaN where no row can be held out, and for
     settings that the search along a path did not reach"""
     held_out: HeldOut | None
-    """What selected the setting of the final fit; None where no row can be held out."""
+    """Predictions that selected the setting of the final fit; None where no row can be held out."""
     nested_crossfit: np.ndarray
-    """float32 (N, C): probabilities of the copies fitted without the row's fold, each under the setting that it
-    selected without the fold; NaN where there is only one fold"""
+    """float32 (N, C): probabilities of each row by the copy fitted without its fold, with the setting selected without
+    this fold; NaN where there is only one fold"""
     inner_held_out: dict[int, HeldOut]
-    """{fold: what selected the setting of the copy fitted without this fold}"""
+    """{fold: predictions that selected the setting of the copy fitted without this fold}"""
     inner_nested: dict[int, dict[int, np.ndarray]]
-    """{fold: {other fold: probabilities (n, C) of the rows of `inner_held_out`}}, under the setting of least loss
+    """{fold: {other fold: probabilities (n, C) of the rows of `inner_held_out`}}, with the setting of least loss
     without both; empty with fewer than three folds
 
-    `inner_held_out` has the setting of least loss on all of its rows; here the rows of the other fold have no vote.
+    `inner_held_out` uses the setting of least loss on all of its rows; here the rows of the other fold do not count.
     """
 
 
 def inner_folds(labels: np.ndarray, folds: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Return the folds (n,) by which a fit on the rows `inside` (N,), bool, selects and calibrates.
 
-    They are the cross-fitting `folds` (N,) of these rows. Where there are fewer than three of those, a copy fitted
-    without one of them has no two left: rows are then dealt out one by one within each class of `labels` (N,), for
-    copies and for the final fit alike, so that both follow the same recipe. So they are where one fold alone is left.
+    They are the cross-fitting `folds` (N,) of these rows. With fewer than three of these folds, a copy fitted without
+    one of them has fewer than two left: the rows are then assigned to folds in turn within each class of `labels` (N,),
+    for copies and for the final fit, so that both follow the same procedure. The same holds where only one fold is
+    left.
     """
     if not selects_by_row(folds) and np.ptp(folds[inside]):
         return folds[inside]
@@ -91,7 +92,7 @@ def inner_folds(labels: np.ndarray, folds: np.ndarray, inside: np.ndarray) -> np
 
 
 def selects_by_row(folds: np.ndarray) -> bool:
-    """Return whether `inner_folds` deals out single rows because there are fewer than three folds."""
+    """Return whether `inner_folds` assigns rows to folds in turn because there are fewer than three folds."""
     return len(np.unique(folds)) < FEWEST_FOLDS
 
 
@@ -100,7 +101,7 @@ def cross_validate(
 ) -> NestedResult:
     """Run nested cross-validation over `folds` (N,) of logits (M, N, C) and labels (N,), `n_jobs` fits at a time.
 
-    The final fit and each copy select their setting by `inner_folds`. A fit on one row takes the first setting.
+    The final fit and each copy select their setting by `inner_folds`. A fit on one row uses the first setting.
     """
     outer = {name: folds == name for name in np.unique(folds).tolist()}
     outer = {name: mask for name, mask in outer.items() if not mask.all()}
@@ -121,12 +122,12 @@ def cross_validate(
     by_fit = _search(learner, logits, labels, held_out_sets, number_of, paths, needed, n_jobs)
 
     def predictions(held_out: np.ndarray, rows: np.ndarray, setting: int) -> np.ndarray:
-        """Probabilities (n, C) of `rows` (n,) by the fit without `held_out` (N,), which has them."""
+        """Return probabilities (n, C) of `rows` (n,) by the fit without `held_out` (N,), which includes these rows."""
         values = by_fit[number_of[held_out.tobytes()]][setting]
         return values[np.searchsorted(np.flatnonzero(held_out), rows)]
 
     def held_out_predictions(scope: _Scope, setting: int) -> np.ndarray:
-        """Probabilities (n, C) of the rows of a scope, each by the fit without its inner fold."""
+        """Return probabilities (n, C) of the rows of a scope, each by the fit without its inner fold."""
         return scope.predictions(by_fit, number_of, setting, classes)
 
     setting, setting_losses, held_out = 0, np.full(n_settings, np.nan), None
@@ -159,10 +160,10 @@ def _search(
     needed: Sequence[tuple[_Scope, set[int]]],
     n_jobs: int,
 ) -> Sequence[Predictions]:
-    """Have the scopes vote along the paths; returns of each fit {setting: probabilities (H, C)}.
+    """Record the votes of the scopes along the paths; return {setting: probabilities (H, C)} for each fit.
 
-    `number_of` gives the place of each mask of `held_out_sets`. `needed` are the scopes with the numbers of the fits
-    that they read or select for. Without a vote the first setting is taken.
+    `number_of` maps each mask of `held_out_sets` to its index, the number of its fit. `needed` are the scopes with the
+    numbers of the fits that they read or select for. Without a vote the first setting is used.
     """
     masks = list(held_out_sets.values())
     fits = PathFits(learner, logits, labels, masks, n_jobs) if isinstance(learner, PathLearner) else None
@@ -170,16 +171,16 @@ def _search(
     if fits is not None:
         by_fit = fits.by_fit
     else:
-        whole = _all_fits(learner, logits, labels, masks, n_jobs)
-        by_fit = [dict(enumerate(by_setting)) for by_setting in whole]
+        all_predictions = _all_fits(learner, logits, labels, masks, n_jobs)
+        by_fit = [dict(enumerate(by_setting)) for by_setting in all_predictions]
     for number, path in enumerate(paths):
         for step, setting in enumerate(path):
-            looking = [entry for entry in needed if entry[0].looks_at(number, is_first=setting == 0)]
-            if not looking:
+            active = [entry for entry in needed if entry[0].looks_at(number, is_first=setting == 0)]
+            if not active:
                 break
             if fits is not None:
-                fits.advance(number, step, set().union(*(numbers for _, numbers in looking)))
-            for scope, _ in looking:
+                fits.advance(number, step, set().union(*(numbers for _, numbers in active)))
+            for scope, _ in active:
                 if scope.masks:
                     values = scope.predictions(by_fit, number_of, setting, logits.shape[2])
                     scope.count(number, path[: step + 1], log_loss_per_row(values, labels[scope.rows]))
@@ -187,9 +188,9 @@ def _search(
 
 
 class _Scope:
-    """The rows of one fit, which rows are held out of each fit that helps to select its setting, and the votes.
+    """The rows of one fit, the rows held out of each fit that helps to select its setting, and the votes.
 
-    A vote that is to select for a copy without one more fold has no rows of that fold.
+    A vote that selects for a copy without one more fold excludes the rows of that fold.
     """
 
     def __init__(
@@ -207,18 +208,18 @@ class _Scope:
         self.shape = n_settings, n_paths
         self.vote = self._new_vote()
         self.votes_without: dict[int, Vote] = {}
-        """{inner fold: the vote of the rows of the other ones}"""
+        """{inner fold: the vote of the rows of the other inner folds}"""
 
     def add_votes_without(self) -> None:
-        """Let the rows of all inner folds but one vote as well, for each of them."""
+        """Add a vote for each inner fold, of the rows of all other inner folds."""
         self.votes_without = {name: self._new_vote() for name in self.masks}
 
     def fits(self, number_of: Mapping[bytes, int]) -> set[int]:
-        """The numbers of the fits without an inner fold."""
+        """Return the numbers of the fits that leave out one of the inner folds."""
         return {number_of[mask.tobytes()] for mask in self.masks.values()}
 
     def looks_at(self, path: int, *, is_first: bool) -> bool:
-        """Whether any vote has not stopped on a path; without a vote, whether its setting `is_first` of all."""
+        """Return whether any vote has not stopped on a path; without votes, whether the setting `is_first` of all."""
         if not self.masks:
             return is_first
         return any(vote.open_paths[path] for vote in (self.vote, *self.votes_without.values()))
@@ -230,16 +231,19 @@ class _Scope:
         setting: int,
         classes: int,
     ) -> np.ndarray:
-        """Probabilities float32 (n, C) of the rows, each by the fit without its inner fold; of all fits as found."""
+        """Return probabilities float32 (n, C) of the rows under a setting, each by the fit without its inner fold.
+
+        `by_fit` has the predictions of all fits.
+        """
         values = np.empty((len(self.rows), classes), dtype=np.float32)
         for name, mask in self.masks.items():
             inside = self.folds == name
-            places = np.searchsorted(np.flatnonzero(mask), self.rows[inside])
-            values[inside] = by_fit[number_of[mask.tobytes()]][setting][places]
+            positions = np.searchsorted(np.flatnonzero(mask), self.rows[inside])
+            values[inside] = by_fit[number_of[mask.tobytes()]][setting][positions]
         return values
 
     def count(self, path: int, settings: Sequence[int], losses: np.ndarray) -> None:
-        """Count the losses (n,) of the last of a path's `settings` in the votes that have not stopped on it."""
+        """Add the losses (n,) of the last of a path's `settings` to the votes that have not stopped on this path."""
         if self.vote.open_paths[path]:
             self.vote.count(path, settings, float(losses.mean()))
         for name, vote in self.votes_without.items():
@@ -259,7 +263,7 @@ def evenly_spaced_epochs(epochs: int, count: int) -> list[int]:
 def _all_fits(
     learner: GridLearner, logits: Any, labels: np.ndarray, held_out_sets: Sequence[np.ndarray], n_jobs: int
 ) -> list[np.ndarray]:
-    # One thread per fit: the same sums in the same order, whatever the number of cores.
+    # One thread per fit: the same order of summation for any number of cores.
     fits = engines.current().map(
         _fit,
         held_out_sets,
@@ -272,5 +276,5 @@ def _all_fits(
 
 
 def _fit(learner: GridLearner, logits: Any, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """Return probabilities (G, H, C) for the rows held out, bool (N,), fitted on the other rows."""
+    """Return probabilities (G, H, C) for the `held_out` rows, bool (N,), of the settings fitted on the other rows."""
     return learner.predictions(logits[:, ~held_out], labels[~held_out], logits[:, held_out])

@@ -1,4 +1,4 @@
-"""Whether one model is better than another on the same rows, in accuracy and in log-loss."""
+"""Comparison of two models on the same rows, in accuracy and in log-loss."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ CANNOT_TELL = "cannot be told apart"
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Gains of one model over another, above 0 where the first is better, with intervals."""
+    """Gains of one model over another with their intervals; a gain is above 0 where the first is better."""
 
     accuracy: float
     accuracy_interval: tuple[float, float] | None
+    """None where rows or groups are too few"""
     log_loss: float
     """In nats"""
     log_loss_interval: tuple[float, float] | None
-    """None, like the other, where rows or groups are too few"""
+    """None where rows or groups are too few"""
 
     @property
     def better(self) -> list[str]:
@@ -40,7 +41,7 @@ class PairedComparison:
         return [("accuracy", self.accuracy_interval), ("log-loss", self.log_loss_interval)]
 
     def as_record(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the comparison as JSON values."""
         return {
             "accuracy_gain": self.accuracy,
             "accuracy_gain_interval": None if self.accuracy_interval is None else list(self.accuracy_interval),
@@ -56,12 +57,12 @@ def compare_losses(
     *,
     comparisons: int = 1,
 ) -> PairedComparison:
-    """Compare two models, by their hits and losses (N,) on the same rows, whose groups (N,) are independent.
+    """Compare two models by their hits and losses (N,) on the same rows, whose groups (N,) are independent.
 
-    The intervals hold together with a probability of 95% for both metrics and for so many `comparisons` (Bonferroni).
+    The intervals of both metrics and of `comparisons` comparisons hold jointly with a probability of 95% (Bonferroni).
     """
     level = 1 - (1 - LEVEL) / (2 * comparisons)
-    first, second = (np.asarray(each, dtype=bool) for each in hits)
+    first, second = (np.asarray(model_hits, dtype=bool) for model_hits in hits)
     gains = losses[1] - losses[0]
     return PairedComparison(
         float(first.mean() - second.mean()),

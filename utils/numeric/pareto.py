@@ -7,11 +7,11 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def pareto_front(costs: ArrayLike, *, tolerance: float = 0.0) -> NDArray[np.bool_]:
-    """Return which items (N,) are on the Pareto front of their costs (N, K), where lower is better.
+    """Return which items, bool (N,), are on the Pareto front of their costs (N, K), where lower is better.
 
     An item is dominated if another one is at most `tolerance` above it in every cost, and more than `tolerance` below
-    it in at least one. Equal items do not dominate each other. The comparison of two items leaves out a cost that is
-    NaN for either of them. Negate quantities of which higher is better.
+    it in at least one. Equal items do not dominate each other. The comparison of two items ignores a cost that is NaN
+    for either of them. Negate quantities where higher is better.
     """
     values = np.asarray(costs, dtype=np.float64)
     first, second = values[:, None], values[None, :]

@@ -1,11 +1,12 @@
 """Opinion pools with optimal weights: convex fits of members' probabilities, each with its duality gap.
 
 A linear pool is a mixture of probabilities with non-negative weights that sum to 1. A log-linear pool is the softmax of
-the weighted sum of log-probabilities; its weights are non-negative too, and their free sum is an inverse temperature.
+the weighted sum of log-probabilities; its weights are non-negative too, and their unconstrained sum is an inverse
+temperature.
 The log-loss of both and the Brier score of the mixture are convex in the weights, and `weight_search` minimises them.
 
-The free sum s of log-linear weights has a Gamma(2, 1) prior: (s - ln s) / N is added to the mean log-loss of N rows.
-Without it rows that are all predicted correctly have no finite optimum, and the pool would claim certainty.
+The sum s of log-linear weights has a Gamma(2, 1) prior: (s - ln s) / N is added to the mean log-loss of N rows. Without
+the prior, there is no finite optimum if all rows are predicted correctly, and probabilities tend to 0 and 1.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from utils.numeric.weight_search import TOLERANCE, Floats, Solution, minimise
 SUM_BOUNDS = (0.05, 20.0)
 """Bounds of the sum of log-linear weights, whatever the scale of the scores."""
 BLOCK = 4096  # numbers per member that are processed at a time, so that they stay in the cache
-MIN_BLOCK_ROWS = 16  # of thousands of classes: a step of Python for each row would take longer than its numbers
+MIN_BLOCK_ROWS = 16  # also with thousands of classes: a Python iteration per row would cost more than its arithmetic
 
 
 class LinearLogLoss:
@@ -96,7 +97,7 @@ class LogLinearLogLoss:
             value += float(losses.sum())
             means = (margins * probabilities).sum(axis=1)
             gradient += means.sum(axis=1)
-            # Centred first: the difference of two sums may be negative where the softmax is saturated.
+            # Centred before squaring: the difference of two sums may be negative where the softmax is saturated.
             spread = ((margins - means[:, None]) * np.sqrt(probabilities)).reshape(self.members, -1)
             hessian += spread @ spread.T
         return value / self.rows, gradient / self.rows, hessian / self.rows
@@ -112,7 +113,7 @@ class LogLinearLogLoss:
 
 
 class LogLinearObjective(LogLinearLogLoss):
-    """Log-loss of a log-linear pool with the prior on the sum of its weights: what a fit minimises."""
+    """The objective of a fit: log-loss of a log-linear pool plus the prior on the sum of its weights."""
 
     def value(self, weights: Floats) -> float:
         """Return the mean log-loss plus the prior, in nats."""
@@ -128,7 +129,7 @@ class LogLinearObjective(LogLinearLogLoss):
 def fit_linear(
     p_true: NDArray[Any], *, strength: float = 0.0, start: Floats | None = None, tolerance: float = TOLERANCE
 ) -> Solution:
-    """Fit the weights of the mixture of least log-loss.
+    """Fit the weights (M,) of the mixture of least log-loss.
 
     `p_true` (M, N) is each member's probability of the true class, which is clipped at 1e-12; for the other parameters
     see `minimise`.
@@ -157,7 +158,7 @@ def fit_log_linear(
     sum_bounds: tuple[float, float] = SUM_BOUNDS,
     tolerance: float = TOLERANCE,
 ) -> Solution:
-    """Fit the weights of the log-linear pool of least log-loss and prior (`scale_prior`).
+    """Fit the weights (M,) of the log-linear pool of least log-loss plus prior (`scale_prior`).
 
     Scores (M, N, C) are logits, or log-probabilities that the caller has clipped; labels (N,). `sum_bounds` bounds the
     sum of the weights, which is the inverse of the pool's temperature; for the other parameters see `minimise`.
@@ -180,14 +181,14 @@ def scale_prior(total: float, rows: int) -> tuple[float, float, float]:
 
 
 def _margins(scores: NDArray[Any], labels: NDArray[Any]) -> Floats:
-    """Return scores (M, n, C) less that of the true class, as (M, C, n), so that sums over classes run along rows."""
+    """Return scores (M, n, C) minus that of the true class, as (M, C, n), so that rows are contiguous in memory."""
     values = np.asarray(scores, dtype=np.float64)
     differences = values - values[:, np.arange(len(labels)), labels][:, :, None]
     return np.ascontiguousarray(differences.transpose(0, 2, 1))
 
 
 def first_duplicates(blocks: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
-    """Return the index (M,) of the first member with the same values as each member, in blocks (M, ...)."""
+    """Return for each member the index (M,) of the first member with the same values in all blocks (M, ...)."""
     duplicate_of = np.arange(len(blocks[0]))
     heads = blocks[0].reshape(len(duplicate_of), -1)[:, :16]  # a few values suffice to reject most pairs
     for member in duplicate_of[1:]:

@@ -15,7 +15,7 @@ from utils.numeric.means import LEVEL, MIN_UNITS, count_units, design_effect, un
 MIN_TESTED_UNITS = 6
 """Fewest rows, or groups, for which a test can give a p-value below 0.05."""
 MIN_DIFFERING = 6
-"""Fewest rows, or groups, in which two classifiers differ, for which the interval of their difference is given."""
+"""Fewest differing rows, or groups, of two classifiers for which the interval of their difference is given."""
 
 
 def proportion_interval(
@@ -23,8 +23,8 @@ def proportion_interval(
 ) -> tuple[float, float] | None:
     """Return Wilson's score interval (1927) of the fraction of rows (N,) that are successes.
 
-    With groups, the number of rows is divided by the design effect and Student's t takes the place of the normal
-    quantile (Dean and Pavlou 2015); where all rows or none are successes, the number of groups is the number of rows.
+    With groups (N,), the number of rows is divided by the design effect and Student's t replaces the normal quantile
+    (Dean and Pavlou 2015); where all rows or none are successes, the number of groups is used as the number of rows.
     None for fewer than `MIN_UNITS` rows or groups.
     """
     from scipy.special import stdtrit
@@ -40,7 +40,7 @@ def proportion_interval(
 
 
 def wilson_interval(fraction: float, rows: float, z: float | None = None) -> tuple[float, float]:
-    """Return Wilson's score interval of a fraction of so many independent rows, at the quantile `z` (None: of 95%)."""
+    """Return Wilson's score interval of a fraction of `rows` independent rows, at the quantile `z` (None: of 95%)."""
     z = _quantile(LEVEL) if z is None else z
     centre = (fraction + z**2 / (2 * rows)) / (1 + z**2 / rows)
     half = z / (1 + z**2 / rows) * float(np.sqrt(fraction * (1 - fraction) / rows + z**2 / (4 * rows**2)))
@@ -51,11 +51,11 @@ def wilson_interval(fraction: float, rows: float, z: float | None = None) -> tup
 def difference_interval(
     hits: ArrayLike, others: ArrayLike, groups: ArrayLike | None = None, *, level: float = LEVEL
 ) -> tuple[float, float] | None:
-    """Return the interval of the difference of two accuracies on the same rows, `hits` less `others` (N,).
+    """Return the interval of the difference of two accuracies on the same rows, `hits` minus `others` (N,).
 
-    It is Wald's with half a row added to each of the four counts (Agresti and Min 2005), so that it has a width where
-    no row differs. With groups, counts are divided by the design effect of the difference. None for fewer than
-    `MIN_UNITS` rows or groups, and where the two differ in fewer than `MIN_DIFFERING` of them.
+    It is Wald's interval with half a row added to each of the four counts (Agresti and Min 2005). With groups (N,),
+    counts are divided by the design effect of the difference. None for fewer than `MIN_UNITS` rows or groups, and where
+    the classifiers differ in fewer than `MIN_DIFFERING` of them.
     """
     from scipy.special import stdtrit
 
@@ -75,17 +75,17 @@ def difference_interval(
 
 
 def count_differing(hits: ArrayLike, others: ArrayLike, groups: ArrayLike | None = None) -> int:
-    """Return in how many rows, or groups (N,), two classifiers do not have the same number of hits (N,)."""
+    """Return the number of rows, or of groups (N,), in which the numbers of hits (N,) of two classifiers differ."""
     return int((np.abs(unit_sums(_differences(hits, others), groups)) > 0.5).sum())
 
 
 def sign_flip_p(hits: ArrayLike, others: ArrayLike, groups: ArrayLike | None = None) -> float | None:
-    """Return the two-sided exact p-value that two classifiers have the same accuracy.
+    """Return the two-sided exact p-value of the hypothesis that two classifiers have the same accuracy.
 
-    `hits` and `others` (N,) are the rows that each classifies correctly. The two are exchanged at random within each
-    row, or within each group (N,) as a whole (sign-flip permutation test, Fisher 1935). The distribution of the
-    difference is computed in full, from its characteristic function. Without groups this is McNemar's exact test
-    (1947). 1 if they do not differ; None for fewer than 6 rows or groups. Raises UserError for different shapes.
+    `hits` and `others` (N,) state which rows each classifies correctly. The classifiers are exchanged at random within
+    each row, or within each group (N,) as a whole (sign-flip permutation test, Fisher 1935). The exact distribution of
+    the difference is computed from its characteristic function. Without groups this is McNemar's exact test (1947). 1
+    if the classifiers do not differ; None for fewer than 6 rows or groups. Raises UserError for different shapes.
     """
     sums = unit_sums(_differences(hits, others), groups)
     if len(sums) < MIN_TESTED_UNITS:

@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 
 
 def ranks(scores: ArrayLike, *, higher_is_better: bool) -> Floats:
-    """Return the ranks (D, K) of the methods on each data set; differences by rounding are ties."""
+    """Return the ranks (D, K) of the methods on each data set, from scores (D, K); differences by rounding are ties."""
     from scipy.stats import rankdata
 
     values = np.asarray(scores, dtype=np.float64).round(12)
@@ -54,19 +54,19 @@ def friedman(ranked: Floats) -> FriedmanTest:
 
 
 def rank_error(sets: int, methods: int) -> float:
-    """Return the standard error of the difference of two mean ranks of so many methods over so many data sets."""
+    """Return the standard error of the difference of two mean ranks, for these numbers of data sets and methods."""
     return float((methods * (methods + 1) / (6 * sets)) ** 0.5)
 
 
 def critical_difference(sets: int, methods: int, *, alpha: float = 0.05) -> float:
-    """Return the difference of mean ranks from which on two methods differ by Nemenyi's test (1963)."""
+    """Return the least significant difference of two mean ranks by Nemenyi's test (1963)."""
     from scipy.stats import studentized_range
 
     return float(studentized_range.ppf(1 - alpha, methods, np.inf)) / 2**0.5 * rank_error(sets, methods)
 
 
 def nemenyi_p(differences: ArrayLike, sets: int, methods: int) -> Floats:
-    """Return the p-values (...,) of differences (...,) of mean ranks, corrected for all pairs of the methods."""
+    """Return Nemenyi's p-values (...,) of differences (...,) of mean ranks, corrected for all pairs of methods."""
     from scipy.stats import studentized_range
 
     statistic = np.abs(np.asarray(differences, dtype=np.float64)) / rank_error(sets, methods) * 2**0.5
@@ -75,7 +75,7 @@ def nemenyi_p(differences: ArrayLike, sets: int, methods: int) -> Floats:
 
 
 def rank_difference_p(differences: ArrayLike, sets: int, methods: int) -> Floats:
-    """Return the two-sided p-values (...,) of differences (...,) of mean ranks to one control, not corrected."""
+    """Return two-sided p-values (...,) of differences (...,) of mean ranks to a control, without correction."""
     from scipy.special import ndtr
 
     p_values: Floats = 2 * ndtr(-np.abs(np.asarray(differences, dtype=np.float64)) / rank_error(sets, methods))
@@ -87,16 +87,17 @@ class SignedRankTest:
     """Wilcoxon's signed-rank test (1945) of paired differences."""
 
     positive: float
-    """Sum of the ranks of differences above 0; those of differences of 0 are split evenly"""
+    """Sum of the ranks of differences above 0, plus half of those of differences of 0"""
     negative: float
+    """Sum of the ranks of differences below 0, plus half of those of differences of 0"""
     p_value: float
     """Two-sided and exact, given the ties"""
 
 
 def signed_rank(differences: ArrayLike) -> SignedRankTest:
-    """Test differences (D,); those of 0 are ranked but have no sign (Pratt 1959), one of an odd number is left out.
+    """Test differences (D,); zeros are ranked but have no sign (Pratt 1959), and one of an odd number is left out.
 
-    The distribution is that of all assignments of signs to the ranks, also where ranks are tied.
+    The exact distribution is over all assignments of signs to the ranks, also where ranks are tied.
     """
     from scipy.stats import rankdata
 
@@ -111,7 +112,7 @@ def signed_rank(differences: ArrayLike) -> SignedRankTest:
     ranked = rankdata(np.abs(values).round(12))
     shared = float(ranked[is_zero].sum()) / 2
     positive, negative = (float(ranked[~is_zero & side].sum()) for side in (values > 0, values < 0))
-    doubled = np.rint(2 * ranked[~is_zero]).astype(np.int64)  # whole numbers also where ranks are tied
+    doubled = np.rint(2 * ranked[~is_zero]).astype(np.int64)  # integers also where ranks are tied
     chances = np.ones(1)
     for step in doubled.tolist():
         longer = np.zeros(len(chances) + step)

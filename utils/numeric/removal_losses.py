@@ -1,7 +1,7 @@
 """Losses of a pool with one member removed, for all members at once.
 
-The counterpart of `utils.numeric.candidate_losses`, with the same losses. A pool is the plain mean of its members, each
-of which it holds once.
+The counterpart of `utils.numeric.candidate_losses`, with the same losses. A pool is the unweighted mean of distinct
+members.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 N_FACTORS = 16  # probabilities multiplied before each logarithm; the product of the smallest ones does not underflow
 BLOCK = 2**18  # numbers that are processed at a time
-SLACK = 1e-9  # relative to the pool's size: more than the rounding of sums
+SLACK = 1e-9  # relative to the pool's size: more than the rounding error of sums
 Floats = NDArray[np.float64]
 
 
@@ -36,7 +36,7 @@ class RemovalScorer(Protocol):
 def make_removal_scorer(
     probabilities: NDArray[np.float32], labels: NDArray[np.int64], inside: NDArray[np.bool_], metric: str
 ) -> RemovalScorer:
-    """Return the scorer of removals by `metric` from the pool of the members that are `inside` (M,).
+    """Return the scorer of removals by `metric`, for a pool of the members in `inside`, bool (M,).
 
     Takes probabilities (M, N, C) and labels (N,), unchecked; `metric` is log_loss, brier, accuracy or f1_macro.
     """
@@ -75,7 +75,7 @@ class LogLossRemovalScorer:
 
 
 class BrierRemovalScorer:
-    """Brier score, which is the mean product of the members' residuals; their table (M, M) is computed once."""
+    """Brier score, the mean product of the members' residuals; the matrix (M, M) of products is computed once."""
 
     def __init__(
         self, probabilities: NDArray[np.float32], labels: NDArray[np.int64], inside: NDArray[np.bool_]
@@ -144,7 +144,7 @@ class VoteRemovalScorer:
         return losses
 
     def _per_class(self, bins: NDArray[Any], members: int = 1) -> NDArray[np.intp]:
-        """Return the number of occurrences of each class, (members, C)."""
+        """Return the number of occurrences of each class, (members, C), from bins member * C + class."""
         classes = len(self.support)
         return np.bincount(bins, minlength=members * classes).reshape(members, classes)
 

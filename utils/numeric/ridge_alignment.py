@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-RIDGE_STRENGTHS = 10.0 ** np.arange(-8, 3)  # of the ridge, relative to the largest eigenvalue
+RIDGE_STRENGTHS = 10.0 ** np.arange(-8, 3)  # relative to the largest eigenvalue
 Floats = NDArray[np.float64]
 
 
@@ -23,17 +23,17 @@ class LinearMap:
     """(K,)"""
     strength: float
     explained: float
-    """Leave-one-out R^2: fraction of the targets' variance that the map explains; 1 is all, 0 or below is none"""
+    """Leave-one-out R^2: fraction of the targets' variance that the map explains, at most 1"""
 
     def apply(self, values: NDArray) -> Floats:
-        """Map values (N, D) to (N, K)."""
+        """Map values (N, D) to values (N, K)."""
         return (np.asarray(values, dtype=np.float64) - self.centre) @ self.matrix + self.offset
 
 
 def fit_ridge_map(inputs: NDArray, targets: NDArray) -> LinearMap:
     """Fit ridge regression of targets (N, K) on inputs (N, D) with the strength of least leave-one-out error.
 
-    One decomposition gives all strengths and all leave-one-out errors in closed form (PRESS, Allen 1974).
+    One decomposition gives the leave-one-out errors of all strengths in closed form (PRESS, Allen 1974).
     """
     rows = len(inputs)
     centre, offset = inputs.mean(axis=0, dtype=np.float64), targets.mean(axis=0, dtype=np.float64)

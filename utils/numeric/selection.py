@@ -38,7 +38,7 @@ class Selection:
     """Selected members and the path of each bag."""
 
     counts: Floats
-    """(M,): how often each member is in the pools of all bags; whole numbers if the start weights are."""
+    """(M,): how often each member is in the pools of all bags; integers if the start weights are."""
     paths: tuple[SelectionPath, ...]
     """One path per bag; a single path without bags."""
 
@@ -48,7 +48,7 @@ class Selection:
         return self.counts / self.counts.sum()
 
     def weights_by_size(self) -> Floats:
-        """Return weights (S, M) of pools with the first 1, 2, ... S members of each bag, if there was no start."""
+        """Return weights (S, M) of pools with the first 1, 2, ... S members of each bag, without start weights."""
         members = np.array([path.members for path in self.paths])
         counts = np.stack([(members == member).sum(axis=0) for member in range(len(self.counts))], axis=1)
         return counts.cumsum(axis=0) / (len(members) * np.arange(1, members.shape[1] + 1)[:, None])
@@ -71,9 +71,9 @@ def select_members(
     """Select members whose mean has the least loss on probabilities (M, N, C) and labels (N,).
 
     At most `steps` members are selected; the pool is the shortest prefix of them with the lowest loss. It starts empty;
-    with `sorted_start` from the best members, as many as have the least loss together; with `start` from that weighted
-    sum of members, counts or weights (M,), which the path does not list and which may remain the result. Each of the
-    `bags` selects from a `bag_fraction` of the members, drawn by the seed, and the result combines their pools.
+    with `sorted_start`, from the prefix of the members sorted by loss whose pool has the least loss; with `start`, from
+    the sum of members with these counts or weights (M,), which is not part of the path and may remain the result. Each
+    of the `bags` selects from a `bag_fraction` of the members, drawn by the seed, and the result combines their pools.
     `tie_breaker` is a second metric for candidates with equal losses. With `n_tries` above 1, further tries draw among
     equal candidates by the seed, and the first path of least loss wins. Metrics are log_loss, brier, accuracy and
     f1_macro. Probabilities may be memory-mapped: except for (M, N) numbers for log-loss, memory does not grow with M.
@@ -113,7 +113,7 @@ def select_with_scorers(
 ) -> Selection:
     """Select from `count` members as `select_members` does, with existing scorers of the metric and the tie-breaker.
 
-    `start_weights` (M,) are those of the start, and `total` (N, C) is the sum of members with these weights.
+    `start_weights` (M,) are the weights of the start, and `total` (N, C) is the sum of members with these weights.
     """
     _check(steps=steps, bags=bags, bag_fraction=bag_fraction, n_tries=n_tries)
     start_weights = np.zeros(count) if start_weights is None else start_weights
@@ -188,7 +188,7 @@ class _Pools:
 def _greedy_path(
     pools: _Pools, allowed: NDArray[np.bool_], steps: int, first: MemberIndices, random: np.random.Generator | None
 ) -> SelectionPath:
-    """Select from the allowed members (M,), beginning with the members in `first`."""
+    """Select from the allowed members, bool (M,), beginning with the members in `first`."""
     members: MemberIndices = ()
     losses: list[float] = []
     lowest, size = pools.scorer(()).loss() if pools.size else np.inf, 0
@@ -207,7 +207,7 @@ def _greedy_path(
 
 
 def _best_together(pools: _Pools, single_losses: Floats, max_size: int) -> MemberIndices:
-    """Return the members of least finite single losses (M,), as many as have the least loss together."""
+    """Return the prefix of the members sorted by finite single losses (M,) whose pool has the least loss."""
     remaining = single_losses.copy()
     members: MemberIndices = ()
     size, lowest = 0, np.inf

@@ -1,4 +1,4 @@
-"""Selective prediction: answer confident rows alone, and how confident they must be for a target error rate."""
+"""Selective prediction: answer only confident rows, with a confidence threshold for a target error rate."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from utils.numeric.metrics import check_probabilities
 from utils.numeric.proportions import upper_bound
 
 TARGET_RISK = 0.05
-"""Default of the error rate that selective prediction aims at."""
+"""Default of the target error rate of selective prediction."""
 CONFIDENCE = 0.95
 """Probability with which the error rate of a threshold is at most the target."""
 STEPS = 20
-"""Thresholds that are tested, at equal fractions of the rows."""
+"""Number of thresholds that are tested, at equal fractions of the rows."""
 MAX_CURVE_POINTS = 50
 Floats = NDArray[np.float64]
 
@@ -49,14 +49,14 @@ def min_rows(target_risk: float) -> int | None:
 def confidence_threshold(
     probabilities: ArrayLike, labels: ArrayLike, target_risk: float, groups: ArrayLike | None = None
 ) -> float | None:
-    """Return a confidence whose rows, with all more confident ones, have an error rate of at most `target_risk`.
+    """Return a confidence threshold at or above which rows have an error rate of at most `target_risk`.
 
-    That holds with probability 0.95 for new rows. Thresholds at equal fractions of the rows are tested in the order of
-    falling confidence, by the exact upper bound of the error rate, up to the first that fails (fixed-sequence testing,
-    Angelopoulos et al. 2021); the last that passed is returned. The first is the one that the confidences themselves
-    give the best chance of passing, so that no label decides where the sequence starts. Of each group (N,) one row is
-    read, since rows of one group are not independent. None if the first fails. Raises UserError for a `target_risk`
-    outside [0, 1).
+    Takes probabilities (N, C) and labels (N,). The guarantee holds with probability 0.95 for new rows. Thresholds at
+    equal fractions of the rows are tested in the order of decreasing confidence, by the exact upper bound of the error
+    rate, up to the first that fails (fixed-sequence testing, Angelopoulos et al. 2021); the last that passed is
+    returned. The sequence starts at the threshold that is most likely to pass if the confidences are calibrated, so
+    that the start does not depend on labels. One row of each group (N,) is used, since rows of one group are not
+    independent. None if the first test fails. Raises UserError for a `target_risk` outside [0, 1).
     """
     if not 0 <= target_risk < 1:
         raise UserError(f"target risk: found {target_risk}; expected an error rate from 0 to below 1, such as 0.05")
@@ -87,7 +87,7 @@ def _one_of_each(groups: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _most_errors(rows: int, target_risk: float) -> int:
-    """Return how many of so many rows may be wrong for an upper bound of at most the target; -1 for too few rows."""
+    """Return the most errors in `rows` rows whose upper bound is at most the target risk; -1 for too few rows."""
     low, high = -1, rows
     while high - low > 1:
         middle = (low + high) // 2
@@ -96,7 +96,10 @@ def _most_errors(rows: int, target_risk: float) -> int:
 
 
 def _likeliest(answered: NDArray[np.int64], allowed: Sequence[int], risks: Floats) -> int:
-    """Return the index of the threshold that rows with these error rates pass with the highest probability."""
+    """Return the index of the threshold that is passed with the highest probability, given these error rates.
+
+    `answered` (T,), `allowed` (T,) and `risks` (T,) are the rows, the most errors and the error rate at each threshold.
+    """
     from scipy.special import bdtr
 
     chances = [
@@ -115,10 +118,11 @@ def selective_metrics(
 ) -> dict[str, Any]:
     """Return `{coverage, risk, aurc, threshold, confidence, target_risk, answered, error}` of selective prediction.
 
-    `coverage` and `risk` are at most 50 points of the risk-coverage curve of the evaluated rows, and `aurc` is the mean
-    risk of the whole curve. `threshold` is the `confidence_threshold` of the calibration rows with their `groups`, for
-    `target_risk`; None without calibration rows or if no confidence qualifies. `answered` is the fraction of the
-    evaluated rows that reach it, and `error` their error rate.
+    `evaluated` and `calibration` are probabilities (N, C) and labels (N,) of rows. `coverage` and `risk` are at most 50
+    points of the risk-coverage curve of the evaluated rows, and `aurc` is the mean risk of the whole curve. `threshold`
+    is the `confidence_threshold` of the calibration rows with their `groups`, for `target_risk`; None without
+    calibration rows or if no threshold passes. `answered` is the fraction of the evaluated rows that reach it, and
+    `error` their error rate.
     """
     coverage, risk = risk_coverage(*evaluated)
     points = np.unique(np.linspace(0, len(coverage) - 1, min(MAX_CURVE_POINTS, len(coverage))).round().astype(int))

@@ -1,10 +1,9 @@
-"""Settings that one training passes one after another, and where a search along them stops.
+"""Paths of settings that one training run covers in sequence, with early stopping of the search along them.
 
-Strengths of a penalty, rounds of boosting and epochs are points of one path: a training goes from one to the next. The
-loss on held-out rows falls and rises again along it. A vote, which is the rows that a selection reads, stops after
-`PATIENCE` settings that are no better than the best before (early stopping, Prechelt 1998), and a training goes on as
-long as a vote reads it. Each vote follows its own rows alone, so that nothing that it may not read decides where it
-stops.
+Penalty strengths, boosting rounds and epochs are points of one path: a training continues from one to the next. The
+loss on held-out rows first falls and then rises along it. A vote, the losses on the rows that a selection may read,
+stops after `PATIENCE` settings that are no better than the best before (early stopping, Prechelt 1998), and a training
+continues while any vote needs it. Each vote depends on its own rows only, so that no other row decides where it stops.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import numpy as np
 
 from utils.core import engines
 
-PATIENCE = 2  # settings of a path that are no better than its best one, after which a vote stops
-FIT_THREADS = 1  # over which the sums of one fit are split; small as they are, a second thread costs time
+PATIENCE = 2  # settings of a path no better than its best one, after which a vote stops
+FIT_THREADS = 1  # per fit; the operations are so small that a second thread costs time
 
 
 Shape = TypeVar("Shape", bound=Hashable)
@@ -31,9 +30,9 @@ class Training(Protocol):
     """Fits of one path that advance together."""
 
     def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
-        """Go on to the next setting with the `wanted` of its fits, by their numbers from 0; the others never go on.
+        """Advance the fits with the indices `wanted` to the next setting; the other fits are never advanced again.
 
-        Returns probabilities float32 (H, C) of the rows held out of each.
+        Returns for each advanced fit the probabilities float32 (H, C) of its held-out rows.
         """
 
 
@@ -43,36 +42,36 @@ class PathLearner(Protocol):
 
     @property
     def thread_safe(self) -> bool:
-        """Whether trainings depend on nothing of the process; otherwise on torch's number of threads."""
+        """Whether trainings are independent of process state; if not, they depend on torch's number of threads."""
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Return the G settings as JSON values; the first of equally good settings is selected."""
 
     def paths(self) -> Sequence[Sequence[int]]:
-        """Return the settings of each path by their indices, in the order in which a training passes them."""
+        """Return the indices of the settings of each path, in the order of training."""
 
     def trainings(
         self, path: int, logits: Any, labels: np.ndarray, held_out_sets: Sequence[np.ndarray], /
     ) -> Sequence[tuple[Sequence[int], Training]]:
         """Return the trainings of one path on logits (M, N, C) and labels (N,), each with the fits that it advances.
 
-        A learner of embeddings takes `MemberOutputs` in place of logits.
-
-        A fit leaves one of the sets out, bool (N,), and is named by the index of it. Which fits advance together
-        depends on the data alone. Trainings may be advanced in concurrent threads.
+        A learner of embeddings takes `MemberOutputs` in place of logits. Each fit leaves out one of the
+        `held_out_sets`, bool (N,), and is identified by the index of that set. Which fits advance together depends only
+        on the data. Trainings may be advanced in concurrent threads.
         """
 
 
 @dataclass
 class Vote:
-    """Losses of the settings on some rows, as far as the search has gone along each path."""
+    """Losses of the settings on some rows, up to the point that the search has reached on each path."""
 
     losses: np.ndarray
-    """float64 (G,): NaN where the search did not go"""
+    """float64 (G,): NaN for settings that the search did not reach"""
     open_paths: list[bool]
+    """Whether the search continues on each path"""
 
     def count(self, path: int, settings: Sequence[int], loss: float) -> None:
-        """Note the loss of the next setting of a path, the last of `settings`; stop there if it has risen."""
+        """Record the loss of the last of a path's `settings`; close the path after `PATIENCE` settings without gain."""
         self.losses[settings[-1]] = loss
         since_best = len(settings) - 1 - int(self.losses[list(settings)].argmin())
         self.open_paths[path] = since_best < PATIENCE
@@ -84,7 +83,7 @@ class Vote:
 
 
 class PathFits:
-    """Predictions of every fit of a path learner, made as far as they are asked for."""
+    """Predictions of every fit of a path learner, computed on request."""
 
     def __init__(
         self,
@@ -96,16 +95,16 @@ class PathFits:
     ) -> None:
         self.learner, self.paths, self.n_jobs = learner, learner.paths(), n_jobs
         self.by_fit: list[dict[int, np.ndarray]] = [{} for _ in held_out_sets]
-        """Of each fit {setting: probabilities (H, C)}"""
+        """{setting: probabilities (H, C)} of each fit"""
         if not engines.current().shares_memory:
             self._fit_elsewhere(logits, labels, held_out_sets)
             return
         self.rows = logits, labels, list(held_out_sets)
         self.trainings: Sequence[tuple[Sequence[int], Training]] = []
-        """Of the path that is searched"""
+        """Trainings of the path that is being searched"""
 
     def advance(self, path: int, step: int, wanted: set[int]) -> None:
-        """Have the `step`-th setting of a path predicted by the fits that are wanted, one path after the other."""
+        """Predict the `step`-th setting of a path by the fits in `wanted`; call for one path after the other."""
         if not engines.current().shares_memory:
             return
         if step == 0:
@@ -122,7 +121,7 @@ class PathFits:
                     self.by_fit[fit][self.paths[path][step]] = values
 
     def _fit_elsewhere(self, logits: Any, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]) -> None:
-        """Make whole trainings where no state can be kept between two steps of them."""
+        """Run complete trainings in worker processes, which keep no state between two steps."""
         learner = self.learner
         units = [
             (path, number)
@@ -144,7 +143,7 @@ def whole_training(
     held_out_sets: Sequence[np.ndarray],
     unit: tuple[int, int],
 ) -> dict[int, dict[int, np.ndarray]]:
-    """Return {fit: {setting: probabilities (H, C)}} of one training, `unit` being its path and its number."""
+    """Return {fit: {setting: probabilities (H, C)}} of one training; `unit` is its path and its index."""
     path, number = unit
     with nullcontext() if learner.thread_safe else torch_threads(FIT_THREADS):
         fits, training = learner.trainings(path, logits, labels, held_out_sets)[number]
@@ -156,12 +155,12 @@ def whole_training(
 
 
 def path_predictions(learner: PathLearner, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """Return probabilities float32 (G, H, C) of held-out logits (M, H, C) after trainings on logits (M, N, C)."""
+    """Return probabilities float32 (G, H, C) of held-out logits (M, H, C) after training on logits (M, N, C)."""
     return joined_path_predictions(learner, np.concatenate([logits, held_out], axis=1), labels)
 
 
 def joined_path_predictions(learner: PathLearner, joined: Any, labels: np.ndarray) -> np.ndarray:
-    """Return probabilities float32 (G, H, C) of the last H rows after trainings on the first N.
+    """Return probabilities float32 (G, H, C) of the last H rows after training on the first N.
 
     Takes logits (M, N + H, C), or `MemberOutputs` of that shape, and the labels (N,) of the first rows.
     """
@@ -175,12 +174,12 @@ def joined_path_predictions(learner: PathLearner, joined: Any, labels: np.ndarra
 
 
 def paths_of_length(n_settings: int, length: int) -> list[range]:
-    """Paths of equal length, one after the other, as many as the settings make."""
+    """Split the settings into consecutive paths of equal length."""
     return [range(first, first + length) for first in range(0, n_settings, length)]
 
 
 def fits_side_by_side(shapes: Sequence[Shape], most: int) -> list[tuple[Shape, list[int]]]:
-    """Groups of up to `most` fits whose shapes, one per fit, are equal, with the numbers of the fits."""
+    """Group fits of equal shape, given one shape per fit: return (shape, indices of at most `most` fits) per group."""
     fits_of: dict[Shape, list[int]] = {}
     for number, shape in enumerate(shapes):
         fits_of.setdefault(shape, []).append(number)
@@ -191,7 +190,7 @@ def fits_side_by_side(shapes: Sequence[Shape], most: int) -> list[tuple[Shape, l
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """A block in which torch's operations use so many threads, in threads that are started there as well."""
+    """Set torch's number of threads within a block, for threads that are started in it as well."""
     import torch
 
     before = torch.get_num_threads()

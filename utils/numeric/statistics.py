@@ -1,7 +1,7 @@
-"""The bootstrap of all metrics at once, ratios of means, and correction for several tests.
+"""The bootstrap of all metrics at once, and correction for multiple tests.
 
-A bootstrap sample is a vector of counts, how often each row of the data is drawn, so that every metric of every sample
-is a product of matrices. All ensembles are scored on the same samples, so that differences are paired.
+A bootstrap sample is a vector of counts, how often each row of the data is drawn, so that the metrics of all samples
+follow from matrix products. All ensembles are scored on the same samples, so that differences are paired.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ REPLICATES = 2000
 CONFIDENCE_LEVEL = 0.95
 TAILS = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
 """Quantiles that bound the central interval."""
-BLOCK = 8_000_000  # numbers that one array holds at a time
-CACHED = 100_000  # numbers that stay in the processor's cache
+BLOCK = 8_000_000  # numbers per array at a time
+CACHED = 100_000  # numbers that fit the processor's cache
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -37,10 +37,10 @@ Integers = NDArray[np.int64]
 def bootstrap_counts(
     labels: ArrayLike, groups: ArrayLike | None = None, *, replicates: int = REPLICATES, seed: int = 42
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield blocks (b, N) of counts, one line per bootstrap sample: how often each of N rows is drawn.
+    """Yield blocks float32 (b, N) of counts, one line per bootstrap sample: how often each of N rows is draws.
 
-    Rows are drawn with replacement within their class `labels` (N,), so that each class keeps its size (stratified
-    bootstrap, Efron and Tibshirani 1993). With `groups` (N,) whole groups are drawn, within the most frequent class of
+    Rows are draws with replacement within their class `labels` (N,), so that each class keeps its size (stratified
+    bootstrap, Efron and Tibshirani 1993). With `groups` (N,) whole groups are draws, within the most frequent class of
     their rows. A block holds 8 million counts.
     """
     classes = np.asarray(labels, dtype=np.int64)
@@ -56,9 +56,9 @@ def bootstrap_counts(
         counts = np.empty((samples, len(stratum_of_unit)), dtype=np.float32)
         for units in strata:
             size = len(units)
-            drawn = rng.integers(0, size, (samples, size), dtype=np.int32)
-            drawn += (np.arange(samples, dtype=np.int32) * size)[:, None]
-            counts[:, units] = np.bincount(drawn.ravel(), minlength=samples * size).reshape(samples, size)
+            draws = rng.integers(0, size, (samples, size), dtype=np.int32)
+            draws += (np.arange(samples, dtype=np.int32) * size)[:, None]
+            counts[:, units] = np.bincount(draws.ravel(), minlength=samples * size).reshape(samples, size)
         yield counts if groups is None else counts[:, unit_of_row]
 
 
@@ -70,12 +70,13 @@ def bootstrap_metrics(
     replicates: int = REPLICATES,
     seed: int = 42,
 ) -> dict[str, Floats]:
-    """Return {metric: values (K, B) on the bootstrap samples} of K arrays of probabilities (N, C) with labels (N,).
+    """Return {metric: values (K, B) on B bootstrap samples} of K arrays of probabilities (N, C) with labels (N,).
 
-    Values equal those of `utils.numeric.metrics` on the drawn rows within 1e-5, since sums are float32. Only
-    `roc_auc_ovr_macro` and `average_precision_macro` are the value on all rows plus the influence of each drawn row
-    (`areas`), exact in first order, because ranking each sample would take minutes; the former is missing if a class
-    has every row. Memory is bounded for all K, N and B. Raises UserError as `metrics.check_probabilities` does.
+    Values equal those of `utils.numeric.metrics` on the drawn rows within 1e-5, since sums are float32. Exceptions are
+    `roc_auc_ovr_macro` and `average_precision_macro`: the value on all rows plus the influence of each drawn row
+    (`areas`), a first-order approximation, because ranking each sample would take minutes. The former is missing if
+    every row belongs to one class. Memory is bounded for all K, N and B. Raises UserError as
+    `metrics.check_probabilities` does.
     """
     truth = np.asarray(labels)
     tables = [_RowStatistics(*check_probabilities(scores, truth)) for scores in probabilities]
@@ -91,7 +92,7 @@ def bootstrap_metrics(
 
 
 class _RowStatistics:
-    """The statistics of each row that the metrics of one array of probabilities sum up."""
+    """The statistics of each row, for one array of probabilities, whose sums give the metrics."""
 
     def __init__(self, scores: Floats, truth: Integers) -> None:
         self.classes = scores.shape[1]
@@ -128,9 +129,9 @@ class _RowStatistics:
             "f1": ratio_or_zero(2 * hits, predicted + support),
         }
         values = {"accuracy": hits.sum(axis=1) / n_drawn}
-        for name, of_class in by_class.items():
-            values[f"{name}_macro"] = macro_mean(of_class, support)
-            values[f"{name}_weighted"] = (of_class * support).sum(axis=1) / n_drawn
+        for name, class_values in by_class.items():
+            values[f"{name}_macro"] = macro_mean(class_values, support)
+            values[f"{name}_weighted"] = (class_values * support).sum(axis=1) / n_drawn
         values |= {"log_loss": means[:, 0], "brier": means[:, 1], "ece": np.abs(gaps).sum(axis=1) / n_drawn}
         values["ece_adaptive"] = self._ece_adaptive(counts, n_drawn)
         values["mce"] = ratio_or_zero(np.abs(gaps), in_bin).max(axis=1)
@@ -141,20 +142,20 @@ class _RowStatistics:
         return values | chance_corrected(support, predicted, hits.sum(axis=1), distances)
 
     def _columns(self, rows: slice) -> NDArray[np.float32]:
-        """Return (n, columns) whose rows are summed over a sample: class and bin indicators, gaps and losses."""
+        """Return the statistics (n, columns) of rows, to be summed: class and bin indicators, gaps and losses."""
         truth, winner, bins = self.truth[rows], self.winner[rows], self.bins[rows]
-        everywhere, classes = np.arange(len(truth)), self.classes
+        all_rows, classes = np.arange(len(truth)), self.classes
         columns = np.zeros((len(truth), 3 * classes + 2 * BINS + self.means.shape[1]), dtype=np.float32)
-        columns[everywhere, truth] = 1
-        columns[everywhere, classes + winner] = 1
-        columns[everywhere, 2 * classes + truth] = truth == winner
-        columns[everywhere, 3 * classes + bins] = 1
-        columns[everywhere, 3 * classes + BINS + bins] = self.gaps[rows]
+        columns[all_rows, truth] = 1
+        columns[all_rows, classes + winner] = 1
+        columns[all_rows, 2 * classes + truth] = truth == winner
+        columns[all_rows, 3 * classes + bins] = 1
+        columns[all_rows, 3 * classes + BINS + bins] = self.gaps[rows]
         columns[:, -self.means.shape[1] :] = self.means[rows]
         return columns
 
     def _ece_adaptive(self, counts: NDArray[np.float32], n_drawn: Floats) -> Floats:
-        """Return `metrics.ece_adaptive` of each sample (b,), whose bins hold equal parts of the sample's rows."""
+        """Return `metrics.ece_adaptive` of each sample (b,), with bins of equal numbers of the sample's rows."""
         errors = np.empty(len(counts))
         step = max(1, CACHED // counts.shape[1])
         gaps = self.gaps[self.order]
@@ -171,7 +172,7 @@ class _RowStatistics:
 
 
 def _interpolated(at: Floats, rows: Floats, sums: Floats) -> Floats:
-    """Interpolate `sums` (b, n), cumulative at `rows` (b, n), at other numbers of rows `at` (b, k); both start at 0."""
+    """Interpolate `sums` (b, n), cumulative over `rows` (b, n), at other numbers of rows `at` (b, k); all start at 0."""
     index = np.stack([np.searchsorted(line, numbers) for line, numbers in zip(rows, at, strict=True)])
     index = np.minimum(index, rows.shape[1] - 1)
     previous, has_previous = np.maximum(index - 1, 0), index > 0

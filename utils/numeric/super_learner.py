@@ -1,14 +1,14 @@
 """The super learner (van der Laan, Polley and Hubbard 2007): a log-linear pool that is shrunk to its best input.
 
-Inputs are predictions of ensembles on rows that these did not see. Non-negative weights w minimise
+Inputs are predictions of ensembles on rows that they were not fitted on. Non-negative weights w minimise
 
     log-loss of softmax(sum_i w_i log p_i) + prior of s + strength * (s - w_best),    s = sum_i w_i,
 
-which is convex. The last term is a lasso on the weights of all inputs but the best: at a high strength the best input
-answers alone, with a temperature, and at lower ones a few others join it. The prior on the sum is that of every
-log-linear pool (`pools.scale_prior`). Folds of the rows choose the strength.
+which is convex. The last term is a lasso on the weights of all inputs but the best: at a high strength only the best
+input has weight, which acts as a temperature, and at lower strengths a few others join it. The prior on the sum is that
+of every log-linear pool (`pools.scale_prior`). Folds of the rows select the strength.
 
-Newton's method runs on the inputs of positive weight alone, and the gradient of all says which join them.
+Newton's method runs on the inputs of positive weight only, and the gradient of all inputs decides which join them.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from utils.numeric.metrics import log_loss_per_row, softmax
 from utils.numeric.weight_search import Floats
 
 STRENGTHS = (np.inf, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001, 0.0)
-"""In nats per unit of weight, the strongest first: it wins a tie."""
-TUNING_TOLERANCE = 1e-6  # of weights that only choose a strength
+"""In nats per unit of weight, the strongest first: the strongest wins a tie."""
+TUNING_TOLERANCE = 1e-6  # of weights that only select a strength
 JOINING = 3  # inputs that join the active set at a time
 Integers = NDArray[np.integer]
 
 
 @dataclass(frozen=True)
 class SuperLearner:
-    """Fitted weights, and how they were chosen."""
+    """Fitted weights and the selected strength."""
 
     weights: Floats
     """(I,)"""
     best: int
-    """The input that the weights are shrunk to: that of least loss with a temperature of its own."""
+    """The input that the weights are shrunk to: that of least loss after its temperature is fitted."""
     strength: float
     gap: float
     """Duality gap: no weights have a loss with prior and penalty that is lower by more than this."""
     held_out_losses: Floats
-    """(S,): log-loss under each of `STRENGTHS` on folds that were left out; NaN with a single fold"""
+    """(S,): log-loss on held-out folds for each of `STRENGTHS`; NaN with a single fold"""
 
 
 def fit(scores: NDArray[np.floating], labels: Integers, folds: Integers) -> SuperLearner:
     """Fit weights to clipped log-probabilities (I, N, C), labels (N,) and folds (N,).
 
-    The copies that choose the strength choose their best input anew. With a single fold the best input answers alone.
-    Of inputs with equal predictions the first has all the weight.
+    Each fit that evaluates the strengths determines its own best input. With a single fold only the best input has
+    weight. Of inputs with equal predictions, the first gets all the weight.
     """
     weights = np.zeros(len(scores))
     distinct = np.unique(pools.first_duplicates([scores]))
@@ -58,17 +58,17 @@ def fit(scores: NDArray[np.floating], labels: Integers, folds: Integers) -> Supe
     for name in fold_names if len(fold_names) > 1 else ():
         inside = folds == name
         path = _path(values[:, ~inside], labels[~inside])
-        for index, of_strength in enumerate(path):
-            probabilities = softmax(np.tensordot(of_strength, values[:, inside], axes=1))
+        for index, fold_weights in enumerate(path):
+            probabilities = softmax(np.tensordot(fold_weights, values[:, inside], axes=1))
             losses[index, inside] = log_loss_per_row(probabilities, labels[inside])
     means = losses.mean(axis=1)
-    chosen = 0 if len(fold_names) == 1 else int(np.flatnonzero(means <= means.min() * (1 + 1e-9))[0])
+    best_index = 0 if len(fold_names) == 1 else int(np.flatnonzero(means <= means.min() * (1 + 1e-9))[0])
     best, alone = _best_alone(values, labels)
     solution = alone
-    if STRENGTHS[chosen] < np.inf:
-        solution = fit_weights(values, labels, best, STRENGTHS[chosen], start=alone.weights)
+    if STRENGTHS[best_index] < np.inf:
+        solution = fit_weights(values, labels, best, STRENGTHS[best_index], start=alone.weights)
     weights[distinct] = solution.weights
-    return SuperLearner(weights, int(distinct[best]), STRENGTHS[chosen], solution.gap, means)
+    return SuperLearner(weights, int(distinct[best]), STRENGTHS[best_index], solution.gap, means)
 
 
 def fit_weights(
@@ -80,7 +80,7 @@ def fit_weights(
     start: Floats,
     tolerance: float = weight_search.TOLERANCE,
 ) -> weight_search.Solution:
-    """Return the weights (I,) of least loss with prior and penalty of a finite strength, found from `start` (I,)."""
+    """Return the weights (I,) of least loss plus prior and penalty of a finite strength, starting from `start` (I,)."""
     penalties = np.full(len(scores), strength)
     penalties[best] = 0.0
     weights, active, steps, is_minimal = start, np.flatnonzero(start), 0, False
@@ -101,7 +101,7 @@ def fit_weights(
 
 
 class _Penalised:
-    """Loss with prior of a log-linear pool, plus a penalty (I,) per unit of each weight."""
+    """Loss plus prior of a log-linear pool, plus a penalty (I,) per unit of each weight."""
 
     def __init__(self, scores: Floats, labels: Integers, penalties: Floats) -> None:
         self.objective, self.penalties = pools.LogLinearObjective(scores, labels), penalties
@@ -117,7 +117,7 @@ class _Penalised:
 
 
 def _path(scores: Floats, labels: Integers) -> list[Floats]:
-    """Weights (I,) under each of `STRENGTHS`, each found from those of the stronger one."""
+    """Return weights (I,) for each of `STRENGTHS`; each search starts from those of the next stronger one."""
     best, alone = _best_alone(scores, labels)
     path = [alone.weights]
     for strength in STRENGTHS[1:]:
@@ -127,7 +127,7 @@ def _path(scores: Floats, labels: Integers) -> list[Floats]:
 
 
 def _best_alone(scores: Floats, labels: Integers) -> tuple[int, weight_search.Solution]:
-    """The input of least loss with a temperature of its own, of equals the first; and its weight, as (I,)."""
+    """Return the input of least loss after its temperature is fitted, the first on ties, and its solution over (I,)."""
     solutions = [pools.fit_log_linear(scores[[index]], labels) for index in range(len(scores))]
     best = int(np.argmin([solution.value for solution in solutions]))
     weights = np.zeros(len(scores))
@@ -136,7 +136,7 @@ def _best_alone(scores: Floats, labels: Integers) -> tuple[int, weight_search.So
 
 
 def _gradient(scores: Floats, labels: Integers, weights: Floats) -> Floats:
-    """Gradient (I,) of the loss with prior."""
+    """Return the gradient (I,) of the loss plus prior."""
     active = np.flatnonzero(weights)
     errors = softmax(np.tensordot(weights[active], scores[active], axes=1))
     errors[np.arange(len(labels)), labels] -= 1

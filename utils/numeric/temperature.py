@@ -2,7 +2,7 @@
 
 It is fitted after pooling, as Rahaman and Thiery (2021) advise. The log-loss is convex in 1/T, which is the weight of a
 log-linear pool of one member, so that T has the bounds and the prior of that weight: a fit on N rows minimises the mean
-log-loss plus (1/T + ln T) / N. Held-out losses, which decide whether a temperature is kept, are the log-loss alone.
+log-loss plus (1/T + ln T) / N. Held-out losses, which decide whether a temperature is kept, do not include the prior.
 Scores are logits or log-probabilities.
 """
 
@@ -26,9 +26,9 @@ class TemperatureChoice:
     """A temperature and its cross-validated log-losses."""
 
     temperature: float
-    """Fitted on all rows; 1 where held-out rows do not gain."""
+    """Fitted on all rows; 1 if the held-out log-loss does not improve."""
     row_temperatures: Floats
-    """(N,): for each row the temperature fitted on the other folds; 1 where held-out rows do not gain."""
+    """(N,): the temperature fitted on the other folds of each row; 1 if the held-out log-loss does not improve."""
     initial_loss: float
     """Log-loss at temperature 1, in nats."""
     held_out_loss: float
@@ -36,12 +36,12 @@ class TemperatureChoice:
 
 
 def fit_temperature(scores: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Fit the temperature of least log-loss and prior to scores (N, C) and labels (N,), within its bounds."""
+    """Fit the temperature of least log-loss plus prior to scores (N, C) and labels (N,), within its bounds."""
     return 1 / float(pools.fit_log_linear(scores[None], labels).weights[0])
 
 
 def select_temperature(scores: NDArray[Any], labels: NDArray[Any], folds: NDArray[Any]) -> TemperatureChoice:
-    """Fit a temperature to scores (N, C); it is 1 unless the rows of held-out `folds` (N,) gain by it."""
+    """Fit a temperature to scores (N, C) and labels (N,); 1 unless it lowers the log-loss of held-out `folds` (N,)."""
     fold_names = np.unique(folds)
     initial_loss = _log_loss(scores, labels, 1.0)
     row_temperatures, held_out_loss = np.ones(len(labels)), 0.0
@@ -58,7 +58,7 @@ def select_temperature(scores: NDArray[Any], labels: NDArray[Any], folds: NDArra
 
 
 def select_member_temperatures(logits: NDArray[Any], labels: NDArray[Any], folds: NDArray[Any]) -> Floats:
-    """Return temperatures (M,) of members' logits (M, N, C), each selected alone as `select_temperature` does."""
+    """Return temperatures (M,) of members' logits (M, N, C), each selected separately by `select_temperature`."""
     return np.array([select_temperature(scores, labels, folds).temperature for scores in logits])
 
 

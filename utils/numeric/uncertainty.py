@@ -1,7 +1,7 @@
 """Uncertainty of predictions: conformal prediction sets and out-of-distribution (OOD) scores.
 
-Thresholds are fitted on calibration rows, which are val rows in out-of-sample predictions. They hold for other rows as
-far as both have the same distribution. Val rows also selected the members' epochs, which flatters them slightly.
+Thresholds are fitted on calibration rows: val rows with out-of-sample predictions. They are valid for other rows of the
+same distribution. Val rows also selected the members' epochs, so that their predictions are slightly optimistic.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from utils.numeric.metrics import check_probabilities
 ALPHA = 0.1
 """Default of the fraction of rows that prediction sets may fail to cover."""
 RAPS_PENALTY, RAPS_FREE = 0.01, 1
-"""What `raps_scores` add for each more probable class beyond so many."""
-COUNT_TOLERANCE = 1e-9  # rounding of products that are compared with whole numbers or scores
+"""`raps_scores` add the penalty for each more probable class beyond the first `RAPS_FREE`."""
+COUNT_TOLERANCE = 1e-9  # rounding error of products that are compared with integers or scores
 OOD_FRACTION = 0.05  # of rows like the reference that lie beyond it
-MIN_ENERGY_RANGE = 1e-4  # a smaller range of energies is rounding
+MIN_ENERGY_RANGE = 1e-4  # a smaller range of energies is rounding error
 Floats = NDArray[np.float64]
 
 
@@ -44,7 +44,7 @@ def aps_scores(probabilities: Floats, uniforms: Floats | None = None) -> Floats:
     order = np.argsort(-probabilities, axis=1, kind="stable")
     ordered = np.take_along_axis(probabilities, order, axis=1)
     sums = np.minimum(np.cumsum(ordered, axis=1), 1.0)
-    for column in range(ordered.shape[1] - 2, -1, -1):  # an equally probable class further on counts as well
+    for column in range(ordered.shape[1] - 2, -1, -1):  # include later classes of equal probability
         is_equal = ordered[:, column] == ordered[:, column + 1]
         sums[is_equal, column] = sums[is_equal, column + 1]
     scores = np.empty_like(sums)
@@ -55,9 +55,9 @@ def aps_scores(probabilities: Floats, uniforms: Floats | None = None) -> Floats:
 def raps_scores(probabilities: Floats, uniforms: Floats | None = None) -> Floats:
     """Return the nonconformity of each class, (N, C), of regularised adaptive sets (RAPS, Angelopoulos et al. 2021).
 
-    It is the summed probability of all more probable classes, plus a random part of the class's own, plus 0.01 for
-    each more probable class beyond the first. `uniforms` (N,) are the random parts, see `uniform_numbers`; 1/2 where
-    they are None. Coverage is 1 - alpha, unless the most probable class alone covers more.
+    It is the summed probability of all more probable classes, plus a random fraction of the class's probability, plus
+    0.01 for each more probable class beyond the first. `uniforms` (N,) are the random fractions, see `uniform_numbers`;
+    1/2 where `uniforms` is None. Coverage is 1 - alpha, unless the most probable class alone covers more.
     """
     order = np.argsort(-probabilities, axis=1, kind="stable")
     ordered = np.take_along_axis(probabilities, order, axis=1)
@@ -70,7 +70,7 @@ def raps_scores(probabilities: Floats, uniforms: Floats | None = None) -> Floats
 
 
 def uniform_numbers(names: Iterable[str]) -> Floats:
-    """Return a number (N,) from 0 to below 1 for each name, by its SHA-256, so that the same name repeats it.
+    """Return a number (N,) in [0, 1) for each name, derived from its SHA-256, so that equal names get equal numbers.
 
     Names are the digests of images' contents, or sample ids where there are no images.
     """
@@ -90,9 +90,9 @@ def conformal_threshold(scores: ArrayLike, alpha: float = ALPHA, groups: ArrayLi
     """Return the score that a new row's true class exceeds with probability at most `alpha`.
 
     It is the ceil((n + 1)(1 - alpha))-th smallest of the calibration rows' scores (n,) (Vovk et al. 2005); None for
-    fewer than 1 / alpha - 1 rows, which allow no finite threshold. With `groups` (n,) each group has the same weight,
-    shared by its rows, and the new row is of a new group (hierarchical conformal prediction, Lee et al. 2023); groups
-    then take the place of rows. Raises UserError for an `alpha` outside (0, 1).
+    fewer than 1 / alpha - 1 rows, which allow no finite threshold. With `groups` (n,), each group has the same weight,
+    shared by its rows, and the new row is from a new group (hierarchical conformal prediction, Lee et al. 2023); the
+    count is then that of groups. Raises UserError for an `alpha` outside (0, 1).
     """
     if not 0 < alpha < 1:
         raise UserError(f"alpha: found {alpha}; expected a fraction of rows between 0 and 1, such as 0.1")
@@ -120,10 +120,10 @@ def min_calibration_rows(alpha: float) -> int:
 def prediction_sets(
     kind: str, probabilities: ArrayLike, limits: float | ArrayLike, uniforms: Floats | None = None
 ) -> NDArray[np.bool_]:
-    """Return which classes the prediction set of each row holds, (N, C).
+    """Return which classes are in the prediction set of each row, bool (N, C), from probabilities (N, C).
 
     `limits` is one threshold, or one per class (C,), and `uniforms` (N,) are the rows' `uniform_numbers`. The most
-    probable class always is in the set; a class whose threshold is NaN is in every set.
+    probable class is always in the set; a class whose threshold is NaN is in every set.
     """
     values = np.asarray(probabilities, dtype=np.float64)
     return _sets(NONCONFORMITY_SCORES[kind](values, uniforms), values, limits)
@@ -141,7 +141,7 @@ def coverage_interval(calibrated: int, rows: int, alpha: float = ALPHA, *, cover
     """Return the central 95% interval of the coverage on `rows` new rows, given the number of calibration rows.
 
     The number of rows that the threshold covers is beta-binomial (Vovk 2012) for exchangeable rows and scores without
-    ties; ties only raise it. `covered_by_rank` rows are covered beside these, since the most probable class always is
+    ties; ties only raise it. `covered_by_rank` further rows are covered only because the most probable class is always
     in the set.
     """
     from scipy.special import betaln, gammaln
@@ -162,7 +162,7 @@ def _threshold_rank(rows: int, alpha: float) -> int:
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Probabilities of rows with their labels, and what conformal sets need to know of them."""
+    """Probabilities, labels, random numbers and groups of rows, for conformal sets."""
 
     probabilities: ArrayLike
     """(N, C)"""
@@ -184,8 +184,8 @@ def conformal_metrics(
 ) -> dict[str, Any] | None:
     """Return `{alpha, threshold, n, coverage, coverage_interval, mean_size}` of split-conformal sets of a `kind`.
 
-    `n` is the number of calibration rows. See the function `coverage_interval` for the interval, which is None where
-    rows come in groups. None if there are too few calibration rows or groups.
+    `n` is the number of calibration rows. The function `coverage_interval` describes the interval, which is None where
+    rows come in groups. Returns None if there are too few calibration rows or groups.
     """
     true_scores, truth = calibration.nonconformity(kind)
     limit = conformal_threshold(true_scores, alpha, calibration.groups)
@@ -210,8 +210,8 @@ def class_conditional_metrics(
 ) -> dict[str, Any]:
     """Return metrics of sets with one threshold per class, so that each class is covered (Mondrian, Vovk 2012).
 
-    `{alpha, mean_size, coverage, classes: {class: {threshold, n, coverage, coverage_interval, note}}}`. A class with
-    fewer than 1 / alpha - 1 calibration rows or groups has no threshold and is in every set, as its `note` states.
+    Returns `{alpha, mean_size, coverage, classes: {class: {threshold, n, coverage, coverage_interval, note}}}`. A class
+    with fewer than 1 / alpha - 1 calibration rows or groups has no threshold and is in every set, as its `note` states.
     """
     true_scores, truth = calibration.nonconformity(kind)
     groups = None if calibration.groups is None else np.asarray(calibration.groups)
@@ -249,19 +249,19 @@ def class_conditional_metrics(
 
 @dataclass(frozen=True)
 class _EvaluatedSets:
-    """What the prediction sets of labelled rows hold."""
+    """Coverage and size of the prediction sets of labelled rows."""
 
     labels: NDArray[np.int64]
     """(N,)"""
     covered: NDArray[np.bool_]
     """(N,): whether the true class is in the set"""
     covered_by_rank: NDArray[np.bool_]
-    """(N,): whether it is there only because it is the most probable one"""
+    """(N,): whether it is in the set only because it is the most probable class"""
     mean_size: float
 
     @classmethod
     def of(cls, kind: str, evaluated: LabelledRows, limits: float | Floats) -> _EvaluatedSets:
-        """`limits` is one threshold, or one per class (C,) with NaN where a class has none."""
+        """Evaluate the sets by `limits`: one threshold, or one per class (C,) with NaN where a class has none."""
         probabilities, labels = check_probabilities(evaluated.probabilities, evaluated.labels)
         scores = NONCONFORMITY_SCORES[kind](probabilities, evaluated.uniforms)
         sets, true_class = _sets(scores, probabilities, limits), (np.arange(len(labels)), labels)
@@ -282,18 +282,19 @@ def ood_scores(logits: ArrayLike) -> Floats:
 
 
 def has_too_few_groups(rows: int, groups: ArrayLike | None) -> bool:
-    """Return whether rows come in groups (N,) of which there are fewer than `MIN_UNITS`."""
+    """Return whether rows come in fewer than `MIN_UNITS` groups (N,); False where `groups` is None."""
     return groups is not None and count_units(rows, groups) < MIN_UNITS
 
 
 def ood_summary(rows: Floats, reference: Floats, groups: ArrayLike | None = None) -> dict[str, Any] | None:
-    """Return how many rows look OOD, by the `ood_scores` (2, N) of rows and (2, R) of reference rows, or their means.
+    """Return the fraction of rows that look OOD, from `ood_scores` (2, N) of rows and (2, R) of reference rows.
 
-    `{energy, max_logit: {reference, beyond}}`: a quantile of the reference rows, as an energy and as a logit, and the
-    fraction of rows beyond it, which is about 0.05 if both have the same distribution. The quantile is the score that a
-    new row exceeds with a probability of at most 0.05 (`conformal_threshold`), of few rows the largest. This is a hint
-    and no test, since networks can be confident on OOD images. None if the logits are log-probabilities, whose energy
-    is 0, and if the reference rows come in fewer than `MIN_UNITS` groups (R,), which do not show how far groups vary.
+    The scores may be means over members. Returns `{energy, max_logit: {reference, beyond}}`: a quantile of the
+    reference rows, as an energy and as a logit, and the fraction of rows beyond it, which is about 0.05 if both have
+    the same distribution. The quantile is the score that a new row exceeds with a probability of at most 0.05
+    (`conformal_threshold`); with too few reference rows it is the largest score. This is a hint, not a test, since
+    networks can be confident on OOD images. None if the logits are log-probabilities, whose energy is 0, or if the
+    reference rows come in fewer than `MIN_UNITS` groups (R,), too few to show the variance between groups.
     """
     if np.ptp(reference[0]) < MIN_ENERGY_RANGE or has_too_few_groups(reference.shape[1], groups):
         return None

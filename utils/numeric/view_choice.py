@@ -1,9 +1,9 @@
-"""Which views of test-time augmentation lower the log-loss of held-out rows, and what the choice itself is worth.
+"""Select views of test-time augmentation that lower the log-loss of held-out rows, and measure the gain of the choice.
 
-Averaging over views can turn right answers wrong (Shanmugam et al. 2021), and it makes answers less confident, which a
-temperature does without further cost. So the log-losses that are compared are those after a temperature that is fitted
-for each candidate, and views are used where every choice that leaves out one or two folds is the same: what the
-networks then predict for a row is what a choice without the row's own label, and without another fold's, predicts.
+Averaging over views can turn correct predictions wrong (Shanmugam et al. 2021), and it lowers confidences, which a
+temperature does without further cost. The compared log-losses are therefore those after a temperature is fitted for
+each candidate. Views are used only if every choice that leaves out one or two folds is the same: the predictions for a
+row then equal those of a choice that does not read the labels of the row's fold and of another fold.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from utils.numeric.metrics import log_loss_per_row, log_softmax, softmax
 from utils.numeric.temperature import fit_temperature
 
 Floats = NDArray[np.float64]
-LEFT_OUT = 2  # folds at most, without which the choice has to be the same
+LEFT_OUT = 2  # most folds without which the choice has to be the same
 ORIGINAL = "original"
 """Name of the image itself among the views"""
 
 
 @dataclass(frozen=True)
 class ViewOutputs:
-    """Logits of M networks for N labelled rows, by group of views."""
+    """Logits of M networks for N labelled rows, per group of views."""
 
     logits: Mapping[str, NDArray[Any]]
     """{`ORIGINAL` or name of a group: mean logits of its views (M, N, C)}"""
@@ -39,10 +39,10 @@ class ViewOutputs:
     folds: NDArray[np.int64]
     """(N,)"""
     groups: NDArray[np.int64] | None = None
-    """(N,): rows that are not independent; None where all are"""
+    """(N,): rows of one group are not independent; None where all rows are independent"""
 
     def mean_logits(self, chosen: Sequence[str]) -> NDArray[Any]:
-        """Mean logits (M, N, C) of the image itself and the views of the chosen groups."""
+        """Return mean logits (M, N, C) of the image itself and the views of the chosen groups."""
         total = np.array(self.logits[ORIGINAL], dtype=np.float64)
         for name in chosen:
             total += self.counts[name] * np.asarray(self.logits[name], dtype=np.float64)
@@ -51,20 +51,20 @@ class ViewOutputs:
 
 @dataclass(frozen=True)
 class ViewChoice:
-    """The groups of views to use, and the gain of the rule on rows whose labels it did not read."""
+    """The groups of views to use, and the cross-fitted gain of the selection rule."""
 
     views: tuple[str, ...]
-    """In the order of the candidates; empty: the image alone"""
+    """In the order of the candidates; empty where only the image itself is used"""
     on_all_rows: tuple[str, ...]
-    """What the rows choose together; differs from `views` where choices without some folds differ."""
+    """The choice on all rows; differs from `views` where choices without some folds differ."""
     gain: float
-    """Log-loss without views minus log-loss with them, in nats; both after a temperature of the other folds"""
+    """Log-loss without views minus log-loss with them, in nats; both after a temperature fitted on the other folds"""
     gain_interval: tuple[float, float] | None
     """95%; None for too few rows or groups"""
     accuracy_gain: float
 
     def as_record(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the choice as JSON values."""
         return {
             "views": list(self.views),
             "chosen_on_all_rows": list(self.on_all_rows),
@@ -77,20 +77,20 @@ class ViewChoice:
 def choose_views(outputs: ViewOutputs) -> ViewChoice:
     """Choose groups of views for the mean of the networks' probabilities.
 
-    Groups are added one after the other, the one of lowest log-loss first, while the gain exceeds its standard error;
-    the whole choice counts where it is the same without any one or two folds. The gain is cross-fitted: for each fold
-    it is that of the choice, made by the same rule, on the other folds.
+    Groups are added one after the other, the one of lowest log-loss first, while the gain exceeds its standard error.
+    The choice is used only if it is the same without any one or two folds. The gain is cross-fitted: for each fold it
+    is that of the choice made on the other folds by the same rule.
     """
     rule = _Rule(outputs)
-    every = frozenset(np.unique(outputs.folds).tolist())
+    all_folds = frozenset(np.unique(outputs.folds).tolist())
     gains, hits = np.zeros(len(outputs.labels)), np.zeros(len(outputs.labels))
-    for fold in sorted(every) if len(every) > 1 else ():
-        inside, others = outputs.folds == fold, every - {fold}
-        losses, right = zip(*(rule.judged(views, others, inside) for views in ((), rule.stable(others))), strict=True)
-        gains[inside], hits[inside] = losses[0] - losses[1], right[1].astype(float) - right[0]
+    for fold in sorted(all_folds) if len(all_folds) > 1 else ():
+        inside, others = outputs.folds == fold, all_folds - {fold}
+        losses, correct = zip(*(rule.judged(views, others, inside) for views in ((), rule.stable(others))), strict=True)
+        gains[inside], hits[inside] = losses[0] - losses[1], correct[1].astype(float) - correct[0]
     return ViewChoice(
-        views=rule.stable(every),
-        on_all_rows=rule.choice(every),
+        views=rule.stable(all_folds),
+        on_all_rows=rule.choice(all_folds),
         gain=float(gains.mean()),
         gain_interval=paired_interval(gains, outputs.groups),
         accuracy_gain=float(hits.mean()),
@@ -99,19 +99,19 @@ def choose_views(outputs: ViewOutputs) -> ViewChoice:
 
 @dataclass
 class _Rule:
-    """The choice on the rows of some folds; each set of folds and each set of views is computed once."""
+    """The selection rule on the rows of some folds, with a cache of choices by folds and of scores by views."""
 
     outputs: ViewOutputs
     _scores: dict[tuple[str, ...], Floats] = field(default_factory=dict)
     _choices: dict[frozenset[int], tuple[str, ...]] = field(default_factory=dict)
 
     def stable(self, folds: frozenset[int]) -> tuple[str, ...]:
-        """The choice on these folds where it is the same without any one or two of them; else none."""
+        """Return the choice on these folds if it is the same without any one or two of them; else no views."""
         views = self.choice(folds)
         return views if views and all(self.choice(part) == views for part in _parts(folds)) else ()
 
     def choice(self, folds: frozenset[int]) -> tuple[str, ...]:
-        """Groups of views, added while the gain on the rows of these folds exceeds its standard error."""
+        """Return groups of views, added while the gain on the rows of these folds exceeds its standard error."""
         if folds in self._choices:
             return self._choices[folds]
         candidates = [name for name in self.outputs.logits if name != ORIGINAL]
@@ -137,7 +137,7 @@ class _Rule:
     def judged(
         self, views: tuple[str, ...], folds: frozenset[int], rows: NDArray[np.bool_]
     ) -> tuple[Floats, NDArray[np.bool_]]:
-        """Losses and hits of some rows, after a temperature that is fitted on the rows of `folds`."""
+        """Return losses and hits of rows, bool (N,), after a temperature fitted on the rows of `folds`."""
         fitted = np.isin(self.outputs.folds, sorted(folds))
         hits = self._of(views)[rows].argmax(axis=1) == self.outputs.labels[rows]
         return self._losses(views, fitted, rows), hits
@@ -149,7 +149,7 @@ class _Rule:
         return losses
 
     def _of(self, views: tuple[str, ...]) -> Floats:
-        """Logarithm of the networks' mean probabilities (N, C)."""
+        """Return the logarithm (N, C) of the networks' mean probabilities."""
         if views not in self._scores:
             logs = log_softmax(self.outputs.mean_logits(views))
             self._scores[views] = np.logaddexp.reduce(logs, axis=0) - np.log(len(logs))
@@ -157,7 +157,7 @@ class _Rule:
 
 
 def _parts(folds: frozenset[int]) -> Iterator[frozenset[int]]:
-    """The folds without one, and without two, of them; at least one is left."""
-    for left_out in range(1, min(LEFT_OUT, len(folds) - 1) + 1):
-        for some in combinations(sorted(folds), left_out):
-            yield folds - set(some)
+    """Yield the folds without each one and without each two of them; at least one fold is left."""
+    for count in range(1, min(LEFT_OUT, len(folds) - 1) + 1):
+        for left_out in combinations(sorted(folds), count):
+            yield folds - set(left_out)

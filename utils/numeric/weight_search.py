@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 TOLERANCE = 1e-9
 MAX_STEPS = 200
-VALUE_ROUNDING = 1e-13  # relative to a value: smaller differences are noise, as is 1e-15 of any loss
-RIDGE = 1e-11  # relative to the curvature: no steps along flat directions
+VALUE_ROUNDING = 1e-13  # relative to a value; smaller differences are rounding errors, as is 1e-15 of any loss
+RIDGE = 1e-11  # relative to the curvature; prevents steps along flat directions
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Weights with their loss and its optimality gap."""
+    """Weights with their loss and duality gap."""
 
     weights: Floats
     """(M,)"""
@@ -47,7 +47,7 @@ class ConvexLoss(Protocol):
 
 
 class _CommonWeight:
-    """A loss as a function of the sum of equal weights."""
+    """A loss as a function of the sum of M equal weights."""
 
     members = 1
     duplicate_of = np.zeros(1, dtype=np.int64)
@@ -76,7 +76,7 @@ def minimise(
 
     The penalty shrinks the weights towards their mean and leaves their sum free; infinite strength gives equal weights.
     The search starts from `start` (M,), scaled into `sum_bounds`, or from equal weights. It ends when the duality gap
-    is at most `tolerance`, or when rounding allows no further descent; the solution has the gap.
+    is at most `tolerance`, or when rounding allows no further descent; the solution states its gap.
     """
     if np.isinf(strength):
         common = minimise(_CommonWeight(loss), sum_bounds=sum_bounds, tolerance=tolerance)
@@ -94,7 +94,7 @@ def minimise(
             break
         direction = average_duplicates(_quadratic_step(hessian, gradient, weights, sum_bounds), loss.duplicate_of)
         slope = float(gradient @ direction)
-        if -slope <= VALUE_ROUNDING * (abs(value) + 0.01):  # differences of values are noise: trust the slope
+        if -slope <= VALUE_ROUNDING * (abs(value) + 0.01):  # differences of values are rounding errors: take the step
             n_unchecked += 1
             candidate: Floats | None = weights + direction
         else:
@@ -109,8 +109,8 @@ def minimise(
 def _minimise_alone(loss: ConvexLoss, start: float, bounds: tuple[float, float], tolerance: float) -> Solution:
     """Return the weight of least loss of one member within `bounds`, as `minimise` does.
 
-    Newton's method on the derivative. The bounds close in on its root, and a step beyond them halves the distance
-    instead; thousands of temperatures are fitted in a nested search.
+    Newton's method on the derivative, safeguarded by bisection: the bounds bracket its root, and a step beyond them is
+    replaced by their midpoint. It has to be fast, since a nested search fits thousands of temperatures.
     """
     lower, upper = bounds
     weight, step = min(max(start, lower), upper), 0
@@ -137,7 +137,7 @@ def _minimise_alone(loss: ConvexLoss, start: float, bounds: tuple[float, float],
 
 
 def duality_gap(weights: Floats, gradient: Floats, sum_bounds: tuple[float, float]) -> float:
-    """Return an upper bound of a convex function's value at `weights` (M,) less its minimum, from its gradient (M,)."""
+    """Return an upper bound of a convex function's excess over its minimum at `weights` (M,), from its gradient (M,)."""
     least = float(gradient.min())
     return max(0.0, float(weights @ gradient) - min(sum_bounds[0] * least, sum_bounds[1] * least))
 
@@ -168,9 +168,10 @@ def _penalised(loss: ConvexLoss, weights: Floats, strength: float) -> tuple[floa
 def _line_search(
     loss: ConvexLoss, weights: Floats, direction: Floats, value: float, slope: float, strength: float
 ) -> Floats | None:
-    """Return the first of a full, half, quarter, ... step with half the descent of a quadratic (Armijo 1966), or None.
+    """Return the weights after the first of a full, half, quarter, ... step with sufficient decrease, or None.
 
-    With a weaker condition the search oscillates across a narrow valley.
+    Sufficient is half the decrease of a quadratic (Armijo 1966); a weaker condition lets the search oscillate across a
+    narrow valley.
     """
     length = 1.0
     while length > 1e-9:
@@ -186,8 +187,8 @@ def _line_search(
 def _quadratic_step(hessian: Floats, gradient: Floats, weights: Floats, sum_bounds: tuple[float, float]) -> Floats:
     """Return the step d (M,) of least gradient @ d + d @ hessian @ d / 2 that keeps the weights feasible.
 
-    Primal active set method (Nocedal and Wright 2006, algorithm 16.3): members at 0 and a sum at its bound stay active
-    until their multiplier shows that releasing them lowers the value.
+    Primal active set method (Nocedal and Wright 2006, algorithm 16.3): the constraints of members at 0 and of a sum at
+    its bound stay active until their multiplier shows that releasing them lowers the value.
     """
     members = len(weights)
     curved = hessian + np.diag(RIDGE * (np.diag(hessian) + 1e-6))
@@ -222,7 +223,7 @@ def _quadratic_step(hessian: Floats, gradient: Floats, weights: Floats, sum_boun
 
 
 def _free_step(curved: Floats, slope: Floats, is_bound: bool) -> tuple[Floats, float]:
-    """Return the free members' step to the minimum, which keeps a bound sum, and the multiplier of the sum."""
+    """Return the free members' step to the minimum, of constant sum if `is_bound`, and the multiplier of the sum."""
     sides = np.stack([-slope, np.ones_like(slope)], axis=1)
     unconstrained, along = np.linalg.solve(curved, sides).T
     multiplier = -float(unconstrained.sum() / along.sum()) if is_bound else 0.0
@@ -232,7 +233,7 @@ def _free_step(curved: Floats, slope: Floats, is_bound: bool) -> tuple[Floats, f
 def _first_block(
     weights: Floats, step: Floats, total: float, sum_bounds: tuple[float, float], is_bound: bool
 ) -> tuple[float, int | None]:
-    """Return the feasible fraction of a step, at most 1, and what blocks it: a member's index, or M for the sum."""
+    """Return the feasible fraction of a step, at most 1, and what blocks it: a member's index, M for the sum or None."""
     is_shrinking = step < 0
     lengths = np.full(len(weights) + 1, np.inf)
     lengths[:-1][is_shrinking] = weights[is_shrinking] / -step[is_shrinking]
@@ -244,7 +245,7 @@ def _first_block(
 
 
 def _sum_descent(multiplier: float, total: float, sum_bounds: tuple[float, float]) -> float:
-    """Return the descent of the value per unit of a released sum that moves into its bounds; 0 if they are equal."""
+    """Return the decrease of the value per unit by which a released sum moves into its bounds; 0 for equal bounds."""
     if sum_bounds[0] == sum_bounds[1]:
         return 0.0
     return max(0.0, multiplier if total >= sum_bounds[1] else -multiplier)

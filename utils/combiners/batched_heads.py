@@ -1,6 +1,6 @@
-"""Fusion heads of `utils.combiners.fusion_heads` that are trained side by side.
+"""Batched training of the fusion heads of `utils.combiners.fusion_heads`.
 
-What comes before a head's perceptron is written for all of them at once; its gradients are those of autograd.
+The layers before the perceptron are computed for all heads at once, and autograd gives their gradients.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from utils.numeric.batched_training import (
     linear_values,
 )
 
-SCORES = 4  # columns that the map to the score of attention is filled up to
-WIDTHS = 8  # tokens and projections that are a multiple of it make, with the rows of a batch, whole vectors
+SCORES = 4  # columns to which the matrix of the attention score is padded
+WIDTHS = 8  # with tokens and projections of a multiple of this width, the rows of a batch fill whole SIMD vectors
 
 
 class BatchedHeads(BatchedTraining):
-    """B heads of one shape under training; here perceptrons of all that is read."""
+    """B heads of one shape in training; this base class is a perceptron on the concatenated blocks."""
 
     prefix: ClassVar[str] = ""
-    """Of the names of the perceptron's weights"""
+    """Prefix of the names of the perceptron's weights"""
 
     def __init__(
         self,
@@ -44,35 +44,35 @@ class BatchedHeads(BatchedTraining):
         batches: BatchShape,
         schedule: Schedule,
     ) -> None:
-        """Take blocks side by side, float32 (N, W), labels int64 (N,), and each fit's rows, int64 (n,), and seed."""
+        """Take concatenated blocks float32 (N, W), labels int64 (N,), and each fit's rows, int64 (n,), and seed."""
         self.shape = shape
         self.maps = self.maps_before(shape)
         super().__init__(table, labels, rows, seeds, batches, self.perceptron_sizes(shape), schedule)
 
     @classmethod
     def maps_before(cls, shape: HeadShape) -> Mapping[str, tuple[int, int]]:
-        """{name: numbers in and out} of the affine maps before the perceptron."""
+        """Return {name: input and output width} of the linear layers before the perceptron."""
         return {}
 
     @classmethod
     def perceptron_sizes(cls, shape: HeadShape) -> list[int]:
-        """Widths of the perceptron, from what it reads to the classes."""
+        """Return the widths of the perceptron, from its input to the classes."""
         return [sum(shape.widths), *shape.hidden, shape.classes]
 
     @classmethod
     def numbers(cls, shape: HeadShape) -> int:
-        """How many numbers a head learns."""
+        """Return the number of parameters of a head."""
         maps = [*cls.maps_before(shape).values(), *pairwise(cls.perceptron_sizes(shape))]
         return sum((width + 1) * wider for width, wider in maps)
 
     @classmethod
     def are_independent(cls, shape: HeadShape) -> bool:
-        """Whether the bytes of a head do not depend on the heads beside it; if not, they are to be trained alone."""
+        """Return whether the bytes of a head do not depend on the other heads; if not, heads must be trained alone."""
         return independent_products([*cls.maps_before(shape).values(), *pairwise(cls.perceptron_sizes(shape))])
 
     def weights(self, number: int) -> dict[str, np.ndarray]:
-        """A copy of the named weights of one head, float32."""
-        layers = [f"{self.prefix}layers.{3 * place}" for place in range(len(self.sizes) - 1)]  # ReLU, dropout between
+        """Return a copy of the named weights of one head, float32."""
+        layers = [f"{self.prefix}layers.{3 * index}" for index in range(len(self.sizes) - 1)]  # ReLU, dropout between
         parts = [part.numpy() for part in self.parts(number)]
         named: dict[str, np.ndarray] = {}
         for name, matrix, bias in zip([*self.maps, *layers], parts[::2], parts[1::2], strict=True):
@@ -88,12 +88,15 @@ class BatchedHeads(BatchedTraining):
 
 
 class _PooledHeads(BatchedHeads):
-    """Heads whose perceptron reads something pooled over the members, with dropout."""
+    """Heads whose perceptron reads features pooled over the members, with dropout."""
 
     prefix = "perceptron."
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
-        """Rows (B, n, W) -> what is pooled (B, n, D); `counts` of them are there, None where nothing is trained."""
+        """Return pooled features (B, n, D) of rows (B, n, W).
+
+        In training, `counts` are the heads' numbers of rows before the padding; at inference it is None.
+        """
         raise NotImplementedError
 
     def _read(self, number: int, values: Tensor, parts: Sequence[Tensor]) -> Tensor:
@@ -109,11 +112,11 @@ class _PooledHeads(BatchedHeads):
         return pooled.detach()
 
     def _backward(self, gradient: Tensor, slopes: Sequence[Tensor]) -> None:
-        for slope, found in zip(slopes, torch.autograd.grad(self.pooled, self.leaves, gradient), strict=True):
-            slope.copy_(found)
+        for slope, part_gradient in zip(slopes, torch.autograd.grad(self.pooled, self.leaves, gradient), strict=True):
+            slope.copy_(part_gradient)
 
     def _blocks(self, values: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """Each member's block (B, n, w) of rows (B, n, W) through its affine map; (B, n, M, D)."""
+        """Apply each member's linear layer to its block (B, n, w) of rows (B, n, W); return (B, n, M, D)."""
         blocks = values.split(self.shape.widths, dim=2)
         mapped = [torch.bmm(block, matrix) for block, matrix in zip(blocks, parts[::2], strict=True)]
         return torch.stack(mapped, dim=2) + torch.stack(tuple(parts[1::2]), dim=2)
@@ -124,19 +127,19 @@ class BatchedAttention(_PooledHeads):
 
     @classmethod
     def maps_before(cls, shape: HeadShape) -> Mapping[str, tuple[int, int]]:
-        """One for each member's token, those of gated attention, and its score."""
+        """Return the layers of each member's token, of gated attention and of its score."""
         token = _token(shape)
         tokens = {f"tokens.{member}": (width, token) for member, width in enumerate(shape.widths)}
         return tokens | {"gate": (token, token), "value": (token, token), "score": (token, 1)}
 
     @classmethod
     def perceptron_sizes(cls, shape: HeadShape) -> list[int]:
-        """Its first hidden width is the token's."""
+        """Return the widths; the first hidden width is that of the tokens."""
         return [_token(shape), *shape.hidden[1:], shape.classes]
 
     @classmethod
     def are_independent(cls, shape: HeadShape) -> bool:
-        """As for any head, and by the width of a token."""
+        """Return whether heads are independent, which also requires tokens of a multiple of `WIDTHS`."""
         maps = cls.maps_before(shape)
         products = [*(maps[name] for name in maps if name != "score"), *pairwise(cls.perceptron_sizes(shape))]
         return independent_products(products) and _token(shape) % WIDTHS == 0
@@ -157,7 +160,7 @@ class BatchedAttention(_PooledHeads):
             tokens = tokens * present.unsqueeze(3)
         flat = tokens.flatten(1, 2)
         gated = torch.tanh(torch.baddbmm(value_bias, flat, value)) * torch.sigmoid(torch.baddbmm(gate_bias, flat, gate))
-        # A product with a matrix of one column is another one for one head than for several.
+        # Products with a matrix of one column use another kernel for one head than for several, hence the padding.
         column = torch.bmm(gated, nn.functional.pad(score, (0, SCORES - 1)))[:, :, :1] + score_bias
         scores = column.view(tokens.shape[:3])
         if present is not None:
@@ -166,21 +169,21 @@ class BatchedAttention(_PooledHeads):
 
 
 class BatchedBilinear(_PooledHeads):
-    """Products of every two members' embeddings, beside their sum."""
+    """Elementwise products of every two members' projected embeddings, concatenated with their sum."""
 
     @classmethod
     def maps_before(cls, shape: HeadShape) -> Mapping[str, tuple[int, int]]:
-        """One for each member."""
+        """Return the layer of each member's projection."""
         return {f"projections.{member}": (width, shape.rank) for member, width in enumerate(shape.widths)}
 
     @classmethod
     def perceptron_sizes(cls, shape: HeadShape) -> list[int]:
-        """It reads the sum and the products."""
+        """Return the widths; the input is the sum and the products."""
         return [2 * shape.rank, *shape.hidden, shape.classes]
 
     @classmethod
     def are_independent(cls, shape: HeadShape) -> bool:
-        """As for any head, and by the rank."""
+        """Return whether heads are independent, which also requires a rank of a multiple of `WIDTHS`."""
         return super().are_independent(shape) and shape.rank % WIDTHS == 0
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
@@ -198,7 +201,7 @@ BATCHED: dict[str, type[BatchedHeads]] = {
     "bilinear": BatchedBilinear,
     "cca_aligned": BatchedHeads,
 }
-"""As `fusion_heads.HEADS`."""
+"""Batched training of each head of `fusion_heads.HEADS`, by the same names."""
 
 
 def _token(shape: HeadShape) -> int:

@@ -1,7 +1,7 @@
-"""Gradient-boosted trees on members' outputs: one training per kind of features, answered after several rounds.
+"""Gradient-boosted trees on members' outputs, evaluated after several numbers of rounds.
 
-Chen and Guestrin (2016), XGBoost. `utils.numeric.nested_cv` selects the number of rounds: early stopping on
-rows that are held out, without a further split. Boosters are saved as XGBoost's JSON and answer without the library.
+Chen and Guestrin (2016), XGBoost. `utils.numeric.nested_cv` selects the number of rounds: early stopping on held-out
+rows, without a further split. Boosters are saved as XGBoost's JSON, and inference does not need the library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from utils.combiners.trees import BoosterProbabilities
 
 STOPS = 10
-BINS = 64  # of a feature's values: two to three times as fast as 256, and no worse
+BINS = 64  # per feature: two to three times as fast as 256, with no higher loss
 REBUILD = "Build it again: python ensemble_orchestrator.py stack --force"
 
 
@@ -38,7 +38,7 @@ class Booster:
 
     @cached_property
     def module(self) -> BoosterProbabilities:
-        """Features (B, F) -> probabilities (B, C) as gathers and comparisons."""
+        """Module from features (B, F) to probabilities (B, C), of gathers and comparisons."""
         from utils.combiners.trees import booster_module
 
         return booster_module(self.text, classes=self.classes, source="booster.json", remedy=REBUILD)
@@ -52,7 +52,7 @@ class Booster:
 
 @dataclass(frozen=True)
 class BoosterLearner:
-    """One training of `n_estimators` rounds, answered after each of several."""
+    """One training of `n_estimators` rounds, evaluated after several numbers of rounds."""
 
     n_estimators: int
     max_depth: int
@@ -61,17 +61,17 @@ class BoosterLearner:
     thread_safe: ClassVar[bool] = True
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
-        """The fewest rounds first."""
+        """Return the settings, the fewest rounds first."""
         return [{"features": STEPS, "rounds": stop} for stop in evenly_spaced_epochs(self.n_estimators, STOPS)]
 
     def paths(self) -> Sequence[Sequence[int]]:
-        """One path."""
+        """Return one path of all settings."""
         return [range(len(self.settings()))]
 
     def trainings(
         self, path: int, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
     ) -> list[tuple[Sequence[int], _Training]]:
-        """A training per fit; features are computed once for all of them."""
+        """Return one training per fit; features are computed once for all of them."""
         table = features(logits, STEPS).astype(np.float32)
         stops = [setting["rounds"] for setting in self.settings()]
         options = self._options(logits.shape[2])
@@ -81,14 +81,14 @@ class BoosterLearner:
         ]
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-        """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after a training on logits (M, N, C)."""
+        """Return probabilities float32 (G, H, C) of held-out logits (M, H, C) after training on logits (M, N, C)."""
         return path_predictions(self, logits, labels, held_out)
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Booster:
-        """The booster of so many rounds."""
+        """Return the booster of the setting's number of rounds, fitted on logits (M, N, C) and labels (N,)."""
         table = features(logits, STEPS).astype(np.float32)
-        everything = np.zeros(len(labels), dtype=bool)
-        training = _Training(self._options(logits.shape[2]), table, labels, everything, [setting["rounds"]])
+        held_out = np.zeros(len(labels), dtype=bool)
+        training = _Training(self._options(logits.shape[2]), table, labels, held_out, [setting["rounds"]])
         return Booster(bytes(training.train_on().save_raw("json")), logits.shape[2])
 
     def _options(self, classes: int) -> dict[str, Any]:
@@ -98,16 +98,16 @@ class BoosterLearner:
             "max_depth": self.max_depth,
             "eta": self.learning_rate,
             "seed": self.seed,
-            "nthread": 1,  # trainings run side by side instead; the bytes depend on the number of threads
+            "nthread": 1,  # trainings run in parallel instead; the bytes depend on the number of threads
             "max_bin": BINS,
-            "base_score": 0.5,  # releases of the library estimate it differently
+            "base_score": 0.5,  # fixed, since releases of the library estimate it differently
             "verbosity": 0,
         }
 
 
 @dataclass
 class _Training:
-    """One fit, from one number of rounds to the next."""
+    """One fit, which advances from one number of rounds to the next."""
 
     options: Mapping[str, Any]
     table: np.ndarray
@@ -117,21 +117,22 @@ class _Training:
     """bool (N,)"""
     stops: Sequence[int]
     done: int = 0
-    """Stops that were reached"""
+    """Number of stops reached"""
     booster: Any = None
     inside: Any = None
-    """The rows of the fit, in the library's form"""
+    """DMatrix of the rows of the fit"""
     outside: Any = None
+    """DMatrix of the held-out rows"""
 
     def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
         booster, stop = self.train_on(), self.stops[self.done - 1]
         if self.outside is None:
             self.outside = _library().DMatrix(self.table[self.held_out], nthread=1)
-        answers = booster.predict(self.outside, iteration_range=(0, stop))
-        return [answers.reshape(np.count_nonzero(self.held_out), -1)]
+        predictions = booster.predict(self.outside, iteration_range=(0, stop))
+        return [predictions.reshape(np.count_nonzero(self.held_out), -1)]
 
     def train_on(self) -> xgboost.Booster:
-        """Go on to the next stop."""
+        """Train to the next stop and return the booster."""
         if self.booster is None:
             fitted = ~self.held_out
             self.inside = _library().DMatrix(self.table[fitted], label=self.labels[fitted], nthread=1)

@@ -1,9 +1,10 @@
-"""Votes and single members with a temperature: what learned ensembles are compared with, and fall back to.
+"""Votes and single members with a temperature: the baselines and fallbacks of learned ensembles.
 
 A vote keeps the members' raw probabilities, which are as overconfident as the networks; a fitted ensemble beats it by
-a temperature alone. These combiners have a temperature that held-out folds decide, with the same predicted classes, and
-the mixture with the uniform distribution that every fit has. Under `runs.score_ensemble.calibration: auto` held-out
-folds may choose vector or Dirichlet scaling instead, which also move predicted classes.
+its temperature alone. These combiners therefore have a temperature selected on held-out folds, which does not change
+the predicted classes, and the mixture with the uniform distribution of every fit. With
+`runs.score_ensemble.calibration: auto`, held-out folds may select vector or Dirichlet scaling instead, which can change
+predicted classes.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class CalibratedVote(PooledMembers):
-    """Base class: fixed weights, and a temperature of the pool if held-out folds gain by it.
+    """Base class: fixed weights, and a temperature of the pool if it lowers the held-out log-loss.
 
-    With `per_member` each member's logits first get a temperature of their own.
+    With `per_member`, each member's logits are first divided by a temperature of this member.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.temperature", "runs.score_ensemble.calibration")
@@ -38,13 +39,13 @@ class CalibratedVote(PooledMembers):
     """Name of the pool."""
 
     scales_classes: bool = unsaved(False)
-    """Whether held-out folds may choose vector or Dirichlet scaling."""
+    """Whether held-out folds may select vector or Dirichlet scaling."""
     scaling: ClassScaling | None = unsaved(None)
-    """In place of the pool's temperature."""
+    """Replaces the pool's temperature where it is not None."""
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """Return an unfitted combiner with the kind of temperature of `runs.score_ensemble`."""
+        """Return an unfitted combiner with the kind of temperature and calibration of `runs.score_ensemble`."""
         score_ensemble = config.runs.score_ensemble
         return cls(
             metric="log_loss",
@@ -85,21 +86,21 @@ class CalibratedVote(PooledMembers):
         return ScaledClasses(self._to_pool(), self.scaling.matrix, self.scaling.bias)
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
-        """Those of the pool, and the matrix (C, C) and bias (C,) of a class scaling."""
+        """Return the arrays of the pool, and the matrix (C, C) and bias (C,) of the class scaling if there is one."""
         arrays = super().fitted_arrays()
         if self.scaling is not None:
             arrays |= {"scaling_matrix": self.scaling.matrix, "scaling_bias": self.scaling.bias}
         return arrays
 
     def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Set the pool and, where there is one, the class scaling."""
+        """Set the pool and, if there is one, the class scaling."""
         super().set_fitted_arrays(arrays)
         if "scaling_matrix" in arrays:
             self.scaling = ClassScaling(self.temperature, arrays["scaling_matrix"], arrays["scaling_bias"])
 
     @abstractmethod
     def _member_weights(self, parts: Floats, labels: np.ndarray) -> Floats:
-        """Return weights (M,) that sum to 1, for parts (M, N, C) of the pool."""
+        """Return weights (M,) that sum to 1, for parts (M, N, C) of the pool and labels (N,)."""
 
 
 class CalibratedSoftVoting(CalibratedVote):
@@ -116,7 +117,7 @@ class CalibratedLogitAveraging(CalibratedSoftVoting):
 
 
 class CalibratedBestSingle(CalibratedVote):
-    """The one member of least log-loss, each at the temperature that fits it best."""
+    """The single member of least log-loss, each compared at its fitted temperature."""
 
     kind: ClassVar[str] = "log_linear"
 
@@ -131,6 +132,6 @@ class CalibratedBestSingle(CalibratedVote):
 def calibrated_probabilities(logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Return float32 probabilities (N, C) of one member's logits (N, C), cross-fitted over folds (N,).
 
-    For each fold the temperature and the mixture are those of a fit on the other folds with labels (N,).
+    For each fold, the temperature and the mixture weight are from a fit on the other folds with labels (N,).
     """
     return fit_crossfitted(CalibratedSoftVoting(), logits[None], labels, folds)

@@ -1,4 +1,4 @@
-"""A log-linear pool of ensembles' predictions that is shrunk to the best of them: the super learner as a combiner."""
+"""The super learner as a combiner: a log-linear pool of ensembles' predictions, shrunk to the best of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.numeric.super_learner import SuperLearner
 
 @dataclass(kw_only=True)
 class ConvexPool(PooledMembers):
-    """Non-negative weights of the inputs' log-probabilities, of which most are 0 (`utils.numeric.super_learner`)."""
+    """Non-negative weights of the inputs' log-probabilities, most of them 0 (`utils.numeric.super_learner`)."""
 
     settings: ClassVar[tuple[str, ...]] = ("runs.meta_fuser",)
 
@@ -26,11 +26,11 @@ class ConvexPool(PooledMembers):
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """An unfitted pool; it has no settings."""
+        """Return an unfitted pool; it has no settings."""
         return cls()
 
     def _fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> None:
-        """Fit on log-probabilities (I, N, C) of the inputs, labels (N,), folds (N,)."""
+        """Fit on log-probabilities (I, N, C) of the inputs, labels (N,) and folds (N,)."""
         self.member_temperatures = np.ones(len(logits))
         scores = self._scores(logits)
         self._keep(super_learner.fit(scores, labels, folds), scores, labels)
@@ -42,30 +42,31 @@ class ConvexPool(PooledMembers):
         labels: np.ndarray,
         folds: np.ndarray,
     ) -> np.ndarray:
-        """Fit on the inputs' cross-fitted log-probabilities; return the pool's own cross-fitted probabilities (N, C).
+        """Fit on the inputs' cross-fitted log-probabilities; return cross-fitted probabilities (N, C) of the pool.
 
-        For each fold a copy of the pool is fitted on the other folds, where its inputs are copies that read the labels
-        of neither this fold nor the row's; it then answers for the rows of the fold. With one level, on `crossfit`
-        alone, the inputs would have read the labels of the rows that judge the pool, and the loss would be too low.
+        For each fold, a copy of the pool is fitted on the other folds, with inputs by copies that read the labels of
+        neither this fold nor the row's fold; it then predicts the rows of the fold. With one level, on `crossfit`
+        alone, the inputs would have read the labels of the rows that evaluate the pool, and the loss would be biased
+        downwards. The result is NaN with a single fold.
 
         Args:
-            crossfit: (I, N, C), by copies of the inputs without the row's fold.
-            inner: Gives, for a fold, (I, N, C) by copies without this fold and the row's.
+            crossfit: (I, N, C) log-probabilities by copies of the inputs fitted without the row's fold.
+            inner: Returns, for a fold, (I, N, C) by copies fitted without this fold and without the row's fold.
             labels: (N,)
             folds: (N,)
         """
-        answers = np.full(crossfit.shape[1:], np.nan)
+        predictions = np.full(crossfit.shape[1:], np.nan)
         names = np.unique(folds)
         for name in names if len(names) > 1 else ():
             inside = folds == name
             copy = type(self)()
             copy._fit(inner(int(name))[:, ~inside], labels[~inside], folds[~inside])
-            answers[inside] = copy._predict_proba(crossfit[:, inside])
+            predictions[inside] = copy._predict_proba(crossfit[:, inside])
         self._fit(crossfit, labels, folds)
-        return answers
+        return predictions
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """`input_weights` {input: weight} whose sum is the inverse temperature, the best input, and the penalty."""
+        """Return `input_weights` {input: weight} (their sum is 1 / temperature), the best input and the penalty."""
         weights = self.weights / self.temperature
         record = {"input_weights": dict(zip(names, weights.tolist(), strict=True)), "weights": None, **self.facts}
         if "best_input" in record:

@@ -1,4 +1,4 @@
-"""Inputs of a fusion head: the members' embeddings centred, scaled and reduced to a width. No labels are read."""
+"""Inputs of a fusion head: the members' embeddings centred, scaled and reduced in width. No labels are read."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from utils.numeric import cca
 if TYPE_CHECKING:
     from torch import nn
 
-BUDGET = 1024  # numbers that a head reads at most; wider embeddings are reduced by PCA, each member's by itself
-CCA_BUDGET = 4096
-SHARED = 64  # variates that the members share at most
+BUDGET = 1024  # largest input width of a head; wider embeddings are reduced by PCA, separately for each member
+CCA_BUDGET = 4096  # largest total width before CCA
+SHARED = 64  # most shared variates
 ROWS_PER_VARIATE = 4
-LEAST_RIDGE = 0.1  # on 478 photographs: log-loss 0.344, with Ledoit and Wolf's own (0.005) 0.376, with 0.5 0.352
+LEAST_RIDGE = 0.1  # on 478 photographs: log-loss 0.344; with Ledoit and Wolf's intensity (0.005) 0.376, with 0.5 0.352
 
 
 @dataclass(frozen=True)
 class EmbeddingMaps:
-    """(embedding - centre) / scale, then a matrix where there is one; concatenated over the members, or summed."""
+    """(embedding - centre) / scale, times a matrix where there is one; concatenated over the members, or summed."""
 
     centres: tuple[np.ndarray, ...]
     """M arrays float32 (D_m,)"""
     scales: tuple[np.ndarray, ...]
     """M arrays float32 (1,)"""
     matrices: tuple[np.ndarray, ...]
-    """M arrays float32 (D_m, R_m); (0, 0) where the embedding stays as wide as it is"""
+    """M arrays float32 (D_m, R_m); (0, 0) where the embedding keeps its width"""
     summed: bool
+    """Whether the mapped embeddings are summed instead of concatenated"""
     facts: Mapping[str, Any]
     """Facts for the report."""
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of the blocks that a head reads: one per member, or a single one where they are summed."""
+        """Widths of a head's input blocks: one per member, or a single one where they are summed."""
         widths = [matrix.shape[1] or len(centre) for matrix, centre in zip(self.matrices, self.centres, strict=True)]
         return (widths[0],) if self.summed else tuple(widths)
 
     def apply(self, embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-        """M embeddings (N, D_m) -> blocks float32 (N, R), computed as the exported module does."""
+        """Map M embeddings (N, D_m) to blocks float32 (N, R), computed as the exported module does."""
         import torch
 
         with torch.no_grad():
@@ -52,13 +53,13 @@ class EmbeddingMaps:
         return tuple(block.numpy() for block in blocks)
 
     def module(self) -> nn.Module:
-        """The same as a torch module: a list of M tensors (B, D_m) -> a list of blocks (B, R)."""
+        """Return the maps as a torch module: a list of M tensors (B, D_m) -> a list of blocks (B, R)."""
         from utils.combiners.fusion_heads import MappedEmbeddings
 
         return MappedEmbeddings(self.centres, self.scales, self.matrices, summed=self.summed)
 
     def state(self) -> dict[str, np.ndarray]:
-        """All arrays by name."""
+        """Return all arrays by name."""
         arrays = {"summed": np.array([self.summed], dtype=np.uint8)}
         for member, parts in enumerate(zip(self.centres, self.scales, self.matrices, strict=True)):
             names = (f"{name}{member:03d}" for name in ("centre", "scale", "matrix"))
@@ -67,20 +68,21 @@ class EmbeddingMaps:
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> EmbeddingMaps:
-        """The maps whose `state` this is."""
+        """Restore the maps from their `state`."""
         count = sum(name.startswith("centre") for name in state)
-        none = np.zeros((0, 0), dtype=np.float32)
+        empty = np.zeros((0, 0), dtype=np.float32)
         centres, scales, matrices = (
-            tuple(state.get(f"{name}{member:03d}", none) for member in range(count))
+            tuple(state.get(f"{name}{member:03d}", empty) for member in range(count))
             for name in ("centre", "scale", "matrix")
         )
         return cls(centres, scales, matrices, bool(state["summed"][0]), {})
 
 
 def concatenated(embeddings: Sequence[np.ndarray], budget: int = BUDGET) -> EmbeddingMaps:
-    """Members' embeddings (N, D_m) concatenated, reduced where they are wider than `budget` together.
+    """Fit maps that concatenate members' embeddings (N, D_m), reduced by PCA where their total width exceeds `budget`.
 
-    One scale per member, so that a number that hardly varies stays small. Principal axes are those of these rows.
+    There is one scale per member, so that dimensions of low variance stay small. Principal axes are those of these
+    rows.
     """
     centres, scales = _standardised(embeddings)
     widths = [embedding.shape[1] for embedding in embeddings]
@@ -101,16 +103,17 @@ def concatenated(embeddings: Sequence[np.ndarray], budget: int = BUDGET) -> Embe
 
 
 def shared_variates(embeddings: Sequence[np.ndarray], rank: int = SHARED) -> EmbeddingMaps:
-    """The variates that members' embeddings (N, D_m) have in common, at most `rank`; see `utils.numeric.cca`.
+    """Fit maps to at most `rank` variates shared by members' embeddings (N, D_m); see `utils.numeric.cca`.
 
-    Each is as wide as the members agree on it, so that a head sees less of what is hardly shared.
+    Each variate is scaled by its mean correlation between members, so that weakly shared variates have less influence
+    on a head.
     """
     first = concatenated(embeddings, CCA_BUDGET)
     views = first.apply(embeddings)
     variates = max(1, min(rank, len(views[0]) // ROWS_PER_VARIATE))
     space = cca.shared_space(views, variates, min_shrinkage=LEAST_RIDGE)
     spread = np.maximum(space.correlations, 0)
-    matrices = [  # the embeddings are centred already, and need no centres of the views
+    matrices = [  # the embeddings are already centred, so that the centres of the views are not needed
         ((matrix.astype(np.float64) @ view_map if matrix.size else view_map) * spread).astype(np.float32)
         for matrix, view_map in zip(first.matrices, space.maps, strict=True)
     ]
@@ -132,7 +135,7 @@ def _standardised(embeddings: Sequence[np.ndarray]) -> tuple[tuple[np.ndarray, .
 
 
 def _shares(widths: Sequence[int], budget: int) -> list[int]:
-    """Widths after reduction: as equal as the members allow, the narrow ones whole; at least 1 each."""
+    """Return the reduced widths, at least 1 each: as equal as possible within the budget, narrow members unreduced."""
     reduced = dict.fromkeys(range(len(widths)), 0)
     remaining, order = max(budget, len(widths)), sorted(range(len(widths)), key=lambda member: (widths[member], member))
     for done, member in enumerate(order):

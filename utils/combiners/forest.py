@@ -1,7 +1,7 @@
-"""Random forests on members' outputs, their leaves drawn towards their parents, so that no probability is 0.
+"""Random forests on members' outputs with leaves shrunk towards their parents, so that no probability is 0.
 
-Breiman (2001), Random Forests; Agarwal et al. (2022), Hierarchical Shrinkage. How small a leaf may be and how far it is
-drawn are what `utils.numeric.nested_cv` chooses.
+Breiman (2001), Random Forests; Agarwal et al. (2022), Hierarchical Shrinkage. `utils.numeric.nested_cv` selects the
+minimum leaf size and the shrinkage.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from utils.combiners.trees import ForestProbabilities
 
 TREES = 100
-LEAVES = (1, 5)
+LEAVES = (1, 5)  # minimum rows per leaf
 SHRINKAGES = (1.0, 10.0, 50.0)
 
 
@@ -28,11 +28,11 @@ class Forest:
     """A fitted forest."""
 
     arrays: Mapping[str, np.ndarray]
-    """As `utils.combiners.trees.forest_arrays` gives them."""
+    """Arrays of `utils.combiners.trees.forest_arrays`."""
 
     @cached_property
     def module(self) -> ForestProbabilities:
-        """Features (B, F) -> probabilities (B, C) as gathers and comparisons."""
+        """Module from features (B, F) to probabilities (B, C), of gathers and comparisons."""
         from utils.combiners.trees import forest_module
 
         return forest_module(self.arrays)
@@ -46,13 +46,13 @@ class Forest:
 
 @dataclass(frozen=True)
 class ForestLearner:
-    """Forests of several sizes of leaf, each under several shrinkages."""
+    """Forests of several minimum leaf sizes, each with several shrinkages."""
 
     seed: int
     thread_safe: ClassVar[bool] = True
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
-        """Sizes of leaf by shrinkages, the smoothest last."""
+        """Return the settings: leaf sizes times shrinkages, the smoothest last."""
         return [
             {"features": STEPS, "min_samples_leaf": leaf, "shrinkage": shrinkage}
             for leaf in LEAVES
@@ -60,24 +60,24 @@ class ForestLearner:
         ]
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-        """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after fits on logits (M, N, C)."""
+        """Return probabilities float32 (G, H, C) of held-out logits (M, H, C) after fits on logits (M, N, C)."""
         from utils.combiners.trees import forest_arrays, forest_module, probabilities
 
         rows = features(held_out, STEPS)
-        answers = []
+        by_setting = []
         for leaf in LEAVES:
-            grown = self._grow(logits, labels, leaf)
+            forest = self._grow(logits, labels, leaf)
             for shrinkage in SHRINKAGES:
-                arrays = forest_arrays(grown, classes=logits.shape[2], shrinkage=shrinkage)
-                answers.append(probabilities(forest_module(arrays), rows).astype(np.float32))
-        return np.stack(answers)
+                arrays = forest_arrays(forest, classes=logits.shape[2], shrinkage=shrinkage)
+                by_setting.append(probabilities(forest_module(arrays), rows).astype(np.float32))
+        return np.stack(by_setting)
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Forest:
-        """The forest under one setting."""
+        """Return the forest under one setting, fitted on logits (M, N, C) and labels (N,)."""
         from utils.combiners.trees import forest_arrays
 
-        grown = self._grow(logits, labels, setting["min_samples_leaf"])
-        return Forest(forest_arrays(grown, classes=logits.shape[2], shrinkage=setting["shrinkage"]))
+        forest = self._grow(logits, labels, setting["min_samples_leaf"])
+        return Forest(forest_arrays(forest, classes=logits.shape[2], shrinkage=setting["shrinkage"]))
 
     def _grow(self, logits: np.ndarray, labels: np.ndarray, leaf: int) -> Any:
         from sklearn.ensemble import RandomForestClassifier

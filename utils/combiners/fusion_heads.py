@@ -1,6 +1,6 @@
-"""Fusion heads as torch modules: what they read of the members' embeddings, and the scores that they give.
+"""Fusion heads as torch modules, and the maps of the members' embeddings to their inputs.
 
-A head reads the members' blocks concatenated, (B, W), and gives scores (B, C) whose softmax are probabilities.
+A head maps the members' concatenated blocks (B, W) to logits (B, C).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from utils.combiners.heads import tempered
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 TOKEN = 64  # width of an attention token where no hidden width is configured
-ABSENT = 0.1  # share of the members that attention does without in each step of its training
-FAR_BELOW = -1e9  # the score of an absent member
+ABSENT = 0.1  # fraction of the members that attention drops in each training step
+FAR_BELOW = -1e9  # attention score of an absent member
 
 
 class MappedEmbeddings(nn.Module):
-    """Each member's embedding centred, scaled and multiplied by its matrix; concatenated, or their sum."""
+    """Each member's embedding centred, scaled and multiplied by its matrix; one block per member, or their sum."""
 
     def __init__(
         self,
@@ -39,10 +39,10 @@ class MappedEmbeddings(nn.Module):
                 self.register_buffer(f"{name}{member}", torch.tensor(part, dtype=torch.float32))
 
     def forward(self, embeddings: list[Tensor]) -> list[Tensor]:
-        """M embeddings (B, D_m) -> M blocks (B, R_m), or one (B, R)."""
+        """M embeddings (B, D_m) -> M blocks (B, R_m), or one block (B, R)."""
         blocks = []
         for member, embedding in enumerate(embeddings):
-            # The difference first: a product with a matrix before it would lose small differences of large numbers.
+            # Centred before the matrix product, which would lose small differences of large values.
             block = (embedding - self.get_buffer(f"centre{member}")) / self.get_buffer(f"scale{member}")
             blocks.append(block @ self.get_buffer(f"matrix{member}") if self.projected[member] else block)
         if not self.summed:
@@ -54,7 +54,7 @@ class MappedEmbeddings(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Affine maps with ReLU between them; without a hidden width a single one."""
+    """Linear layers with ReLU and dropout between them; a single layer without hidden widths."""
 
     def __init__(self, width: int, hidden: Sequence[int], classes: int, dropout: float) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Perceptron(nn.Module):
         self.layers = nn.Sequential(*layers[:-2])
 
     def forward(self, values: Tensor) -> Tensor:
-        """(B, W) -> scores (B, C)."""
+        """(B, W) -> logits (B, C)."""
         return self.layers(values)
 
 
@@ -76,10 +76,10 @@ class ConcatHead(Perceptron):
 
 
 class AttentionHead(nn.Module):
-    """Members as tokens of one width, weighed by gated attention (Ilse, Tomczak and Welling 2018), then a perceptron.
+    """Members as tokens of one width, weighted by gated attention (Ilse, Tomczak and Welling 2018), then a perceptron.
 
-    A member may be absent: its token is not seen and its weight is 0. Training leaves some out at random, so that the
-    head knows how to go without. Scores start at zero, so that training starts from the plain mean of the tokens.
+    A member may be absent: its token is zeroed and its weight is 0. Training drops members at random, so that the head
+    works without them. Attention scores start at zero, so that training starts from the unweighted mean of the tokens.
     """
 
     def __init__(self, widths: Sequence[int], hidden: Sequence[int], classes: int, dropout: float, rank: int) -> None:
@@ -95,12 +95,12 @@ class AttentionHead(nn.Module):
         self.perceptron = Perceptron(token, further, classes, dropout)
 
     def forward(self, values: Tensor, present: Tensor | None = None) -> Tensor:
-        """(B, W), and whether each member is present, bool (B, M) -> scores (B, C)."""
+        """(B, W), and whether each member is present, bool (B, M) -> logits (B, C)."""
         tokens, weights = self._weighed(values, present)
         return self.perceptron(self.dropout((tokens * weights[:, :, None]).sum(dim=1)))
 
     def weights(self, values: Tensor, present: Tensor | None = None) -> Tensor:
-        """(B, W) -> how much each member counts, (B, M); they sum to 1."""
+        """(B, W), and whether each member is present, bool (B, M) -> weights (B, M) that sum to 1."""
         return self._weighed(values, present)[1]
 
     def _weighed(self, values: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -117,11 +117,11 @@ class AttentionHead(nn.Module):
 
 
 class BilinearHead(nn.Module):
-    """Products of every two members' embeddings through maps of low rank, beside their sum, then a perceptron.
+    """Low-rank products of every two members' embeddings, concatenated with their sum, then a perceptron.
 
     Low-rank bilinear pooling (Kim et al. 2017) of all pairs at once: with p_m the projection of member m to `rank`
-    numbers, the sum over pairs of p_m * p_n is ((sum p)^2 - sum p^2) / 2 (Rendle 2010), so that its cost grows with the
-    members and not with the pairs.
+    dimensions, the sum over pairs of p_m * p_n is ((sum p)^2 - sum p^2) / 2 (Rendle 2010), so that the cost is linear
+    in the number of members.
     """
 
     def __init__(self, widths: Sequence[int], hidden: Sequence[int], classes: int, dropout: float, rank: int) -> None:
@@ -133,7 +133,7 @@ class BilinearHead(nn.Module):
         self.perceptron = Perceptron(2 * rank, hidden, classes, dropout)
 
     def forward(self, values: Tensor) -> Tensor:
-        """(B, W) -> scores (B, C)."""
+        """(B, W) -> logits (B, C)."""
         parts = values.split(self.widths, dim=1)
         projected = torch.stack(
             [torch.tanh(layer(part)) for layer, part in zip(self.projections, parts, strict=True)], dim=1
@@ -150,11 +150,11 @@ HEADS: dict[str, type[nn.Module]] = {
     "bilinear": BilinearHead,
     "cca_aligned": ConcatHead,
 }
-"""`runs.fusion.fusion_methods` -> head."""
+"""Head of each name of `runs.fusion.fusion_methods`."""
 
 
 class MeanOfHeads(nn.Module):
-    """Mean probability of heads that differ by their seed."""
+    """Mean of the probabilities of heads that differ by their seed."""
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class MeanOfHeads(nn.Module):
 
 
 class FusedEmbeddings(nn.Module):
-    """A whole fusion: maps, heads, temperature, and a share of the members' plain mean at its own temperature."""
+    """A complete fusion: maps, heads and temperature, mixed with the members' unweighted mean at its temperature."""
 
     def __init__(
         self, maps: nn.Module, heads: nn.Module, temperature: float, share: float, mean_temperature: float = 1.0

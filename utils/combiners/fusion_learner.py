@@ -1,7 +1,7 @@
-"""Training of fusion heads on blocks of embeddings in memory; rank and length of the training are left open.
+"""Training of fusion heads on blocks of embeddings in memory, for several ranks and numbers of epochs.
 
-The heads at several epochs of one training are settings that `utils.numeric.nested_cv` chooses from: early stopping on
-rows that are held out, and never on those that a cross-fitted copy answers for.
+The heads at several epochs of one training are settings that `utils.numeric.nested_cv` selects from: early stopping on
+held-out rows, and never on rows that a cross-fitted copy predicts.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("disease_pipeline")
 
-STOPS = 6
+STOPS = 6  # epochs that are settings
 WEIGHT_DECAY = 1.0  # of AdamW, as in utils/combiners/perceptron.py
 RANKS = (16, 64)  # of bilinear products
-STEPS, SMALLEST_BATCH = 16, 16  # of an epoch at least, as long as batches are not smaller: few rows need them
-SIDE_BY_SIDE = 5  # fits in one batch, as long as they learn no more than `MOST_NUMBERS` together
-MOST_NUMBERS = 2**18
+STEPS, SMALLEST_BATCH = 16, 16  # at least 16 steps per epoch, unless batches would have fewer than 16 rows
+SIDE_BY_SIDE = 5  # most fits that are trained together
+MOST_NUMBERS = 2**18  # most parameters of the heads that are trained together
 
 
 @dataclass(frozen=True)
 class HeadLearner:
-    """One training per rank and seed, stopped at several epochs."""
+    """One training per rank and seed, evaluated at several epochs."""
 
     method: str
     hidden: tuple[int, ...]
@@ -54,20 +54,20 @@ class HeadLearner:
     label_smoothing: float
     seeds: int
     seed: int
-    thread_safe: ClassVar[bool] = False  # torch's number of threads is the process's
+    thread_safe: ClassVar[bool] = False  # torch's number of threads is global to the process
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
-        """Ranks by stops, the cheapest first."""
+        """Return the settings: ranks times epochs, the cheapest first."""
         return [{"rank": rank, "epochs": stop} for rank in self._ranks() for stop in self._stops()]
 
     def paths(self) -> Sequence[Sequence[int]]:
-        """One path per rank."""
+        """Return one path per rank."""
         return paths_of_length(len(self.settings()), len(self._stops()))
 
     def trainings(
         self, path: int, outputs: MemberOutputs, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
     ) -> list[tuple[Sequence[int], _Training]]:
-        """Trainings of fits that have batches of one shape, as many side by side as stay in the processor's cache."""
+        """Return trainings of fits with equal batch shapes, as many together as fit the processor's cache."""
         from utils.combiners.batched_heads import BATCHED
 
         shape = self._shape(outputs, self._ranks()[path])
@@ -81,7 +81,7 @@ class HeadLearner:
         ]
 
     def predictions(self, outputs: MemberOutputs, labels: np.ndarray, held_out: MemberOutputs) -> np.ndarray:
-        """Probabilities float32 (G, H, C) of held-out blocks after trainings on the others; (M, N, C) as outputs."""
+        """Return probabilities float32 (G, H, C) of `held_out` (M, H, C) after training on `outputs` (M, N, C)."""
         pairs = zip(outputs.embeddings, held_out.embeddings, strict=True)
         joined = MemberOutputs(
             np.concatenate([outputs.logits, held_out.logits], axis=1), tuple(np.concatenate(pair) for pair in pairs)
@@ -89,7 +89,7 @@ class HeadLearner:
         return joined_path_predictions(self, joined, labels)
 
     def fit(self, outputs: MemberOutputs, labels: np.ndarray, setting: Mapping[str, Any]) -> TrainedHeads:
-        """The heads of all seeds under one setting: the same schedule, stopped where the setting says."""
+        """Return the heads of all seeds under one setting: the same schedule, stopped at the setting's epoch."""
         shape = self._shape(outputs, setting["rank"])
         table, truth = _tensors(outputs, labels)
         batches = _batches(len(labels))
@@ -99,7 +99,7 @@ class HeadLearner:
             return training.heads()
 
     def all_seeds(self) -> range:
-        """One per training whose answers are averaged."""
+        """Return the seeds of the heads whose probabilities are averaged."""
         return range(self.seed, self.seed + self.seeds)
 
     def _ranks(self) -> tuple[int, ...]:
@@ -114,9 +114,9 @@ class HeadLearner:
 
 
 class _Training:
-    """Heads of some fits and of all seeds, trained side by side from one stop to the next.
+    """Heads of some fits and of all seeds, trained together from one stop to the next.
 
-    Where memory runs out, the training starts again with half as many rows at a time.
+    If memory runs out, the training restarts with half the batch size.
     """
 
     def __init__(
@@ -133,34 +133,34 @@ class _Training:
         self.table, self.labels, self.held_out_sets = table, labels, held_out_sets
         self.batched: BatchedHeads | None = None
         self.going_on = list(range(len(held_out_sets)))
-        """Fits under training"""
+        """Indices of the fits still in training"""
 
     def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
         batched = self._go_on(wanted)
-        answers = []
-        for place, fit in enumerate(wanted):
+        predictions = []
+        for index, fit in enumerate(wanted):
             rows = np.flatnonzero(self.held_out_sets[fit])
-            by_seed = np.stack([batched.predict(number, rows) for number in self._numbers(place)])
-            answers.append(by_seed.mean(axis=0))
-        return answers
+            by_seed = np.stack([batched.predict(number, rows) for number in self._numbers(index)])
+            predictions.append(by_seed.mean(axis=0))
+        return predictions
 
     def heads(self) -> TrainedHeads:
-        """Go on to the next stop with the only fit."""
+        """Train the only fit to the next stop and return its heads."""
         batched = self._go_on(self.going_on)
         return TrainedHeads(self.shape, tuple(batched.weights(number) for number in self._numbers(0)))
 
-    def _numbers(self, place: int) -> range:
-        """Where the heads of a fit are among all."""
-        return range(place * self.learner.seeds, (place + 1) * self.learner.seeds)
+    def _numbers(self, index: int) -> range:
+        """Return the indices among all heads of those of the fit at `index`."""
+        return range(index * self.learner.seeds, (index + 1) * self.learner.seeds)
 
     def _go_on(self, wanted: Sequence[int]) -> BatchedHeads:
-        """Train to the next stop with the `wanted` fits alone."""
+        """Train the `wanted` fits to the next stop and drop the others."""
         stop = self.stops.pop(0)
         while True:
             try:
                 batched = self.batched = self.batched or self._started()
-                places = [self.going_on.index(fit) for fit in wanted]
-                batched.keep([number for place in places for number in self._numbers(place)])
+                indices = [self.going_on.index(fit) for fit in wanted]
+                batched.keep([number for index in indices for number in self._numbers(index)])
                 self.going_on = list(wanted)
                 batched.run_to(stop)
             except (RuntimeError, MemoryError) as error:
@@ -203,14 +203,14 @@ class _Training:
 
 
 def _tensors(outputs: MemberOutputs, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Blocks side by side, float32 (N, W), and labels int64 (N,)."""
+    """Return the concatenated blocks float32 (N, W) and the labels int64 (N,)."""
     import torch
 
     return torch.from_numpy(np.concatenate(outputs.embeddings, axis=1)), torch.from_numpy(np.array(labels))
 
 
 def _batches(rows: int) -> BatchShape:
-    """How the rows of a fit are split."""
+    """Return how the rows of a fit are split into batches."""
     from utils.numeric.batched_training import BatchShape
     from utils.numeric.module_training import BATCH_SIZE
 

@@ -1,10 +1,10 @@
 """Gates: small networks that read members' log-probabilities and weight the members for each image.
 
 `AttentionGate` weights all inputs (a mixture of fixed experts, Jacobs et al. 1991). `SparseGate` reads one cheap expert
-and selects the few experts to run: noisy top-k gating (Shazeer et al. 2017) with a load-balance loss on the softmax
-over all experts (Fedus et al. 2022) and a z-loss (Zoph et al. 2022) against sending every image to the same experts. A
-gate reads log-probabilities, which are out-of-sample on every row, and not embeddings, which are so on val rows alone.
-The last layer starts at zero, so that training starts from even weights.
+and selects the few experts to run: noisy top-k gating (Shazeer et al. 2017) with a load-balancing loss on the softmax
+over all experts (Fedus et al. 2022) and a z-loss (Zoph et al. 2022), so that not all images are routed to the same
+experts. A gate reads log-probabilities, which are out-of-sample on every row, and not embeddings, which are
+out-of-sample on val rows only. The last layer is initialised to zero, so that training starts from equal weights.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from utils.numeric.module_training import BatchLoss
 
 KIND = "log_probabilities"
-"""Of the features that gates read."""
+"""Kind of the features that gates read."""
 ATTENTION_STOPS, SPARSE_STOPS = 6, 5
-LEARNING_RATE = 0.003  # of sparse gates; attention takes that of its configuration
+LEARNING_RATE = 0.003  # of sparse gates; attention gates use the configured one
 WEIGHT_DECAY = 1.0  # of AdamW, as in utils/combiners/perceptron.py
-BALANCE, Z = 0.01, 0.001  # weights of the two losses, as in the papers
+BALANCE, Z = 0.01, 0.001  # weights of the load-balancing loss and the z-loss, as in the papers
 Pair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class AttentionGate:
-    """A fitted gate over all M inputs: features -> hidden -> one score per input, for features as they are."""
+    """A fitted gate over all M inputs: unstandardised features -> hidden layer -> one score per input."""
 
     matrices: Pair
     """float32 (F, H) and (H, M)"""
@@ -59,7 +59,7 @@ class SparseGate:
     experts: np.ndarray
     """int64 (E,): their indices among the M members, the best first"""
     reader: int
-    """Index of the expert that the gate reads. It has run already, so it takes part in every answer."""
+    """Index of the expert that the gate reads. Since it has run already, it is part of every prediction."""
     top_k: int
     matrices: Pair
     """float32 (C, H) and (H, E)"""
@@ -67,7 +67,7 @@ class SparseGate:
     """float32 (H,) and (E,)"""
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
-        """Logits (M, N, C) -> scores float64 (N, E), from the reader's logits alone."""
+        """Logits (M, N, C) -> scores float64 (N, E), from the reader's logits only."""
         return _scores(logits[self.experts[[self.reader]]], self.matrices, self.biases)
 
     def weights(self, logits: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ class SparseGate:
         return softmax(np.where(takes_part, scores, -np.inf))
 
     def chosen(self, scores: np.ndarray) -> np.ndarray:
-        """The `top_k` largest of scores (N, E), bool; of equal scores those of the better experts."""
+        """Return which scores (N, E) are the `top_k` largest of their row, bool; ties go to the better experts."""
         mask = np.zeros(scores.shape, dtype=bool)
         order = np.argsort(-scores, axis=1, kind="stable")[:, : self.top_k]
         np.put_along_axis(mask, order, True, axis=1)
@@ -89,7 +89,7 @@ class SparseGate:
         return np.einsum("ne,enc->nc", self.weights(logits), softmax(logits[self.experts]))
 
     def route(self, logits: np.ndarray, ran: np.ndarray) -> np.ndarray:
-        """First the reader, then the experts that it selects; see `utils.combiners.routing.SparseCombiner.route`."""
+        """Request the reader, then the experts that it selects; see `utils.combiners.routing.SparseCombiner.route`."""
         reader = self.experts[self.reader]
         requested = np.zeros(ran.shape, dtype=bool)
         requested[self.experts] = (self.weights(logits) > 0).T & ran[reader]
@@ -99,25 +99,25 @@ class SparseGate:
 
 @dataclass(frozen=True)
 class AttentionLearner:
-    """One training of one width, stopped at several epochs."""
+    """One training of one width, evaluated at several epochs."""
 
     width: int
     epochs: int
     lr: float
     seed: int
-    thread_safe: ClassVar[bool] = False  # torch's random numbers are the process's
+    thread_safe: ClassVar[bool] = False  # torch's random number generator is global to the process
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
-        """The shortest training first."""
+        """Return the settings, the fewest epochs first."""
         return [{"epochs": stop} for stop in self._stops()]
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-        """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after trainings on logits (M, N, C)."""
+        """Return probabilities float32 (G, H, C) of held-out logits (M, H, C) after training on logits (M, N, C)."""
         gates = self._train(logits, labels, self._stops())
         return np.stack([gate.predict_proba(held_out).astype(np.float32) for gate in gates])
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> AttentionGate:
-        """The gate under one setting: the same schedule, stopped at the setting's epoch."""
+        """Return the gate under one setting: the same schedule, stopped at the setting's epoch."""
         (gate,) = self._train(logits, labels, [setting["epochs"]])
         return gate
 
@@ -146,7 +146,7 @@ class AttentionLearner:
 
 @dataclass(frozen=True)
 class GateLearner:
-    """Which experts, and one training of their gate stopped at several epochs; all from the rows of the fit."""
+    """Selection of the experts, and one training of their gate evaluated at several epochs, on the rows of the fit."""
 
     choose: Callable[[np.ndarray, np.ndarray], Sequence[int]]
     """Logits (M, N, C), labels (N,) -> indices of the experts, the best first."""
@@ -155,22 +155,22 @@ class GateLearner:
     epochs: int
     seed: int
     fixed: bool = True
-    """Whether the first `top_k` experts for every image may replace a gate."""
+    """Whether the settings include the first `top_k` experts for every image, without a gate."""
     costs: np.ndarray | None = None
-    """float64 (M,): cost of running a member, in any unit; None where it is unknown"""
-    thread_safe: ClassVar[bool] = False  # torch's random numbers are the process's
+    """float64 (M,): cost of running a member, in any unit; None if costs are unknown"""
+    thread_safe: ClassVar[bool] = False  # torch's random number generator is global to the process
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
-        """The shortest training first; 0 epochs are the same experts for every image."""
+        """Return the settings, the fewest epochs first; 0 epochs stands for the same experts for every image."""
         return [{"epochs": stop} for stop in self._stops()]
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-        """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after trainings on logits (M, N, C)."""
+        """Return probabilities float32 (G, H, C) of held-out logits (M, H, C) after training on logits (M, N, C)."""
         gates = self._gates(logits, labels, self._stops())
         return np.stack([gate.predict_proba(held_out).astype(np.float32) for gate in gates])
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> SparseGate:
-        """The gate under one setting: the same schedule, stopped at the setting's epoch."""
+        """Return the gate under one setting: the same schedule, stopped at the setting's epoch."""
         (gate,) = self._gates(logits, labels, [setting["epochs"]])
         return gate
 
@@ -209,7 +209,10 @@ class GateLearner:
 
 
 def gate_loss(gate: NoisyTopK, rows: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
-    """The loss of a gate under training: log-loss of the mixture, with a little of balance and z-loss."""
+    """Return the training loss of a gate: log-loss of the mixture plus weighted load-balancing loss and z-loss.
+
+    `rows` (B, F + E x C) and `noise` (B, E) are the inputs of `NoisyTopK`, `labels` are (B,).
+    """
     from torch.nn.functional import nll_loss
 
     from utils.combiners.routing_heads import balance_loss, z_loss
@@ -220,13 +223,13 @@ def gate_loss(gate: NoisyTopK, rows: Tensor, labels: Tensor, noise: Tensor) -> T
 
 
 def fixed_gate(experts: np.ndarray, classes: int) -> SparseGate:
-    """The plain mean of these experts for every image, in the form of a gate."""
+    """Return a gate that averages these experts (E,) for every image."""
     zeros = np.zeros((classes, 1), dtype=np.float32), np.zeros((1, len(experts)), dtype=np.float32)
     return SparseGate(experts, 0, len(experts), zeros, (zeros[0][0].copy(), zeros[1][0].copy()))
 
 
 def _scores(logits: np.ndarray, matrices: Pair, biases: Pair) -> np.ndarray:
-    """Logits (M, N, C) of the members that a gate reads -> its scores float64 (N, E)."""
+    """Logits (R, N, C) of the members that a gate reads -> its scores float64 (N, E)."""
     hidden = features(logits, KIND) @ matrices[0].astype(np.float64) + biases[0]
     return np.maximum(hidden, 0) @ matrices[1].astype(np.float64) + biases[1]
 
@@ -245,7 +248,7 @@ def _trained_layers(
 ) -> Iterator[tuple[Pair, Pair]]:
     """Train a gate that reads logits (R, N, C) and mixes members of logits (E, N, C); yield its layers at each stop.
 
-    Layers are two matrices and two biases, with the standardisation of the features folded into the first ones.
+    Layers are two matrices and two biases, with the standardisation of the features folded into the first layer.
     """
     import torch
 

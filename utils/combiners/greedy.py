@@ -1,4 +1,4 @@
-"""The greedy ensemble: members selected with replacement, as many as held-out folds support."""
+"""The greedy ensemble: members selected with replacement; held-out folds select their number."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class _Tried:
-    """One way to select, by the folds left out."""
+    """One variant of the selection, evaluated on held-out folds."""
 
     bags: int
     losses: Floats
     """(S,): loss of held-out rows when each bag keeps 1, 2, ... S members"""
     size: int
-    """The smallest within one standard error of the least loss."""
+    """The smallest size whose loss is within one standard error of the least."""
     crossfit: Floats
-    """Cross-fitted probabilities (N, C) at that size."""
+    """Cross-fitted probabilities (N, C) at this size."""
 
 
 @dataclass(kw_only=True)
 class GreedySelection(PooledMembers):
-    """Mean of members selected with replacement for the configured metric (`utils.numeric.selection`), the best at the
-    start.
+    """Mean of members selected with replacement for the configured metric, with a sorted start.
 
-    How many are taken is decided by leaving folds out: the fewest whose held-out loss is within one standard error of
-    the least. Bags of half the members each (Caruana et al. 2006) take the place of one selection where held-out rows
-    gain by it, and so does a temperature. Accuracy and macro F1 leave many candidates equal: log-loss decides then.
+    See `utils.numeric.selection`. The number of members is the smallest whose loss on held-out folds is within one
+    standard error of the least. Bags of half the members each (Caruana et al. 2006), and a temperature, are used only
+    if they lower the held-out loss. With accuracy and macro F1 many candidates tie: log-loss breaks the ties.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.optimization_metric", "runs.score_ensemble.temperature")
@@ -50,14 +49,14 @@ class GreedySelection(PooledMembers):
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """With the metric and the kind of temperature of `runs.score_ensemble`."""
+        """Return an unfitted combiner with the metric and the kind of temperature of `runs.score_ensemble`."""
         settings = config.runs.score_ensemble
         return cls(metric=settings.optimization_metric, calibration=settings.temperature, seed=config.seed)
 
     def _fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> None:
         """Fit on logits (M, N, C), labels (N,) and folds (N,).
 
-        With one fold nothing can be held out: one selection without bags or temperature, as long as its loss falls.
+        With one fold nothing can be held out: one selection without bags or temperature, which stops at its least loss.
         """
         testable = bool(np.ptp(folds))
         self.member_temperatures, self.temperature = np.ones(len(logits)), 1.0
@@ -65,18 +64,18 @@ class GreedySelection(PooledMembers):
             self.member_temperatures = temperature.select_member_temperatures(logits, labels, folds)
         probabilities = np.exp(self._scores(logits)).astype(np.float32)
         if not testable:
-            chosen = self._select(probabilities, labels, bags=0)
-            self._keep(chosen, chosen.paths[0].size, None, logits, labels)
+            selection = self._select(probabilities, labels, bags=0)
+            self._keep(selection, selection.paths[0].size, None, logits, labels)
             return
-        tried = [self._tried(probabilities, labels, folds, bags=bags) for bags in (0, BAGS)]
-        best = min(tried, key=lambda way: way.losses[way.size - 1])  # of equals the one without bags
+        variants = [self._tried(probabilities, labels, folds, bags=bags) for bags in (0, BAGS)]
+        best = min(variants, key=lambda variant: variant.losses[variant.size - 1])  # ties go to the one without bags
         crossfit = best.crossfit
         if self.calibration != "off":
             scores = clipped_log(crossfit)
             choice = temperature.select_temperature(scores, labels, folds)
             self.temperature, crossfit = choice.temperature, softmax(scores / choice.row_temperatures[:, None])
-        chosen = self._select(probabilities, labels, bags=best.bags)
-        self._keep(chosen, best.size, crossfit, logits, labels)
+        selection = self._select(probabilities, labels, bags=best.bags)
+        self._keep(selection, best.size, crossfit, logits, labels)
         self.facts["held_out_scores"] = self._scores_of(best.losses)
 
     def _select(self, probabilities: NDArray[np.float32], labels: np.ndarray, *, bags: int) -> Selection:
@@ -103,10 +102,10 @@ class GreedySelection(PooledMembers):
         return _Tried(bags, losses.mean(axis=1), size, by_size[size - 1].astype(np.float64))
 
     def _keep(
-        self, chosen: Selection, size: int, crossfit: Floats | None, logits: np.ndarray, labels: np.ndarray
+        self, selection: Selection, size: int, crossfit: Floats | None, logits: np.ndarray, labels: np.ndarray
     ) -> None:
-        """Take the members of the first `size` steps, and say how good they are."""
-        self.weights = chosen.weights_by_size()[size - 1]
+        """Set the weights to the members of the first `size` steps, and record their scores in `facts`."""
+        self.weights = selection.weights_by_size()[size - 1]
         notes = (
             [] if crossfit is not None else ["one fold only: no early stop by held-out rows, no bags, no temperature"]
         )
@@ -114,7 +113,7 @@ class GreedySelection(PooledMembers):
             "size": size,
             "bags": [
                 {"path": path.members[:size], "scores": self._scores_of(np.array(path.losses[:size]))}
-                for path in chosen.paths
+                for path in selection.paths
             ],
             **self._compared(crossfit, logits, labels, notes),
         }
@@ -123,9 +122,9 @@ class GreedySelection(PooledMembers):
         return (1 - losses if METRICS[self.metric].higher_is_better else losses).tolist()
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """As `PooledMembers` says; `bags` hold the path of each by name and the score after each step.
+        """Return the report of `PooledMembers`, with the names and the score after each step of the path of each bag.
 
-        `held_out_scores` are those of rows of folds left out, when each bag keeps 1, 2, ... members.
+        `held_out_scores` are the scores on held-out folds when each bag keeps 1, 2, ... members.
         """
         record = super().report(names)
         if "bags" in record:
@@ -134,9 +133,10 @@ class GreedySelection(PooledMembers):
 
 
 def fewest_within_one_error(losses: Floats) -> int:
-    """The first of sizes 1, 2, ... S whose mean loss is within one standard error of the least; losses (S, N).
+    """Return the first of sizes 1, 2, ... S whose mean loss is within one standard error of the least.
 
-    The error is that of the mean of paired differences (Breiman et al. 1984, the one-standard-error rule).
+    Takes losses (S, N). The standard error is that of the mean of paired differences (one-standard-error rule, Breiman
+    et al. 1984).
     """
     means = losses.mean(axis=1)
     differences = losses - losses[means.argmin()]

@@ -12,14 +12,14 @@ from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 
 def tempered(probabilities: Tensor, temperature: float) -> Tensor:
-    """Probabilities (B, C) at a temperature; unchanged where it is 1."""
+    """Return probabilities (B, C) at a temperature; unchanged for temperature 1."""
     if temperature == 1:
         return probabilities
     return torch.softmax(probabilities.clamp(min=SMALLEST_PROBABILITY).log() / temperature, dim=1)
 
 
 class ScaledClasses(nn.Module):
-    """A pool of members whose log-probabilities get a matrix (C, C) and a bias (C,) before the softmax."""
+    """A pool of members whose log-probabilities are mapped by a matrix (C, C) and a bias (C,) before the softmax."""
 
     matrix: Tensor
     bias: Tensor
@@ -36,7 +36,7 @@ class ScaledClasses(nn.Module):
 
 
 class MixedWithUniform(nn.Module):
-    """A combiner's probabilities mixed with the uniform ones (`utils.numeric.uniform_mixture`)."""
+    """A combiner's probabilities mixed with the uniform distribution (`utils.numeric.uniform_mixture`)."""
 
     def __init__(self, combiner: nn.Module, weight: float) -> None:
         super().__init__()
@@ -49,14 +49,14 @@ class MixedWithUniform(nn.Module):
 
 
 class MeanOfProbabilities(nn.Module):
-    """Plain mean of the members' probabilities."""
+    """Unweighted mean of the members' probabilities."""
 
     def forward(self, logits: Tensor) -> Tensor:
         return torch.softmax(logits, dim=2).mean(dim=1)
 
 
 class ProbabilityOfMeanLogits(nn.Module):
-    """Softmax of the plain mean of the members' logits, each divided by its own temperature (M,) and all by one."""
+    """Softmax of the mean of the members' logits, divided by member temperatures (M,) and a common temperature."""
 
     divisors: Tensor
 
@@ -70,21 +70,21 @@ class ProbabilityOfMeanLogits(nn.Module):
 
 
 class VoteShares(nn.Module):
-    """Share of the members whose largest logit a class has, with `tie_share` of the mean probability mixed in."""
+    """Fraction of the members that vote for each class, with `tie_share` of the mean probability mixed in."""
 
     def __init__(self, tie_share: float) -> None:
         super().__init__()
         self.tie_share = tie_share
 
     def forward(self, logits: Tensor) -> Tensor:
-        # By comparison: no converter to TFLite knows one_hot.
+        # By comparison, since no converter to TFLite supports one_hot.
         votes = logits.argmax(dim=2, keepdim=True) == torch.arange(logits.shape[2], device=logits.device)
         shares = votes.to(logits.dtype).mean(dim=1)
         return (1 - self.tie_share) * shares + self.tie_share * torch.softmax(logits, dim=2).mean(dim=1)
 
 
 class LinearPool(nn.Module):
-    """Mixture of the members' probabilities by `shares` (M,), of which a temperature is taken where it is not 1.
+    """Mixture of the members' probabilities with weights `shares` (M,), at a temperature.
 
     `member_temperatures` (M,) divide the members' logits.
     """
@@ -102,7 +102,7 @@ class LinearPool(nn.Module):
         return tempered((self._member_probabilities(logits) * self.shares).sum(dim=1), self.temperature)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Unnormalised log-probabilities (B, C) at the temperature, of members that are clipped like a combiner's."""
+        """Return unnormalised log-probabilities (B, C) at the temperature; members are clipped at 1e-12 as in a fit."""
         members = self._member_probabilities(logits).clamp(min=SMALLEST_PROBABILITY)
         return (members * self.shares).sum(dim=1).log() / self.temperature
 
@@ -111,7 +111,7 @@ class LinearPool(nn.Module):
 
 
 class LogLinearPool(nn.Module):
-    """Softmax of the members' log-probabilities, at least `log(1e-12)` each, summed by `shares` (M,) / temperature.
+    """Softmax of the sum of the members' log-probabilities, clipped at log(1e-12), times `shares` (M,) / temperature.
 
     `member_temperatures` (M,) divide the members' logits.
     """
@@ -128,6 +128,6 @@ class LogLinearPool(nn.Module):
         return torch.softmax(self.scores(logits), dim=1)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Unnormalised log-probabilities (B, C) at the temperature."""
+        """Return unnormalised log-probabilities (B, C) at the temperature."""
         scores = torch.log_softmax(logits / self.member_temperatures, dim=2).clamp(min=math.log(SMALLEST_PROBABILITY))
         return (scores * self.weights).sum(dim=1)

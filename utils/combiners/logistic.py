@@ -1,9 +1,9 @@
-"""Multinomial logistic regression on members' outputs: plain ridge, and shrunk to the log-linear pool.
+"""Multinomial logistic regression on members' outputs, with a plain ridge or shrunk to the log-linear pool.
 
-Shrunk to the pool: logits = sum_m w_m log p_m + W x + b with w >= 0, the ridge on W and b alone, and the pool's prior
-on the free sum of w (`pools.scale_prior`), so that a strong ridge is the log-linear pool (Genest and Zidek 1986) and a
-weak one plain stacking (Wolpert 1992; Breiman 1996). Both are smooth convex problems, solved by L-BFGS-B along the
-strengths, from the strongest on, each from the last, in coordinates of nearly equal curvature.
+Shrunk to the pool: logits = sum_m w_m log p_m + W x + b with w >= 0, the ridge on W and b only, and the pool's prior on
+the sum of w (`pools.scale_prior`), so that a strong ridge gives the log-linear pool (Genest and Zidek 1986) and a weak
+one plain stacking (Wolpert 1992; Breiman 1996). Both are smooth convex problems, solved by L-BFGS-B along the strengths
+from the strongest to the weakest with warm starts, in coordinates of nearly equal curvature.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from utils.numeric.pools import fit_log_linear, scale_prior
 from utils.numeric.setting_paths import path_predictions, paths_of_length
 
 STRENGTHS = tuple(float(f"{10.0**power:.0e}") for power in np.arange(1, -4.25, -0.75))
-"""Of the ridge, as a share of the mean log-loss; strongest first."""
+"""Strengths of the ridge, relative to the mean log-loss; strongest first."""
 ITERATIONS = 200
 TOLERANCE = 1e-5  # of the gradient of the mean log-loss
-SMALLEST_CURVATURE = 1e-3  # that a coordinate is scaled by, where the fit is nearly certain
-DECOMPOSED = 40  # times rows x classes: columns squared up to which their decomposition takes less time than the fits
+SMALLEST_CURVATURE = 1e-3  # lower bound in the scaling of coordinates, where probabilities are near 0 or 1
+DECOMPOSED = 40  # times rows x classes: columns squared up to which the decomposition takes less time than the fits
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Coefficients:
     """A fitted model: logits = sum_m weights_m centred log p_m + x matrix + bias."""
 
     kind: str
-    """Of the features x."""
+    """Kind of the features x."""
     weights: np.ndarray
     """float64 (M,); zeros in the plain form"""
     matrix: np.ndarray
-    """float64 (F, C), for features as they are"""
+    """float64 (F, C), for unstandardised features"""
     bias: np.ndarray
     """float64 (C,)"""
 
@@ -48,7 +48,7 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class LogisticLearner:
-    """Both forms on several kinds of features, each along the strengths."""
+    """Both forms on several kinds of features, each along a path of strengths."""
 
     kinds: tuple[str, ...]
     forms: tuple[str, ...] = ("shrunk_to_pool", "ridge")
@@ -56,7 +56,7 @@ class LogisticLearner:
     thread_safe: ClassVar[bool] = True
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
-        """Form by form, kind by kind, the strongest ridge first."""
+        """Return the settings: forms times kinds times strengths, the strongest ridge first."""
         return [
             {"form": form, "features": kind, "strength": strength}
             for form in self.forms
@@ -65,13 +65,13 @@ class LogisticLearner:
         ]
 
     def paths(self) -> Sequence[Sequence[int]]:
-        """One path per form and kind."""
+        """Return one path per form and kind."""
         return paths_of_length(len(self.settings()), len(self.strengths))
 
     def trainings(
         self, path: int, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
     ) -> list[tuple[Sequence[int], _Training]]:
-        """A training per fit; features are computed once for all of them."""
+        """Return one training per fit; features are computed once for all of them."""
         first = self.settings()[self.paths()[path][0]]
         rows = _Rows.of(logits, labels, first["form"], first["features"])
         return [
@@ -80,11 +80,11 @@ class LogisticLearner:
         ]
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-        """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after fits on logits (M, N, C)."""
+        """Return probabilities float32 (G, H, C) of held-out logits (M, H, C) after fits on logits (M, N, C)."""
         return path_predictions(self, logits, labels, held_out)
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Coefficients:
-        """The model under one setting, along the same path as where the setting was chosen."""
+        """Return the model under one setting, fitted along the same path as in the selection of the setting."""
         strengths = self.strengths[: self.strengths.index(setting["strength"]) + 1]
         path = fit_path(logits, labels, form=setting["form"], kind=setting["features"], strengths=strengths)
         return path[-1]
@@ -93,7 +93,7 @@ class LogisticLearner:
 def fit_path(
     logits: np.ndarray, labels: np.ndarray, *, form: str, kind: str, strengths: Sequence[float]
 ) -> list[Coefficients]:
-    """One model per strength, fitted on logits (M, N, C) and labels (N,)."""
+    """Return one model per strength, fitted on logits (M, N, C) and labels (N,)."""
     rows = _Rows.of(logits, labels, form, kind)
     path = _Path(rows, np.ones(len(labels), dtype=bool))
     return [path.fit(strength) for strength in strengths]
@@ -101,7 +101,7 @@ def fit_path(
 
 @dataclass(frozen=True)
 class _Rows:
-    """What fits of one path read of all rows."""
+    """The features of all rows, for the fits of one path."""
 
     table: FeatureRows
     centred: np.ndarray | None
@@ -113,7 +113,7 @@ class _Rows:
         return cls(FeatureRows.of(logits, labels, kind), centred)
 
     def predict_proba(self, model: Coefficients, inside: np.ndarray) -> np.ndarray:
-        """Probabilities of the rows `inside`, bool (N,)."""
+        """Return probabilities (n, C) of the rows `inside`, bool (N,)."""
         scores = self.table.raw[inside] @ model.matrix + model.bias
         if self.centred is not None:
             scores += np.tensordot(model.weights, self.centred[:, inside], axes=1)
@@ -127,8 +127,10 @@ class _Training:
     path: _Path
     rows: _Rows
     held_out: np.ndarray
+    """bool (N,)"""
     strengths: Sequence[float]
     done: int = 0
+    """Number of strengths fitted"""
 
     def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
         model = self.path.fit(self.strengths[self.done])
@@ -137,7 +139,7 @@ class _Training:
 
 
 class _Path:
-    """Fits on the rows `inside`, bool (N,), each from the last one's solution."""
+    """Fits on the rows `inside`, bool (N,), each started from the previous solution."""
 
     def __init__(self, rows: _Rows, inside: np.ndarray) -> None:
         self.rows, self.inside = rows, inside
@@ -145,10 +147,11 @@ class _Path:
         self.curvatures: tuple[np.ndarray, np.ndarray] | None = None
 
     def fit(self, strength: float) -> Coefficients:
-        """The model of one strength."""
+        """Return the model of one strength."""
         table, centred, inside = self.rows.table, self.rows.centred, self.inside
         centre, scale = table.standardisation(inside)
-        # Made anew for each strength: the paths of all fits are open at once, and a copy of the rows for each is large.
+        # Rebuilt for each strength: the paths of all fits are open at once, and keeping a copy of the rows for each
+        # would take too much memory.
         problem = _Problem(
             x=(table.raw[inside] - centre) / scale,
             pools=None if centred is None else centred[:, inside].reshape(table.members, -1),
@@ -167,10 +170,11 @@ class _Path:
 
 @dataclass(frozen=True)
 class _Problem:
-    """Mean log-loss, ridge and prior, over (weights of the pool, matrix, bias) in one vector.
+    """Mean log-loss plus ridge and prior, as a function of one vector of pool weights, matrix and bias.
 
     L-BFGS-B runs on variables of nearly equal curvature: the matrix in the directions of the features' principal
-    components, each divided by the root of its curvature at the start. The decomposition serves all strengths.
+    components, each scaled by the inverse square root of its curvature at the start. All strengths share the
+    decomposition.
     """
 
     x: np.ndarray
@@ -183,11 +187,11 @@ class _Problem:
 
     @property
     def free(self) -> int:
-        """How many weights of the pool come first."""
+        """Number of pool weights, which come first in the vector."""
         return 0 if self.pools is None else len(self.pools)
 
     def start(self) -> np.ndarray:
-        """The log-linear pool, which the strongest ridge leaves; zeros in the plain form."""
+        """Return the starting vector: the log-linear pool, the limit of a strong ridge; zeros in the plain form."""
         values = np.zeros(self.free + (self.x.shape[1] + 1) * self.classes)
         if self.pools is not None:
             shape = self.free, len(self.labels), self.classes
@@ -195,9 +199,9 @@ class _Problem:
         return values
 
     def curvatures(self) -> tuple[np.ndarray, np.ndarray]:
-        """Principal components (F, F) of the features and their mean squares (F,).
+        """Return principal components (F, F) of the features and their mean squares (F,).
 
-        Where the decomposition would take longer than the fits, the features themselves stand for the components.
+        Where the decomposition would take longer than the fits, the features themselves replace the components.
         """
         rows, width = self.x.shape
         if width**2 > DECOMPOSED * rows * self.classes:
@@ -206,31 +210,34 @@ class _Problem:
         return components, np.maximum(squares, 0)
 
     def split(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Weights (M,) of the pool, matrix (F, C) and bias (C,)."""
+        """Split a vector into pool weights (M,), matrix (F, C) and bias (C,)."""
         weights, rest = values[: self.free], values[self.free :]
         return weights, rest[: -self.classes].reshape(-1, self.classes), rest[-self.classes :]
 
     def minimise(self, strength: float, start: np.ndarray, components: np.ndarray, squares: np.ndarray) -> np.ndarray:
-        """The values of least loss under a strength, found from `start`."""
+        """Return the vector of least loss under a strength, starting from `start`.
+
+        `components` (F, F) and `squares` (F,) are those of `curvatures`.
+        """
         from scipy.optimize import minimize
 
         probabilities = self._probabilities(start)[0]
         spread = (probabilities * (1 - probabilities)).mean(axis=0) + SMALLEST_CURVATURE
-        of_matrix = 1 / np.sqrt(squares[:, None] * spread + strength)
-        of_bias = 1 / np.sqrt(spread + self._ridge_on_bias(strength))
-        of_weights = 1 / np.sqrt(self._pool_curvatures(probabilities) + SMALLEST_CURVATURE)
+        matrix_scale = 1 / np.sqrt(squares[:, None] * spread + strength)
+        bias_scale = 1 / np.sqrt(spread + self._ridge_on_bias(strength))
+        weight_scale = 1 / np.sqrt(self._pool_curvatures(probabilities) + SMALLEST_CURVATURE)
         last: dict[str, np.ndarray] = {}
 
         def values_of(point: np.ndarray) -> np.ndarray:
             weights, matrix, bias = self.split(point)
-            parts = [weights * of_weights, components @ (matrix * of_matrix), bias * of_bias]
+            parts = [weights * weight_scale, components @ (matrix * matrix_scale), bias * bias_scale]
             return np.concatenate([part.ravel() for part in parts])
 
         def loss_and_gradient(point: np.ndarray) -> tuple[float, np.ndarray]:
             last["values"] = values_of(point)
             loss, last["gradient"] = self.loss_and_gradient(last["values"], strength)
             weights, matrix, bias = self.split(last["gradient"])
-            parts = [weights * of_weights, (components.T @ matrix) * of_matrix, bias * of_bias]
+            parts = [weights * weight_scale, (components.T @ matrix) * matrix_scale, bias * bias_scale]
             return loss, np.concatenate([part.ravel() for part in parts])
 
         def stop(point: np.ndarray) -> None:
@@ -238,7 +245,7 @@ class _Problem:
                 raise StopIteration
 
         weights, matrix, bias = self.split(start)
-        parts = [weights / of_weights, (components.T @ matrix) / of_matrix, bias / of_bias]
+        parts = [weights / weight_scale, (components.T @ matrix) / matrix_scale, bias / bias_scale]
         point = np.concatenate([part.ravel() for part in parts])
         bounds = [(0, None) if index < self.free else (None, None) for index in range(len(point))]
         options = {"maxiter": ITERATIONS, "gtol": 0, "ftol": 0}
@@ -248,13 +255,13 @@ class _Problem:
         return values_of(solution.x)
 
     def slope(self, values: np.ndarray, gradient: np.ndarray) -> float:
-        """The largest slope of the mean loss in which the values may move."""
+        """Return the largest absolute gradient among coordinates that are not at an active bound."""
         free = gradient.copy()
         free[: self.free][(values[: self.free] <= 0) & (free[: self.free] > 0)] = 0
         return float(np.abs(free).max())
 
     def loss_and_gradient(self, values: np.ndarray, strength: float) -> tuple[float, np.ndarray]:
-        """The loss and its gradient, both of the mean over rows."""
+        """Return the mean loss with ridge and prior, and its gradient."""
         weights, matrix, bias = self.split(values)
         error, loss = self._probabilities(values)
         rows = len(error)
@@ -270,26 +277,26 @@ class _Problem:
         return loss, np.concatenate([part.ravel() for part in parts])
 
     def _ridge_on_bias(self, strength: float) -> float:
-        """The bias of the plain form is free, as in every ridge; that of the other belongs to what is shrunk."""
+        """Return the penalty of the bias: 0 in the plain form, as usual; shrinkage to the pool includes the bias."""
         return strength if self.free else 0.0
 
     def _probabilities(self, values: np.ndarray) -> tuple[np.ndarray, float]:
-        """Probabilities (N, C) and their mean log-loss."""
+        """Return probabilities (N, C) and their mean log-loss."""
         weights, matrix, bias = self.split(values)
         scores = self.x @ matrix
         scores += bias
         if self.pools is not None:
             scores += (weights @ self.pools).reshape(scores.shape)
         scores -= scores.max(axis=1, keepdims=True)
-        of_labels = scores[np.arange(len(scores)), self.labels].sum()
+        label_scores = scores[np.arange(len(scores)), self.labels].sum()
         np.exp(scores, out=scores)
         sums = scores.sum(axis=1)
-        loss = (np.log(sums).sum() - of_labels) / len(scores)
+        loss = (np.log(sums).sum() - label_scores) / len(scores)
         scores /= sums[:, None]
         return scores, float(loss)
 
     def _pool_curvatures(self, probabilities: np.ndarray) -> np.ndarray:
-        """Second derivatives (M,) of the mean loss by the weights of the pool."""
+        """Return the second derivatives (M,) of the mean loss with respect to the pool weights."""
         if self.pools is None:
             return np.zeros(0)
         weighted = probabilities.ravel()

@@ -1,7 +1,7 @@
-"""A multi-layer perceptron on members' outputs, trained on whole tensors in memory; when to stop is left open.
+"""A multi-layer perceptron on members' outputs, trained on tensors in memory for several numbers of epochs.
 
-The models at several epochs of one training are the settings that `utils.numeric.nested_cv` chooses from: early
-stopping on rows that are held out.
+The models at several epochs of one training are the settings that `utils.numeric.nested_cv` selects from: early
+stopping on held-out rows.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from utils.numeric.setting_paths import FIT_THREADS, fits_side_by_side, path_pre
 if TYPE_CHECKING:
     from utils.numeric.batched_perceptrons import BatchedPerceptrons, FitRows
 
-STOPS = 6
-SIDE_BY_SIDE = 3  # fits in one batch: what they read stays in the cache, and there are batches for several cores
-WEIGHT_DECAY = 1.0  # of AdamW; less of it let held-out log-loss rise again on digits
+STOPS = 6  # epochs that are settings
+SIDE_BY_SIDE = 3  # most fits trained together: their rows stay in the cache, and several cores have work
+WEIGHT_DECAY = 1.0  # of AdamW; with less, the held-out log-loss rose again on digits
 
 
 @dataclass(frozen=True)
 class Layers:
-    """A fitted perceptron: affine maps with ReLU between them, for features as they are."""
+    """A fitted perceptron on unstandardised features: linear layers with ReLU between them."""
 
     kind: str
-    """Of the features."""
+    """Kind of the features."""
     matrices: tuple[np.ndarray, ...]
     """float32 (in, out) each"""
     biases: tuple[np.ndarray, ...]
@@ -47,7 +47,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class PerceptronLearner:
-    """One training per kind of features, stopped at several epochs."""
+    """One training per kind of features, evaluated at several epochs."""
 
     kinds: tuple[str, ...]
     hidden_dims: tuple[int, ...]
@@ -55,22 +55,22 @@ class PerceptronLearner:
     lr: float
     dropout: float
     seed: int
-    thread_safe: ClassVar[bool] = False  # torch's number of threads is the process's
+    thread_safe: ClassVar[bool] = False  # torch's number of threads is global to the process
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
-        """Kinds of features by stops."""
+        """Return the settings: kinds of features times epochs."""
         return [{"features": kind, "epochs": stop} for kind in self.kinds for stop in self._stops()]
 
     def paths(self) -> Sequence[Sequence[int]]:
-        """One path per kind."""
+        """Return one path per kind."""
         return paths_of_length(len(self.settings()), len(self._stops()))
 
     def trainings(
         self, path: int, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
     ) -> list[tuple[Sequence[int], _Training]]:
-        """Trainings of up to `SIDE_BY_SIDE` fits each, which have batches of one shape.
+        """Return trainings of up to `SIDE_BY_SIDE` fits each, with equal batch shapes.
 
-        A fit is trained alone where its bytes could depend on the others.
+        Fits are trained alone where their bytes could depend on the others.
         """
         from utils.numeric.batched_perceptrons import batch_shape
         from utils.numeric.batched_training import independent_products
@@ -86,11 +86,11 @@ class PerceptronLearner:
         ]
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-        """Probabilities float32 (G, H, C) of held-out logits (M, H, C) after trainings on logits (M, N, C)."""
+        """Return probabilities float32 (G, H, C) of held-out logits (M, H, C) after training on logits (M, N, C)."""
         return path_predictions(self, logits, labels, held_out)
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Layers:
-        """The model under one setting: the same schedule, stopped where the setting says."""
+        """Return the model under one setting: the same schedule, stopped at the setting's epoch."""
         rows = FeatureRows.of(logits, labels, setting["features"])
         with torch_threads(FIT_THREADS):
             training = _Training(self, rows, [np.zeros(len(labels), dtype=bool)], [setting["epochs"]])
@@ -101,7 +101,7 @@ class PerceptronLearner:
 
 
 class _Training:
-    """Fits that are trained side by side, from one stop to the next."""
+    """Fits that are trained together from one stop to the next."""
 
     def __init__(
         self, learner: PerceptronLearner, rows: FeatureRows, held_out_sets: Sequence[np.ndarray], stops: Sequence[int]
@@ -110,20 +110,20 @@ class _Training:
         self.batched: BatchedPerceptrons | None = None
         self.fits: list[FitRows] = []
         self.going_on = list(range(len(held_out_sets)))
-        """Fits under training"""
+        """Indices of the fits still in training"""
 
     def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
         batched = self._go_on(wanted)
         return [batched.predict(number, np.flatnonzero(self.held_out_sets[fit])) for number, fit in enumerate(wanted)]
 
     def model(self) -> Layers:
-        """Go on to the next stop with the only fit."""
+        """Train the only fit to the next stop and return its layers."""
         (fit,) = self.going_on
         layers = self._go_on([fit]).layers(0)
         return _kept(*layers, self.rows.kind, self.fits[fit].centre, self.fits[fit].scale)
 
     def _go_on(self, wanted: Sequence[int]) -> BatchedPerceptrons:
-        """Train to the next stop with the `wanted` fits alone."""
+        """Train the `wanted` fits to the next stop and drop the others."""
         batched = self.batched = self.batched or self._started()
         batched.keep([self.going_on.index(fit) for fit in wanted])
         self.going_on = list(wanted)
@@ -138,7 +138,7 @@ class _Training:
 
         rows, learner = self.rows, self.learner
         inside = [np.flatnonzero(~held_out) for held_out in self.held_out_sets]
-        self.fits = [FitRows(each, *rows.standardisation(each)) for each in inside]
+        self.fits = [FitRows(indices, *rows.standardisation(indices)) for indices in inside]
         return BatchedPerceptrons(
             torch.from_numpy(rows.raw.astype(np.float32)),
             torch.from_numpy(rows.labels),
@@ -152,7 +152,7 @@ class _Training:
 def _kept(
     matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray], kind: str, centre: np.ndarray, scale: np.ndarray
 ) -> Layers:
-    """Layers whose first one takes features as they are, given those of standardised features."""
+    """Return layers for unstandardised features, given layers for standardised ones."""
     first = matrices[0] / scale[:, None]
     matrices, biases = [first, *matrices[1:]], [biases[0] - centre @ first, *biases[1:]]
     return Layers(

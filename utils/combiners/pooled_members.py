@@ -1,4 +1,4 @@
-"""Members pooled into one: the two kinds of pool, and the combiner that a pool with weights and temperatures is."""
+"""The two kinds of pool of members, and the base class of combiners that are a pool with weights and temperatures."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
     from utils.combiners.heads import LinearPool, LogLinearPool
 
 LOWEST_SCORE = float(np.log(SMALLEST_PROBABILITY))
-"""Where members' log-probabilities are clipped."""
+"""Lower bound at which members' log-probabilities are clipped."""
 Floats = NDArray[np.float64]
 
 
 class Pool(Protocol):
-    """How weights turn members into probabilities, and which loss they are to have the least of."""
+    """A map from weighted members to probabilities, and the loss that its weights minimise."""
 
     name: str
     sums: tuple[float, float]
     """Bounds of the sum of the weights."""
     scales: bool
-    """That sum is free: it is an inverse temperature."""
+    """Whether the sum of the weights is free, an inverse temperature."""
 
     def parts(self, scores: Floats) -> Floats:
-        """What is summed, (M, N, C)."""
+        """Return the summands (M, N, C) of the weighted sum, from log-probabilities (M, N, C)."""
 
     def pooled(self, sums: Floats) -> Floats:
-        """Log-probabilities (..., N, C) of weighted sums of the parts."""
+        """Return log-probabilities (..., N, C) of weighted sums of the parts."""
 
     def loss(self, parts: Floats, labels: NDArray[Any], metric: str) -> weight_search.ConvexLoss:
-        """The convex loss that stands for `metric`."""
+        """Return the convex loss, `metric` itself or its surrogate, of parts (M, N, C) and labels (N,)."""
 
     def votes(self, parts: Floats) -> NDArray[np.float32]:
-        """Numbers from 0 to 1, (M, N, C), whose weighted sums are largest where those of the parts are."""
+        """Return numbers (M, N, C) from 0 to 1 whose weighted sums have the same argmax as those of the parts."""
 
 
 class LinearPooling:
@@ -68,9 +68,9 @@ class LinearPooling:
 
 
 class LogLinearPooling:
-    """Softmax of the weighted sum of log-probabilities; its weights are those of least log-loss for every metric.
+    """Softmax of the weighted sum of log-probabilities; the weights minimise the log-loss for every metric.
 
-    The prior on their sum is part of the loss (`utils.numeric.pools`).
+    The loss includes the prior on the sum of the weights (`utils.numeric.pools`).
     """
 
     name = "log_linear"
@@ -95,9 +95,9 @@ POOLS: dict[str, Pool] = {pool.name: pool for pool in (LinearPooling(), LogLinea
 
 @dataclass(kw_only=True)
 class PooledMembers(Combiner):
-    """The map of a pool of members, whoever chose its weights; what the combiners of this kind share.
+    """Base class of combiners that pool members with weights and temperatures; subclasses fit the weights.
 
-    Weights are normalised to sum 1; the sum of log-linear weights is the inverse of the temperature.
+    Weights are normalised to sum to 1; the sum of log-linear weights before that is the inverse temperature.
     """
 
     learns: ClassVar[bool] = True
@@ -129,7 +129,7 @@ class PooledMembers(Combiner):
         return make(self.weights, self.temperature, self.member_temperatures)
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
-        """Weights and temperatures of the members, (M,), and the pool's temperature and kind, (1,)."""
+        """Return weights and temperatures of the members, (M,), and the pool's temperature and kind, (1,)."""
         return {
             "shares": self.weights,
             "member_temperatures": self.member_temperatures,
@@ -144,19 +144,19 @@ class PooledMembers(Combiner):
         self.temperature = float(arrays["temperature"][0])
 
     def used(self, members: int) -> np.ndarray:
-        """Members with a positive weight, bool (M,)."""
+        """Return which members have a positive weight, bool (M,)."""
         return self.weights > 0
 
     def restricted(self, used: np.ndarray) -> Self:
-        """The same map on the used members' logits."""
+        """Return the same map on the logits of the used members."""
         state = self.state()
         return self.from_state({**state, **{key: state[key][used] for key in ("shares", "member_temperatures")}})
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Weights by name, pool and temperature, and facts about the fit.
+        """Return weights by name, pool and temperature, and facts about the fit.
 
-        `selection_score` is that of the rows fitted on, `cross_validated_score` that of folds left out, both by
-        `optimization_metric`; `equal_weights_score` is that of the plain mean of the probabilities.
+        `selection_score` is the score on the rows of the fit, `cross_validated_score` that on held-out folds, both by
+        `optimization_metric`; `equal_weights_score` is that of the unweighted mean of the probabilities.
         """
         record: dict[str, Any] = {
             "weights": dict(zip(names, self.weights.tolist(), strict=True)),
@@ -173,7 +173,7 @@ class PooledMembers(Combiner):
     def _compared(
         self, crossfit: Floats | None, logits: np.ndarray, labels: np.ndarray, notes: list[str]
     ) -> dict[str, Any]:
-        """Scores for `report`; `crossfit` are the cross-fitted probabilities (N, C)."""
+        """Return scores for `report`; `crossfit` are the cross-fitted probabilities (N, C)."""
         metric = METRICS[self.metric]
         equal = metric.function(softmax(logits).mean(axis=0), labels)
         crossfit_score = None if crossfit is None else metric.function(crossfit, labels)

@@ -1,4 +1,4 @@
-"""Weights of a pool: the pool, the strength of the penalty and added members, as held-out folds decide.
+"""Weights of a pool, with the kind of pool, the penalty strength and added members selected on held-out folds.
 
 Scores are log-probabilities (M, N, C) of M members, clipped from below at `LOWEST_SCORE` of
 `utils.combiners.pooled_members`; labels and folds are (N,).
@@ -17,21 +17,21 @@ from utils.numeric import candidate_losses, pools, temperature, weight_search
 from utils.numeric.metrics import METRICS, log_softmax
 
 STRENGTHS = (np.inf, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01, 0.001, 0.0)
-"""Penalties towards equal weights that are tried, the strongest first: it wins a tie."""
-TUNING_TOLERANCE = 1e-6  # of weights that only choose a strength
+"""Candidate strengths of the penalty towards equal weights, the strongest first: it wins a tie."""
+TUNING_TOLERANCE = 1e-6  # of weights that only select a strength
 PIECEWISE_CONSTANT = ("accuracy", "f1_macro")
-"""Metrics that higher is better of, which the log-loss stands for and members are added for."""
+"""Metrics for which the weights minimise the log-loss as a surrogate and members are added; higher is better."""
 MAX_TUNING_ROWS = 10_000
-"""Rows by which a strength is chosen, and of a bootstrap sample; of more rows a sample, so that only the fits with the
-chosen strength grow with them."""
-BAGS = 5
-VOTES = 20  # what the pool weighs when members of one vote each are added
-ADDITIONS = 10
+"""Most rows of the selection of a strength, and of a bootstrap sample; with more rows they are sampled, so that only
+fits with the selected strength scale with the number of rows."""
+BAGS = 5  # bootstrap samples
+VOTES = 20  # weight of the pool, to which members are added with weight 1
+ADDITIONS = 10  # most members that are added
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """Weights of a pool, and their cross-fitted predictions."""
+    """Weights of a pool and the cross-fitted predictions."""
 
     pool: Pool
     weights: Floats
@@ -41,26 +41,26 @@ class Weighting:
     crossfit: Floats | None = None
     """Cross-fitted log-probabilities (N, C); None where there is one fold."""
     fold_weights: tuple[Floats, ...] = ()
-    """(M,) each: weights fitted without one fold, in the order of the folds."""
+    """Weights (M,) fitted without each fold, in the order of the folds."""
     strength: float | None = None
     """Strength of the penalty; None where weights were not fitted."""
     gap: float | None = None
-    """Bound on the distance from the least loss."""
+    """Duality gap, an upper bound of the loss minus the least loss."""
     added: bool = False
-    """Members were added for a metric that is piecewise constant."""
+    """Whether members were added for a piecewise constant metric."""
 
 
 def fixed_weights(
     pool: Pool, scores: Floats, labels: NDArray[Any], folds: NDArray[Any], weights: Floats, *, calibrate: bool
 ) -> Weighting:
-    """Weights (M,) that are not fitted; `calibrate` fits a temperature."""
+    """Return a weighting by given weights (M,); `calibrate` fits a temperature."""
     crossfit = pool.pooled(np.tensordot(weights, pool.parts(scores), axes=1))
     divisor, crossfit = _calibrated(crossfit, labels, folds, calibrate=calibrate)
     return Weighting(pool, weights, divisor, crossfit)
 
 
 def fitted_weights(pool: Pool, scores: Floats, labels: NDArray[Any], metric: str, *, strength: float) -> Weighting:
-    """Weights of least loss and penalty, without cross-fitting."""
+    """Return the weighting of least loss plus penalty, without cross-fitting."""
     solution = weight_search.minimise(
         pool.loss(pool.parts(scores), labels, metric), strength=strength, sum_bounds=pool.sums
     )
@@ -70,17 +70,17 @@ def fitted_weights(pool: Pool, scores: Floats, labels: NDArray[Any], metric: str
 def tuned_weights(
     pool: Pool, scores: Floats, labels: NDArray[Any], folds: NDArray[Any], metric: str, *, calibrate: bool
 ) -> Weighting:
-    """Weights under the penalty with the least loss on folds left out: Brier score for `brier`, else log-loss.
+    """Return the weighting under the penalty with the least loss on held-out folds.
 
-    With `calibrate` a pool whose weights have no free sum is given a temperature first. Equal weights, which the
-    infinite penalty gives, win where they hit more of the rows left out, by more than one standard error, and that is
-    what `metric` counts.
+    The loss is the Brier score for `brier`, else the log-loss. With `calibrate`, it is computed after a temperature if
+    the sum of the pool's weights is fixed. For accuracy and macro F1, equal weights (the infinite penalty) win if their
+    score is higher and they classify more held-out rows correctly, by more than one standard error.
     """
     calibrate = calibrate and not pool.scales
     parts = pool.parts(scores)
     sample = _tuning_rows(labels, folds)
-    paths, tried, best = _tried(pool, parts[:, sample], labels[sample], folds[sample], metric, calibrate=calibrate)
-    strength, fold_weights, held_out = STRENGTHS[best], tuple(path[best] for path in paths), tried[best]
+    paths, candidates, best = _tried(pool, parts[:, sample], labels[sample], folds[sample], metric, calibrate=calibrate)
+    strength, fold_weights, held_out = STRENGTHS[best], tuple(path[best] for path in paths), candidates[best]
     mean_weights = np.mean(fold_weights, axis=0)
     options: dict[str, Any] = {"strength": strength, "sum_bounds": pool.sums, "start": mean_weights}
     if len(held_out[1]) < len(labels):
@@ -98,7 +98,7 @@ def tuned_weights(
 
 
 def preferred_pool(linear: Weighting, other: Weighting, labels: NDArray[Any], metric: str) -> Weighting:
-    """The linear pool, unless the other's held-out loss is lower by more than one standard error of the difference."""
+    """Return `linear`, unless the held-out loss of `other` is lower by more than one standard error of the gain."""
     assert linear.crossfit is not None, "fitted without folds"
     assert other.crossfit is not None, "fitted without folds"
     gains = pooled_losses(linear.crossfit, labels, metric) - pooled_losses(other.crossfit, labels, metric)
@@ -115,7 +115,7 @@ def with_members_added(
     seed: int,
     calibrate: bool,
 ) -> Weighting:
-    """The weighting with members added that raise accuracy or macro F1, where held-out folds gain by it."""
+    """Return the weighting with added members that raise accuracy or macro F1, if they do so on held-out folds."""
     assert weighting.crossfit is not None, "fitted without folds"
     parts = weighting.pool.parts(scores)
     fold_weights = tuple(
@@ -133,18 +133,21 @@ def with_members_added(
 
 
 def pooled_losses(log_probabilities: Floats, labels: NDArray[Any], metric: str) -> Floats:
-    """Loss of each row (..., N) of log-probabilities (..., N, C): Brier score for `brier`, else log-loss."""
-    of_truth = log_probabilities[..., np.arange(len(labels)), labels]
+    """Return the loss of each row (..., N) of log-probabilities (..., N, C): Brier score for `brier`, else log-loss."""
+    log_p_true = log_probabilities[..., np.arange(len(labels)), labels]
     if metric != "brier":
-        return -of_truth
-    brier: Floats = (np.exp(log_probabilities) ** 2).sum(axis=-1) - 2 * np.exp(of_truth) + 1
+        return -log_p_true
+    brier: Floats = (np.exp(log_probabilities) ** 2).sum(axis=-1) - 2 * np.exp(log_p_true) + 1
     return brier
 
 
 def _calibrated(
     log_probabilities: Floats, labels: NDArray[Any], folds: NDArray[Any], *, calibrate: bool
 ) -> tuple[float, Floats]:
-    """A temperature, and log-probabilities (N, C) divided by those of the other folds; 1 without `calibrate`."""
+    """Return a temperature, and log-probabilities (N, C) at the temperatures fitted on the other folds of each row.
+
+    The temperature is 1 without `calibrate`.
+    """
     if not calibrate:
         return 1.0, log_probabilities
     choice = temperature.select_temperature(log_probabilities, labels, folds)
@@ -156,18 +159,18 @@ def _score(log_probabilities: Floats, labels: NDArray[Any], metric: str) -> floa
 
 
 def _hits_more(first: Floats, second: Floats, labels: NDArray[Any], metric: str) -> bool:
-    """Whether the first log-probabilities (N, C) have the higher score and clearly more hits."""
+    """Return whether the first log-probabilities (N, C) have the higher score and clearly more correct rows."""
     gains = (first.argmax(axis=1) == labels).astype(float) - (second.argmax(axis=1) == labels)
     return _is_clear(gains) and _score(first, labels, metric) > _score(second, labels, metric)
 
 
 def _is_clear(gains: Floats) -> bool:
-    """Whether the mean of paired gains (N,) is above its standard error."""
+    """Return whether the mean of paired gains (N,) is above its standard error."""
     return bool(gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains)))
 
 
 def _tuning_rows(labels: NDArray[Any], folds: NDArray[Any]) -> Any:
-    """All rows, or of more than `MAX_TUNING_ROWS` every so many of each fold and class, by their indices."""
+    """Return a slice of all rows, or indices of at most `MAX_TUNING_ROWS`, evenly spaced within each fold and class."""
     if len(labels) <= MAX_TUNING_ROWS:
         return slice(None)
     return np.sort(np.lexsort((labels, folds))[:: -(-len(labels) // MAX_TUNING_ROWS)])
@@ -176,24 +179,27 @@ def _tuning_rows(labels: NDArray[Any], folds: NDArray[Any]) -> Any:
 def _tried(
     pool: Pool, parts: Floats, labels: NDArray[Any], folds: NDArray[Any], metric: str, *, calibrate: bool
 ) -> tuple[list[Floats], list[tuple[float, Floats]], int]:
-    """Weights (S, M) of all strengths without each fold, {temperature, held-out log-probabilities} and the best one."""
+    """Return the weights (S, M) of all strengths without each fold, the held-out results and the index of the best.
+
+    There is one result per strength: temperature and held-out log-probabilities (N, C).
+    """
     paths = [
         _path(pool, pool.loss(parts[:, folds != number], labels[folds != number], metric))
         for number in np.unique(folds)
     ]
-    tried = [
-        _calibrated(_unseen(pool, parts, folds, of), labels, folds, calibrate=calibrate)
-        for of in zip(*paths, strict=True)
+    candidates = [
+        _calibrated(_unseen(pool, parts, folds, fold_weights), labels, folds, calibrate=calibrate)
+        for fold_weights in zip(*paths, strict=True)
     ]
-    means = np.array([pooled_losses(crossfit, labels, metric).mean() for _, crossfit in tried])
+    means = np.array([pooled_losses(crossfit, labels, metric).mean() for _, crossfit in candidates])
     best = int(np.flatnonzero(means <= means.min() * (1 + 1e-9))[0])
-    if metric in PIECEWISE_CONSTANT and _hits_more(tried[0][1], tried[best][1], labels, metric):
+    if metric in PIECEWISE_CONSTANT and _hits_more(candidates[0][1], candidates[best][1], labels, metric):
         best = 0
-    return paths, tried, best
+    return paths, candidates, best
 
 
 def _path(pool: Pool, loss: weight_search.ConvexLoss) -> Floats:
-    """Weights (S, M) of all strengths; each starts where the stronger one ended."""
+    """Return the weights (S, M) of all strengths; each search starts from the solution of the next stronger one."""
     path: list[Floats] = []
     for strength in STRENGTHS:
         start = path[-1] if path else None
@@ -213,7 +219,7 @@ def _unseen(pool: Pool, parts: Floats, folds: NDArray[Any], fold_weights: tuple[
 
 
 def _moved(pool: Pool, parts: Floats, labels: NDArray[Any], weights: Floats, metric: str, seed: int) -> Floats:
-    """Weights (M,) of unchanged sum after greedy additions of members, the mean over bootstrap samples of the rows."""
+    """Return weights (M,) of unchanged sum after greedy additions of members, averaged over bootstrap samples."""
     random, votes = np.random.default_rng(seed), pool.votes(parts)
     counts = np.zeros(len(weights))
     for _ in range(BAGS):
@@ -231,28 +237,28 @@ def _additions(
     weights: Floats,
     metric: str,
 ) -> Floats:
-    """Votes (M,) that sum to 1 after adding members, one at a time, while the metric on the sampled rows rises.
+    """Return shares (M,) of votes after adding members, one at a time, while the metric on the sampled rows rises.
 
-    Of members that raise it equally, the one of least log-loss, then the first.
+    Of members that raise it equally, the one of least log-loss is added, then the first.
     """
     total = weights.sum()
     counts = VOTES * weights / total
     scorer = candidate_losses.make_scorer(votes, labels, metric)
     scorer.reset(np.tensordot(counts.astype(np.float32), votes, axes=1), VOTES)
     sums = np.tensordot(counts, parts, axes=1)[rows]
-    reached = scorer.loss()
+    lowest = scorer.loss()
     for size in range(VOTES + 1, VOTES + ADDITIONS + 1):
         member_losses = scorer.losses()
-        if member_losses.min() >= reached - candidate_losses.TIE_TOLERANCE:
+        if member_losses.min() >= lowest - candidate_losses.TIE_TOLERANCE:
             break
-        reached = member_losses.min()
-        tied = np.flatnonzero(member_losses <= reached + candidate_losses.TIE_TOLERANCE)
+        lowest = member_losses.min()
+        tied = np.flatnonzero(member_losses <= lowest + candidate_losses.TIE_TOLERANCE)
         smooth = [
             pooled_losses(pool.pooled((sums + parts[member, rows]) * (total / size)), labels, "log_loss").mean()
             for member in tied
         ]
-        chosen = int(tied[np.argmin(smooth)])
-        scorer.add(chosen)
-        sums += parts[chosen, rows]
-        counts[chosen] += 1
+        added = int(tied[np.argmin(smooth)])
+        scorer.add(added)
+        sums += parts[added, rows]
+        counts[added] += 1
     return counts / counts.sum()

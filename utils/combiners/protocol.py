@@ -1,4 +1,4 @@
-"""The base class of combiners: members' logits in, class probabilities out; no file, no rows, no workspace."""
+"""The base class of combiners: members' logits in, class probabilities out; it accesses no file and no workspace."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ if TYPE_CHECKING:
     from torch import nn
 
 Inputs: TypeAlias = Any
-"""What a combiner reads: logits float32 (M, N, C), or `MemberOutputs` where it `reads_embeddings`."""
+"""Input of a combiner: logits float32 (M, N, C), or `MemberOutputs` where it `reads_embeddings`."""
 SETTINGS = "settings"
-"""Name in a state of the JSON text of all saved fields that are no arrays; an array NAME lies at `settings/NAME`."""
+"""Key in a state of the JSON text of all saved fields but arrays; an array NAME has the key `settings/NAME`."""
 UNIFORM_WEIGHT = "uniform_weight"
-"""Name of float64 (1,) in the state of a combiner whose answers are mixed with the uniform distribution."""
+"""Key of float64 (1,) in the state of a combiner whose probabilities are mixed with the uniform distribution."""
 _UNSAVED = "unsaved"
 
 
 @dataclass(frozen=True)
 class MemberFacts:
-    """What a combiner may know of M members beyond their outputs, in the order of the arrays."""
+    """Facts about M members beyond their outputs that a combiner may use, in the order of the arrays."""
 
     names: tuple[str, ...]
     recorded_accuracy: np.ndarray
-    """float64 (M,), from 0 to 1; NaN where nothing is recorded"""
+    """float64 (M,), from 0 to 1; NaN where none is recorded"""
     latency_ms: np.ndarray
-    """float64 (M,), milliseconds for one image; NaN where it was not measured"""
+    """float64 (M,), milliseconds per image; NaN where it was not measured"""
     size_mb: np.ndarray
     """float64 (M,), 10^6 bytes on disk; NaN where there is no file"""
 
 
 def unsaved(default: Any = None, *, factory: Callable[[], Any] | None = None) -> Any:
-    """A dataclass field of a combiner that `state` leaves out.
+    """Declare a dataclass field of a combiner that `state` leaves out.
 
-    For settings that `fit` alone reads, and for fitted values that `fitted_arrays` saves.
+    For settings that only `fit` reads, and for fitted values that `fitted_arrays` saves.
     """
     metadata = {_UNSAVED: True}
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
@@ -57,28 +57,28 @@ def unsaved(default: Any = None, *, factory: Callable[[], Any] | None = None) ->
 class Combiner(ABC):
     """Turns the outputs of M members into class probabilities.
 
-    Members come in the order of their names, classes in the workspace's order. Every subclass is a dataclass. `state`
-    saves each of its fields, unless it is declared by `unsaved`; a field is a number, a text, a tuple of these, or an
-    array. `from_state` builds the combiner with these values again, so that no setting is lost on the way to disk.
+    Members are in the order of their names, classes in the workspace's order. Every subclass is a dataclass. `state`
+    saves each of its fields that is not declared by `unsaved`; a field is a number, a string, a tuple of these, or an
+    array. `from_state` rebuilds the combiner with these values, so that no setting is lost.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
-    """Keys of the configuration that it depends on, such as `runs.score_ensemble.pool`."""
+    """Configuration keys that the combiner depends on, such as `runs.score_ensemble.pool`."""
 
     uniform_weight: float = field(default=0.0, kw_only=True, metadata={_UNSAVED: True})
-    """Weight of the uniform distribution in its answers (`utils.numeric.uniform_mixture`), set by `fit`.
+    """Weight of the uniform distribution in the probabilities (`utils.numeric.uniform_mixture`), set by `fit`.
 
     0 for a combiner that learns nothing, and for one that an earlier version has saved.
     """
 
     @property
     def learns(self) -> bool:
-        """Whether `fit` reads labels. Without it every row is an out-of-sample row."""
+        """Whether `fit` reads labels. If not, every row is out-of-sample."""
         return False
 
     @property
     def reads_embeddings(self) -> bool:
-        """Whether it takes `MemberOutputs` in place of logits; its module then takes `(logits, embeddings)`.
+        """Whether the input is `MemberOutputs` instead of logits; the module then takes `(logits, embeddings)`.
 
         `embeddings` is a list of M tensors float32 (B, D_m).
         """
@@ -86,7 +86,7 @@ class Combiner(ABC):
 
     @property
     def is_discontinuous(self) -> bool:
-        """Whether a small change of the logits may change the probabilities by a step, as of votes and trees.
+        """Whether a small change of the logits can change the probabilities by a step, as for votes and trees.
 
         An exported file of such a combiner is compared on both sides of each step.
         """
@@ -95,15 +95,15 @@ class Combiner(ABC):
     @classmethod
     @abstractmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """An unfitted combiner with the settings of the configuration."""
+        """Return an unfitted combiner with the settings of the configuration."""
 
     @final
     def fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> Self:
-        """Fit on logits (M, N, C) and labels (N,), which come from networks that did not see the rows.
+        """Fit on logits (M, N, C), by networks that were not trained on the rows, and labels (N,).
 
-        `folds` (N,) are the workspace's folds of these rows: whatever is tuned, stopped early, calibrated or blended is
-        decided by leaving one of them out, so that a copy fitted on all folds but one has read none of its labels.
-        Fitting again starts anew.
+        `folds` (N,) are the workspace's folds of these rows: tuning, early stopping, calibration and blending are
+        decided by leaving one of them out, so that a copy fitted without one fold has read none of its labels. Fitting
+        again starts from scratch.
         """
         self._set_uniform_weight(labels, logits)
         self._fit(logits, labels, folds)
@@ -116,7 +116,7 @@ class Combiner(ABC):
 
     @final
     def to_module(self) -> nn.Module:
-        """The same map for export: logits float32 (B, M, C) -> probabilities float32 (B, C)."""
+        """Return the same map for export: logits float32 (B, M, C) -> probabilities float32 (B, C)."""
         if not self.uniform_weight:
             return self._to_module()
         from utils.combiners.heads import MixedWithUniform
@@ -125,15 +125,15 @@ class Combiner(ABC):
 
     @abstractmethod
     def _fit(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> object:
-        """Do what `fit` describes."""
+        """Fit as `fit` describes."""
 
     @abstractmethod
     def _predict_proba(self, logits: Inputs) -> np.ndarray:
-        """Probabilities (N, C) before they are mixed with the uniform ones."""
+        """Return probabilities (N, C) before the mixture with the uniform distribution."""
 
     @abstractmethod
     def _to_module(self) -> nn.Module:
-        """`_predict_proba` as a torch module."""
+        """Return `_predict_proba` as a torch module."""
 
     def _set_uniform_weight(self, labels: np.ndarray, logits: Inputs) -> None:
         """Set the weight for a fit on labels (N,) and logits (M, N, C)."""
@@ -144,9 +144,9 @@ class Combiner(ABC):
 
     @final
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that answering needs, as arrays of numbers: the saved fields and `fitted_arrays`.
+        """Return everything that inference needs as numeric arrays: the saved fields and `fitted_arrays`.
 
-        Raises TypeError for an attribute that is no field, and for a field of another type than can be saved.
+        Raises TypeError for an attribute that is not a field, and for a field of a type that cannot be saved.
         """
         saved = saved_fields(type(self))
         _check_declared(self)
@@ -163,9 +163,9 @@ class Combiner(ABC):
     @final
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
-        """The combiner whose `state` this is; it answers, and is not fitted again.
+        """Restore a combiner from its `state`, for inference only.
 
-        A field that the state lacks, such as one that was added since, has its default.
+        A field that is missing in the state, such as one of a later version, gets its default.
         """
         values: dict[str, Any] = _decoded(state[SETTINGS]) if SETTINGS in state else {}
         values |= sub_state(state, f"{SETTINGS}/")
@@ -178,25 +178,25 @@ class Combiner(ABC):
         return combiner
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
-        """Fitted values of fields that are `unsaved`, as arrays of numbers by name."""
+        """Return the fitted values of fields that are `unsaved`, as numeric arrays by name."""
         return {}
 
     def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Set the fitted values whose `fitted_arrays` these are. Raises ValueError for unexpected ones."""
+        """Restore the fitted values from `fitted_arrays`. Raises ValueError for unexpected arrays."""
         if arrays:
             raise ValueError(f"{type(self).__name__} has no fitted arrays, got {', '.join(sorted(arrays))}")
 
     def used(self, members: int) -> np.ndarray:
-        """Which of the members the fitted combiner needs, bool (M,)."""
+        """Return which of the members the fitted combiner needs, bool (M,)."""
         return np.ones(members, dtype=bool)
 
     @abstractmethod
     def restricted(self, used: np.ndarray) -> Self:
-        """The same map on the used members' logits alone."""
+        """Return the same map on the logits of the used members, bool (M,), only."""
 
     @abstractmethod
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Facts about the fit, ready for JSON; `weights` {member: weight} where there are any."""
+        """Return facts about the fit as JSON values, with `weights` {member: weight} if the combiner has weights."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -216,49 +216,49 @@ class Combiner(ABC):
 
 @dataclass(frozen=True)
 class NestedPredictions:
-    """Predictions on N rows by copies that were fitted without one fold, and without two."""
+    """Probabilities of N rows by copies fitted without one fold, and by copies fitted without two folds."""
 
     crossfit: np.ndarray
-    """float (N, C): by the copy that was fitted without the row's fold; NaN with a single fold"""
+    """float (N, C): by the copy fitted without the row's fold; NaN with a single fold"""
     inner: Mapping[int, np.ndarray]
-    """{fold: (N, C)}: by the copy that was fitted without this fold and without the row's; empty with two folds or one
+    """{fold: (N, C)}: by the copy fitted without this fold and the row's fold; empty with fewer than three folds
 
-    So all of one entry is out of sample, and no label of its fold has an effect on it: a combination of several
-    combiners can be fitted on the rows of the other folds, and applied to those of the fold.
+    All rows of an entry are thus out-of-sample, and independent of the labels of its fold: a combination of several
+    combiners can be fitted on the rows of the other folds and applied to the rows of the fold.
     """
 
 
 @runtime_checkable
 class CrossfitsItself(Protocol):
-    """A combiner whose cross-fitted copies and final fit have trainings in common."""
+    """A combiner whose cross-fitted copies and final fit share trainings."""
 
     def _fit_nested(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
-        """Fit as `_fit` does; return the predictions of copies that were fitted without one and without two folds.
+        """Fit as `_fit` does; return the predictions of copies fitted without one and without two folds.
 
-        They are not mixed with the uniform distribution: the function `fit_nested` does this.
+        They are not mixed with the uniform distribution, which the function `fit_nested` does.
         """
 
 
 def saved_fields(kind: type[Combiner]) -> tuple[str, ...]:
-    """Names of the fields whose values `state` saves."""
-    return tuple(each.name for each in fields(kind) if not each.metadata.get(_UNSAVED))
+    """Return the names of the fields whose values `state` saves."""
+    return tuple(entry.name for entry in fields(kind) if not entry.metadata.get(_UNSAVED))
 
 
 def combiner_inputs(combiner: Combiner, outputs: np.ndarray | MemberOutputs) -> Inputs:
-    """What a combiner reads of the members' outputs: all of them, or the logits alone."""
+    """Return the input of a combiner: the members' outputs, or only their logits."""
     return outputs.logits if isinstance(outputs, MemberOutputs) and not combiner.reads_embeddings else outputs
 
 
 def sub_state(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The arrays whose names begin with `prefix`, by the rest of their names."""
+    """Return the arrays whose names start with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): values for name, values in state.items() if name.startswith(prefix)}
 
 
 def fit_crossfitted(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Fit on logits (M, N, C), labels (N,), folds (N,); return the cross-fitted probabilities float32 (N, C).
 
-    A copy of the whole combiner, fitted on the other folds, answers for the rows of each fold. Copies and final fit
-    select by the same rule, `nested_cv.inner_folds`. A combiner that learns nothing answers as it will at inference.
+    A copy of the whole combiner, fitted on the other folds, predicts the rows of each fold. Copies and final fit select
+    by the same rule, `nested_cv.inner_folds`. A combiner that learns nothing predicts as at inference.
     """
     if isinstance(recipe, CrossfitsItself):
         return fit_nested(recipe, logits, labels, folds).crossfit
@@ -273,10 +273,10 @@ def fit_crossfitted(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds:
 
 
 def fit_nested(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
-    """Fit on logits (M, N, C), labels (N,), folds (N,); return the float32 predictions of copies without their labels.
+    """Fit on logits (M, N, C), labels (N,), folds (N,); return float32 predictions of copies without one and two folds.
 
     For K folds there are K (K - 1) / 2 copies without two folds besides the K without one. A combiner that learns
-    nothing has the same predictions everywhere.
+    nothing has the same predictions in all entries.
     """
     if isinstance(recipe, CrossfitsItself):
         recipe._set_uniform_weight(labels, logits)
@@ -291,25 +291,25 @@ def fit_nested(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.n
     for fold, other in combinations(names, 2) if inner else ():
         held_out = np.isin(folds, (fold, other))
         predictions = _predict_held_out(recipe, logits, labels, folds, held_out)
-        of_fold = folds[held_out] == fold
-        inner[other][folds == fold] = predictions[of_fold]
-        inner[fold][folds == other] = predictions[~of_fold]
+        is_fold = folds[held_out] == fold
+        inner[other][folds == fold] = predictions[is_fold]
+        inner[fold][folds == other] = predictions[~is_fold]
     return NestedPredictions(crossfit, inner)
 
 
 def _predict_held_out(
     recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.ndarray, held_out: np.ndarray
 ) -> np.ndarray:
-    """Probabilities of the rows `held_out`, bool (N,), by a copy that is fitted on the others."""
+    """Return probabilities (H, C) of the rows `held_out`, bool (N,), by a copy fitted on the other rows."""
     inside = ~held_out
     copy = deepcopy(recipe).fit(logits[:, inside], labels[inside], inner_folds(labels, folds, inside))
     return copy.predict_proba(logits[:, held_out])
 
 
 def mixed_by_fold(probabilities: np.ndarray, folds: np.ndarray, left_out: tuple[int, ...] = ()) -> np.ndarray:
-    """Probabilities (N, C) by copies without the row's fold and those `left_out`, mixed with the uniform ones, float32.
+    """Mix probabilities (N, C), by copies without the row's fold and folds `left_out`, with the uniform distribution.
 
-    Each copy has the weight of the number of rows that it was fitted on.
+    Returns float32. The weight for each copy depends on the number of rows that it was fitted on.
     """
     weights = np.empty(len(folds))
     for fold in np.unique(folds):
@@ -319,7 +319,7 @@ def mixed_by_fold(probabilities: np.ndarray, folds: np.ndarray, left_out: tuple[
 
 
 def _check_declared(combiner: Combiner) -> None:
-    declared = {each.name for each in fields(combiner)}
+    declared = {entry.name for entry in fields(combiner)}
     for name in sorted(vars(combiner).keys() - declared):
         if not isinstance(getattr_static(type(combiner), name, None), cached_property):
             raise TypeError(
@@ -344,5 +344,5 @@ def _decoded(text: np.ndarray) -> dict[str, Any]:
 
 
 def _as_tuple(value: Any) -> Any:
-    """JSON has lists alone; fields hold tuples."""
-    return tuple(_as_tuple(each) for each in value) if isinstance(value, list) else value
+    """Convert lists, which JSON has instead of tuples, to tuples."""
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value

@@ -1,7 +1,7 @@
-"""Pruned ensembles: the plain mean of the members that are worth their time and size.
+"""Pruned ensembles: the unweighted mean of a subset of members, within limits on latency and size.
 
 Kuncheva and Whitaker (2003) on diversity, Caruana et al. (2004) on greedy selection, Giacinto and Roli (2001) on
-clusters of members that err alike.
+clusters of members with correlated errors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from utils.numeric.means import is_within_one_standard_error
 from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses
 from utils.numeric.pareto import pareto_front
 
-SHOWN = 3  # names in a reason
+SHOWN = 3  # most names in a reason
 LABELS = {"f1_macro": "F1 macro", "accuracy": "accuracy", "log_loss": "log-loss", "brier": "Brier score"}
 Floats = NDArray[np.float64]
 
@@ -40,34 +40,34 @@ class ScoredSubset:
     crossfit: Floats
     """Cross-fitted log-probabilities (N, C); with one fold those of the subset itself."""
     losses: Floats
-    """(N,), of the metric, from the cross-fitted probabilities"""
+    """(N,): losses of the metric, from the cross-fitted probabilities"""
     score: float
     """The metric of the cross-fitted probabilities."""
     log_loss: float
     latency_ms: float | None
-    """One member after the other; None where one was not measured."""
+    """Of the members run one after the other; None if one was not measured."""
     size_mb: float | None
 
     @property
     def cost(self) -> tuple[float, float, int]:
-        """Latency, size and number of members; what is unknown costs nothing."""
+        """Latency, size and number of members; an unknown cost counts as 0."""
         return self.latency_ms or 0.0, self.size_mb or 0.0, len(self.subset.members)
 
 
 @dataclass(kw_only=True)
 class Pruned(PooledMembers):
-    """Plain mean of the members that a search of `subset_search` selects, with a temperature.
+    """Unweighted mean of the members that a search of `subset_search` selects, with a temperature.
 
-    The search gives subsets from small to large on the rows of the fit. Each is scored on every fold by the subset of
-    the same position that the search gives without that fold; by these scores `pick` selects one:
+    The search returns subsets from small to large on the rows of the fit. Each is scored on every fold by the subset at
+    the same position of the search without this fold. By these scores, `pick` selects one:
 
-    - best: the best score; of equals the lower log-loss, then the smaller;
-    - fastest: the one of least latency (of equals: size, then members) whose score is within one paired standard error
-      of the best;
-    - knee: with scores and latencies (numbers of members where none is known) stretched to 0..1, the largest score less
-      latency (Satopaa et al. 2011); the best where no subset lies above the line from the cheapest to the best.
+    - best: the best score; ties go to the lower log-loss, then to the smaller subset;
+    - fastest: the least latency (ties: size, then number of members) among subsets whose score is within one paired
+      standard error of the best;
+    - knee: the largest score minus latency, both scaled to 0..1 (Satopaa et al. 2011), with numbers of members if no
+      latency is known; the best if no subset lies above the line from the cheapest to the best.
 
-    `fit` raises BudgetError where no member is within the budget.
+    `fit` raises BudgetError if no member is within the budget.
     """
 
     settings: ClassVar[tuple[str, ...]] = (
@@ -85,7 +85,7 @@ class Pruned(PooledMembers):
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """With the settings of `pruning`, and the metric and the temperature of `runs.score_ensemble`."""
+        """Return an unfitted combiner with the settings of `pruning` and `runs.score_ensemble`."""
         shared, pruning = config.runs.score_ensemble, config.pruning
         return cls(
             members=members,
@@ -100,18 +100,18 @@ class Pruned(PooledMembers):
     def limits(self) -> tuple[CostLimit, ...]:
         """The budget, and the costs of the members."""
         assert self.members is not None, "a restored ensemble is not fitted again"
-        place, unlimited = "pruning.cost_budget", float("inf")
+        section, unlimited = "pruning.cost_budget", float("inf")
         return (
             CostLimit(
-                "ms", f"{place}.max_latency_ms", self.budget.max_latency_ms or unlimited, self.members.latency_ms
+                "ms", f"{section}.max_latency_ms", self.budget.max_latency_ms or unlimited, self.members.latency_ms
             ),
-            CostLimit("MB", f"{place}.max_size_mb", self.budget.max_size_mb or unlimited, self.members.size_mb),
+            CostLimit("MB", f"{section}.max_size_mb", self.budget.max_size_mb or unlimited, self.members.size_mb),
         )
 
     def _fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> None:
         """Fit on logits (M, N, C), labels (N,) and folds (N,).
 
-        With one fold or one class nothing can be held out: subsets are scored on the rows that chose them.
+        With one fold or one class nothing can be held out: subsets are scored on the rows that selected them.
         """
         testable = bool(np.ptp(folds)) and bool(np.ptp(labels))
         calibrate = testable and self.calibration != "off"
@@ -124,7 +124,7 @@ class Pruned(PooledMembers):
             crossfit = _of_folds(problem, subsets, folds, self.search)
         else:
             crossfit = np.stack([problem.mean(subset.members) for subset in subsets])
-        # A temperature turns no row's predicted class: where only that counts, the subset picked alone is given one.
+        # A temperature changes no predicted class: if the metric reads only these, only the picked subset gets one.
         early = calibrate and self.metric not in PIECEWISE_CONSTANT
         self.points = tuple(
             self._point(subset, np.log(probabilities.clip(SMALLEST_PROBABILITY)), labels, folds, calibrate=early)
@@ -165,10 +165,10 @@ class Pruned(PooledMembers):
         )
 
     def _found(self, problem: SubsetProblem) -> dict[str, Any]:
-        """Facts about the search, for `ensemble.json`."""
+        """Return facts about the search, for `ensemble.json`."""
         names, front = problem.names, _front(self.points)
-        taken, best = PICKS[self.pick](self.points), PICKS["best"](self.points)
-        picked = self.points[taken]
+        picked_index, best = PICKS[self.pick](self.points), PICKS["best"](self.points)
+        picked = self.points[picked_index]
         reasons = _reasons(problem, picked, self.points[best], self.pick)
         return {
             "pick": self.pick,
@@ -187,7 +187,7 @@ class Pruned(PooledMembers):
                     "latency_ms": point.latency_ms,
                     "size_mb": point.size_mb,
                     "on_pareto_front": index in front,
-                    "picked": index == taken,
+                    "picked": index == picked_index,
                 }
                 for index, point in enumerate(self.points)
             ],
@@ -195,7 +195,10 @@ class Pruned(PooledMembers):
 
 
 def _of_folds(problem: SubsetProblem, subsets: Sequence[Subset], folds: np.ndarray, search: str) -> NDArray[np.float32]:
-    """Probabilities (K, N, C): of each row by the K subsets of the search without its fold, the last ones repeated."""
+    """Return probabilities (K, N, C) of each row by the K subsets of the search without its fold.
+
+    If a search returns fewer subsets, its last one is repeated.
+    """
     probabilities = np.empty((len(subsets), *problem.probabilities.shape[1:]), dtype=np.float32)
     for number in np.unique(folds):
         inside = folds == number
@@ -208,7 +211,7 @@ def _of_folds(problem: SubsetProblem, subsets: Sequence[Subset], folds: np.ndarr
 
 
 def _front(points: Sequence[ScoredSubset]) -> list[int]:
-    """Indices of the points on the Pareto front of score, latency and size."""
+    """Return the indices of the points on the Pareto front of score, latency and size."""
     costs = [[point.losses.mean(), *point.cost[:2]] for point in points]
     return np.flatnonzero(pareto_front(costs, tolerance=TIE_TOLERANCE)).tolist()
 
@@ -244,7 +247,7 @@ PICKS = {"best": _best, "knee": _knee, "fastest": _fastest}
 
 
 def _reasons(problem: SubsetProblem, picked: ScoredSubset, best: ScoredSubset, pick: str) -> dict[int, str]:
-    """Why each other member is dropped; `best` is the subset of the best score, whichever was picked."""
+    """Return {member: why it is dropped} for all other members; `best` is the subset of the best score."""
     members = picked.subset.members
     others = _listed([problem.names[member] for member in members])
     changes = _changes(problem, members)
@@ -280,15 +283,15 @@ def _step(picked: ScoredSubset, best: ScoredSubset, metric: str) -> str:
 
 
 def _excess(problem: SubsetProblem, members: Sequence[int]) -> str:
-    """The limits that these members exceed together; empty where they exceed none."""
+    """Return text about the limits that these members exceed together; "" if they exceed none."""
     totals = [(limit, limit.total(members)) for limit in problem.limits]
     return " and ".join(limit.excess(total) for limit, total in totals if not limit.allows(total))
 
 
 def _changes(problem: SubsetProblem, picked: Sequence[int]) -> list[tuple[bool, str]]:
-    """For each member (M,): whether the mean of the picked members is better with it, and the change of the metrics."""
+    """Return for each of the M members whether it improves the mean of the picked ones, and the metrics' change."""
     mean, weight = problem.mean(picked), 1 / (len(picked) + 1)
-    gains = np.zeros(len(problem.names), dtype=int)  # the first metric that is another decides
+    gains = np.zeros(len(problem.names), dtype=int)  # sign of the change of the first metric that changes
     words: list[list[str]] = [[] for _ in problem.names]
     for metric in problem.metrics:
         measure = METRICS[metric]
@@ -309,28 +312,28 @@ def _listed(names: Sequence[str]) -> str:
 
 @dataclass(kw_only=True)
 class GreedyForward(Pruned):
-    """Start empty, add the best."""
+    """Start empty and add the best member repeatedly."""
 
     search: ClassVar[str] = "greedy_forward"
 
 
 @dataclass(kw_only=True)
 class GreedyBackward(Pruned):
-    """Start with all, leave out the one that is missed least."""
+    """Start with all members and remove the least useful one repeatedly."""
 
     search: ClassVar[str] = "greedy_backward"
 
 
 @dataclass(kw_only=True)
 class DiversityMax(Pruned):
-    """Start with the best, add the one that disagrees most with those taken."""
+    """Start with the best member and add the one that disagrees most with the selected ones repeatedly."""
 
     search: ClassVar[str] = "diversity_max"
 
 
 @dataclass(kw_only=True)
 class Clustering(Pruned):
-    """The best of each group of members that err alike."""
+    """Select the best member of each group of members with correlated errors."""
 
     search: ClassVar[str] = "clustering"
 

@@ -1,7 +1,8 @@
-"""Combiners that need only some members for each image: which are to run next, and how to run no others.
+"""Sparse combiners, which need only some members for each image.
 
-A sparse combiner tells for each row which members it needs, from the logits of those that have run; once it needs none,
-it answers. Whoever runs the members groups the rows by member, so that each network is in memory once per round.
+A sparse combiner determines for each row which members to run next, from the logits of those that have run, and
+predicts once no further member is needed. The caller runs the members grouped by member, so that each network is loaded
+once per round.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from utils.combiners.protocol import Combiner
 
 Run = Callable[[int, np.ndarray], np.ndarray]
-"""(member, its rows int64 (n,)) -> its logits (n, C)"""
+"""(index of a member, indices of rows int64 (n,)) -> the member's logits (n, C)"""
 
 
 @dataclass
@@ -24,17 +25,17 @@ class SparseCombiner(Combiner):
 
     @abstractmethod
     def route(self, logits: np.ndarray, ran: np.ndarray) -> np.ndarray:
-        """Members that rows need next, bool (M, N), given logits (M, N, C) of those that `ran`, bool (M, N).
+        """Return the members that rows need next, bool (M, N), given logits (M, N, C) of those that `ran`, bool (M, N).
 
-        Logits of members that have not run are not looked at. A row that needs none is answered.
+        Logits of members that have not run are ignored. A row that needs no further member is complete.
         """
 
 
 def run_sparse(combiner: SparseCombiner, run: Run, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Answer N rows of M members and C classes by running only what is needed, given `shape` (M, N, C).
+    """Predict N rows by running only the members that each row needs, given `shape` (M, N, C) of all logits.
 
-    Gives probabilities float64 (N, C) and who ran, bool (M, N). Each round calls `run` once per member, for all the
-    rows that need it, members in their order.
+    Returns probabilities float64 (N, C) and which members ran, bool (M, N). Each round calls `run` at most once per
+    member, in the order of the members, with all rows that need it.
     """
     logits, ran = np.zeros(shape, dtype=np.float32), np.zeros(shape[:2], dtype=bool)
     while (requested := combiner.route(logits, ran) & ~ran).any():
@@ -46,5 +47,5 @@ def run_sparse(combiner: SparseCombiner, run: Run, shape: tuple[int, int, int]) 
 
 
 def routed_members(combiner: SparseCombiner, logits: np.ndarray) -> np.ndarray:
-    """Which members rows would have run, bool (M, N), where all their logits (M, N, C) are known."""
+    """Return which members would run for each row, bool (M, N), given the logits (M, N, C) of all members."""
     return run_sparse(combiner, lambda member, rows: logits[member, rows], logits.shape)[1]

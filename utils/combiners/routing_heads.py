@@ -1,6 +1,6 @@
-"""Mixtures of experts and cascades as torch modules, and the losses that a gate is trained with.
+"""Mixtures of experts and cascades as torch modules, and the training losses of gates.
 
-Modules for export compute all members' shares and leave out by weights of 0: no control flow depends on the data.
+Modules for export compute the weights of all members, 0 for unused ones, without data-dependent control flow.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 
 def top_k_mask(scores: Tensor, count: int) -> Tensor:
-    """Which `count` of the scores (B, E) are the largest, bool (B, E); of equals the first.
+    """Return which scores (B, E) are the `count` largest of their row, bool (B, E); ties go to the first.
 
-    By comparing all pairs: what `topk` does with equal scores differs between runtimes.
+    All pairs are compared, because runtimes differ in how `topk` breaks ties.
     """
     experts = scores.shape[1]
     earlier = torch.ones(experts, experts, dtype=torch.bool, device=scores.device).tril(-1)
@@ -28,33 +28,34 @@ def top_k_mask(scores: Tensor, count: int) -> Tensor:
 
 
 def balance_loss(scores: Tensor, chosen: Tensor) -> Tensor:
-    """E times the sum over experts of share of choices x mean probability; 1 where both are even.
+    """Return E times the sum over experts of fraction of choices times mean probability; 1 if both are uniform.
 
-    Scores (B, E), choices bool (B, E). The probabilities are those of the softmax over all E experts, whichever were
-    chosen: over the chosen alone they would not fall for an expert that is chosen too often (Fedus et al. 2022).
+    Takes scores (B, E) and choices bool (B, E). The probabilities are those of the softmax over all E experts: with a
+    softmax over the chosen experts only, the loss would not lower the probability of an expert that is chosen too often
+    (Fedus et al. 2022).
     """
     shares = chosen.to(scores.dtype).sum(dim=0) / chosen.sum()
     return scores.shape[1] * (shares * torch.softmax(scores, dim=1).mean(dim=0)).sum()
 
 
 def z_loss(scores: Tensor) -> Tensor:
-    """Mean square of log-sum-exp of the scores (B, E), which keeps them small (Zoph et al. 2022)."""
+    """Return the mean squared log-sum-exp of the scores (B, E), which keeps scores small (Zoph et al. 2022)."""
     return torch.logsumexp(scores, dim=1).square().mean()
 
 
 class Routed(NamedTuple):
-    """What a gate under training did with B rows."""
+    """Output of a gate in training for B rows."""
 
     log_probabilities: Tensor
     """(B, C)"""
     scores: Tensor
     """(B, E), without noise"""
     chosen: Tensor
-    """bool (B, E): the largest noisy ones"""
+    """bool (B, E): experts with the largest noisy scores"""
 
 
 class GateNetwork(nn.Module):
-    """A gate under training: a hidden layer, and one score per expert that starts at zero."""
+    """A gate in training: a hidden layer and an output layer with one score per expert, initialised to zero."""
 
     def __init__(self, features: int, width: int, experts: int) -> None:
         super().__init__()
@@ -64,14 +65,14 @@ class GateNetwork(nn.Module):
         nn.init.zeros_(self.scores.bias)
 
     def layer_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Weight and bias of the hidden layer, then of the scores; they share memory with the network."""
+        """Return weight and bias of the hidden layer, then of the scores; they share memory with the network."""
         layers = (self.hidden.weight, self.hidden.bias, self.scores.weight, self.scores.bias)
         weight, bias, last, last_bias = (values.detach().numpy() for values in layers)
         return weight, bias, last, last_bias
 
 
 class AttentionMixture(GateNetwork):
-    """A gate over all M members. Rows hold M x C features, then M x C probabilities."""
+    """A gate over all M members. Rows are M x C features followed by M x C probabilities."""
 
     def __init__(self, width: int, members: int, classes: int) -> None:
         super().__init__(members * classes, width, members)
@@ -86,10 +87,11 @@ class AttentionMixture(GateNetwork):
 
 
 class NoisyTopK(GateNetwork):
-    """A gate under training with noise on its scores (Shazeer et al. 2017), over experts that stay as they are.
+    """A gate in training with noise on its scores (Shazeer et al. 2017), over fixed experts.
 
-    Rows hold F features, then E x C probabilities of the experts. The expert `reader`, whose outputs the features are,
-    always takes part. Scores and noise start at zero and softplus(0), so that experts are chosen evenly at first.
+    Rows are F features followed by E x C probabilities of the experts. The expert `reader`, whose outputs are the
+    features, is always part of the mixture. Initial scores are zero and the initial noise scale is softplus(0), so that
+    experts are at first chosen uniformly.
     """
 
     def __init__(self, sizes: tuple[int, int, int, int], top_k: int, reader: int) -> None:
@@ -102,7 +104,7 @@ class NoisyTopK(GateNetwork):
         nn.init.zeros_(self.spread.bias)
 
     def forward(self, rows: Tensor, noise: Tensor) -> Routed:
-        """Rows (B, F + E x C) and standard normal noise (B, E) -> what was chosen and what it gives."""
+        """Rows (B, F + E x C) and standard normal noise (B, E) -> log-probabilities, scores and chosen experts."""
         read, probabilities = rows.split([self.features, self.experts * self.classes], dim=1)
         hidden = torch.relu(self.hidden(read))
         scores = self.scores(hidden)
@@ -114,7 +116,7 @@ class NoisyTopK(GateNetwork):
 
 
 class SparseMixture(nn.Module):
-    """A fitted mixture: the experts of the largest scores and the one that is read, by a softmax over these alone."""
+    """A fitted mixture of the experts with the largest scores and the reader, weighted by a softmax over these only."""
 
     experts: Tensor
     first: Tensor
@@ -147,8 +149,10 @@ class SparseMixture(nn.Module):
 
 
 class EarlyExit(nn.Module):
-    """A cascade: the mean of the first members of the chain, as many as it takes until its largest probability is
-    at least `threshold`, or all of them.
+    """A cascade: the mean of the first k members of the chain.
+
+    k is the smallest number for which the largest mean probability is at least `threshold`; all members if there is
+    none.
     """
 
     chain: Tensor
@@ -177,7 +181,7 @@ class EarlyExit(nn.Module):
 
 
 def _shares(scores: Tensor, chosen: Tensor, reader: int) -> Tensor:
-    """Softmax of scores (B, E) over the chosen and the reader; exactly 0 for the others."""
+    """Return the softmax of scores (B, E) over the chosen experts and the reader; exactly 0 for the others."""
     takes_part = chosen | (torch.arange(scores.shape[1], device=scores.device) == reader)
     powers = torch.exp(scores - scores.amax(dim=1, keepdim=True).detach()) * takes_part.to(scores.dtype)
     return powers / powers.sum(dim=1, keepdim=True)

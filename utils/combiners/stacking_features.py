@@ -1,4 +1,4 @@
-"""What a stacker sees of its members: their outputs as a row of numbers per image."""
+"""Features of stacking: the members' outputs as one row of numbers per image."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import numpy as np
 from utils.numeric.metrics import clipped_log, softmax
 
 KINDS = ("log_probabilities", "log_probabilities+disagreement", "probabilities")
-"""Logits are missing on purpose: centred over the classes they are the centred log-probabilities."""
+"""Logits are not a kind: centred over the classes, they equal the centred log-probabilities."""
 STEPS = "steps"
-"""The kind for trees: log-probabilities in whole steps. Trees put their thresholds where rows lie, so the last bit of a
-number would decide; on steps this and another runtime's arithmetic all but always meet."""
+"""The kind for trees: log-probabilities rounded to multiples of 1 / `STEPS_PER_NAT`. Trees place thresholds at the
+values of rows, so that differences between runtimes in the last bit would change predictions; rounded values almost
+always agree."""
 STEPS_PER_NAT = 64
 
 
 def features(logits: np.ndarray, kind: str) -> np.ndarray:
     """Logits (M, N, C) -> features float64 (N, F) of one of the `KINDS`, or `STEPS`.
 
-    Log-probabilities are centred over the classes, so that a member's certainty about all classes at once, which says
-    nothing about any of them, is no feature. Disagreement is, per image, the entropy of the mean probability, the mean
-    of the members' entropies, their difference (mutual information) and the standard deviation of the members'
-    probabilities per class: C + 3 columns.
+    Log-probabilities are centred over the classes, which removes their mean, a number without information about any
+    class. The C + 3 columns of disagreement are, per image, the entropy of the mean probability, the mean of the
+    members' entropies, their difference (mutual information) and the standard deviation of the members' probabilities
+    of each class.
     """
     members, rows, classes = logits.shape
     probabilities = softmax(logits)
@@ -41,13 +42,16 @@ def features(logits: np.ndarray, kind: str) -> np.ndarray:
 
 
 def centred_log(probabilities: np.ndarray) -> np.ndarray:
-    """log(p) clipped at 1e-12, less its mean over the last axis."""
+    """Return log(p), with p clipped at 1e-12, minus its mean over the last axis, of probabilities (..., C)."""
     logs = clipped_log(probabilities)
     return logs - logs.mean(axis=-1, keepdims=True)
 
 
 def standardisation(values: np.ndarray, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Centre and scale (F,) of features (N, F): one scale per block of columns, so that a rare class stays small."""
+    """Return centre and scale (F,) of features (N, F), with one scale per block of columns.
+
+    `blocks` are the widths of the blocks. The common scale keeps the columns of rare classes small.
+    """
     centre, scale = values.mean(axis=0), np.ones(values.shape[1])
     start = 0
     for width in blocks:
@@ -59,7 +63,7 @@ def standardisation(values: np.ndarray, blocks: Sequence[int]) -> tuple[np.ndarr
 
 @dataclass(frozen=True)
 class FeatureRows:
-    """Features of one kind of all rows, of which fits read some."""
+    """Features of one kind for all rows; fits read subsets of the rows."""
 
     kind: str
     raw: np.ndarray
@@ -71,12 +75,12 @@ class FeatureRows:
 
     @classmethod
     def of(cls, logits: np.ndarray, labels: np.ndarray, kind: str) -> FeatureRows:
-        """Of logits (M, N, C) and labels (N,)."""
+        """Compute the features of logits (M, N, C) with labels (N,)."""
         members, _, classes = logits.shape
         return cls(kind, features(logits, kind), np.asarray(labels), members, classes)
 
     def standardisation(self, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Centre and scale (F,) of the rows `inside`, a mask or indices; the members' outputs have one scale."""
+        """Return centre and scale (F,) of the rows `inside`, a mask or indices; the members' outputs have one scale."""
         width = self.members * self.classes
         return standardisation(self.raw[inside], [width] + [1] * (self.raw.shape[1] - width))
 

@@ -14,7 +14,7 @@ from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 
 class TemperedBlend(nn.Module):
-    """A learner's probabilities at a temperature, mixed with the members' plain mean at another."""
+    """A learner's probabilities at a temperature, mixed with the members' unweighted mean at another temperature."""
 
     def __init__(self, learner: nn.Module, temperature: float, share: float, mean_temperature: float = 1.0) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class StackingFeatures(nn.Module):
         self.kind = kind
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Members by classes, then what measures their disagreement."""
+        """Logits (B, M, C) -> features (B, F): members times classes, then disagreement."""
         probabilities = torch.softmax(logits, dim=2)
         if self.kind == STEPS:
             main = torch.round(probabilities.clamp_min(SMALLEST_PROBABILITY).log() * STEPS_PER_NAT)
@@ -47,14 +47,14 @@ class StackingFeatures(nn.Module):
         columns = [main.flatten(1)]
         if self.kind.endswith("+disagreement"):
             mean = probabilities.mean(dim=1)
-            total, of_members = _entropy(mean), _entropy(probabilities).mean(dim=1)
+            total, mean_entropy = _entropy(mean), _entropy(probabilities).mean(dim=1)
             spread = (probabilities - mean[:, None]).square().mean(dim=1).sqrt()
-            columns += [torch.stack([total, of_members, total - of_members], dim=1), spread]
+            columns += [torch.stack([total, mean_entropy, total - mean_entropy], dim=1), spread]
         return torch.cat(columns, dim=1)
 
 
 class LogisticOnFeatures(nn.Module):
-    """A log-linear pool plus an affine map of the features, through a softmax."""
+    """Softmax of a log-linear pool plus a linear layer on the features."""
 
     weights: Tensor
     matrix: Tensor
@@ -74,7 +74,7 @@ class LogisticOnFeatures(nn.Module):
 
 
 class PerceptronOnFeatures(nn.Module):
-    """Affine maps with ReLU between them on the features, through a softmax."""
+    """Softmax of linear layers with ReLU between them on the features."""
 
     def __init__(self, kind: str, matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray]) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class PerceptronOnFeatures(nn.Module):
 
 
 class OnFeatures(nn.Module):
-    """Any module that takes features, fed with them."""
+    """A module applied to the features."""
 
     def __init__(self, kind: str, module: nn.Module) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class OnFeatures(nn.Module):
 
 
 class GatedMixture(nn.Module):
-    """Mixture of the members' probabilities with weights that a small network gives for each image."""
+    """Mixture of the members' probabilities with weights by a small network for each image."""
 
     hidden_matrix: Tensor
     hidden_bias: Tensor
@@ -127,7 +127,7 @@ class GatedMixture(nn.Module):
 
 
 class _Fused(nn.Module):
-    """A fuser over ensembles that share their members; `member_indices` are those of each."""
+    """A fuser over ensembles that share members; `member_indices` are the indices of each ensemble's members."""
 
     def __init__(self, inputs: Sequence[nn.Module], member_indices: Sequence[np.ndarray], fuser: nn.Module) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class FusedInputs(_Fused):
 
 
 class FusedInputsWithEmbeddings(_Fused):
-    """A fuser over ensembles of which some, those whose `reads` is true, read the members' embeddings as well."""
+    """A fuser over ensembles, of which those whose `reads` is true also read the members' embeddings."""
 
     def __init__(
         self, inputs: Sequence[nn.Module], member_indices: Sequence[np.ndarray], fuser: nn.Module, reads: Sequence[bool]

@@ -1,4 +1,4 @@
-"""Fusion heads as they are kept: a shape and named weights of each seed's head."""
+"""Trained fusion heads: a shape, and named weights for the head of each seed."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeadShape:
-    """What a head is built from."""
+    """Architecture of a head."""
 
     method: str
     """A name of `fusion_heads.HEADS`"""
     widths: tuple[int, ...]
-    """Of the blocks"""
+    """Widths of the blocks"""
     hidden: tuple[int, ...]
+    """Hidden widths"""
     classes: int
     rank: int
-    """Of bilinear products; 0 where there are none"""
+    """Rank of bilinear products; 0 for other heads"""
 
     def head(self, dropout: float = 0.0) -> nn.Module:
-        """A head with random weights."""
+        """Return a head with random weights."""
         from utils.combiners.fusion_heads import HEADS
 
         return HEADS[self.method](self.widths, self.hidden, self.classes, dropout, self.rank)
 
     def cost(self) -> dict[str, int]:
-        """Numbers that are learned, which is about how many multiplications an image takes."""
+        """Return the number of parameters, about that of multiplications per image; with a rank also that of pairs."""
         from math import comb
 
         record = {"parameters": sum(values.numel() for values in self.head().parameters())}
@@ -47,14 +48,14 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class TrainedHeads:
-    """Trained heads of one shape, which differ by their seed; their mean probability is the answer."""
+    """Trained heads of one shape that differ by their seed; their probabilities are averaged."""
 
     shape: HeadShape
     weights: tuple[dict[str, np.ndarray], ...]
-    """One set of named float32 arrays per seed."""
+    """Named float32 arrays of each seed."""
 
     def modules(self, dropout: float = 0.0) -> list[nn.Module]:
-        """The heads as torch modules in evaluation mode; `dropout` for those that are trained further."""
+        """Return the heads as torch modules in evaluation mode; `dropout` is used if they are trained further."""
         import torch
 
         heads = []
@@ -67,7 +68,7 @@ class TrainedHeads:
     def predict_proba(self, outputs: MemberOutputs, present: np.ndarray | None = None) -> np.ndarray:
         """Outputs whose embeddings are blocks (N, R) -> probabilities float64 (N, C).
 
-        `present` (N, M), for attention alone: which members there are.
+        `present`, bool (N, M), is only for attention: which members are present for each row.
         """
         return np.mean(
             [softmax(scores) for scores in self._each(outputs, lambda head, *arguments: head(*arguments), present)],
@@ -75,7 +76,7 @@ class TrainedHeads:
         )
 
     def attention(self, outputs: MemberOutputs, present: np.ndarray | None = None) -> np.ndarray:
-        """Attention's weights of the members, float64 (N, M)."""
+        """Return the attention weights of the members, float64 (N, M)."""
         return np.mean(self._each(outputs, lambda head, *arguments: head.weights(*arguments), present), axis=0)
 
     def _each(self, outputs: MemberOutputs, call: Any, present: np.ndarray | None) -> list[np.ndarray]:
@@ -83,6 +84,6 @@ class TrainedHeads:
 
         values = torch.from_numpy(np.concatenate(outputs.embeddings, axis=1).astype(np.float64))
         arguments = (values,) if present is None else (values, torch.from_numpy(present))
-        # In double precision a row's answer does not depend on the other rows.
+        # In double precision the probabilities of a row do not depend on the other rows.
         with torch.no_grad():
             return [call(head.double(), *arguments).numpy() for head in self.modules()]

@@ -1,9 +1,9 @@
 """Tree ensembles as torch modules made of gathers and comparisons: features (B, F) in, probabilities (B, C) out.
 
-A row goes down all trees at once, in as many steps as the deepest tree has levels, whatever the data: no branch, so
-that one module serves PyTorch, TorchScript, ONNX and TFLite. There are two layouts. Up to `PERFECT_DEPTH` levels every
-tree is filled up to a perfect one, whose indices are found by doubling; deeper ones keep their nodes and look up the
-child, a fourth gather a step. Indices are int32: with int64 a large batch takes twice as long.
+All trees are traversed at once, in as many steps as the deepest tree has levels, without data-dependent branches, so
+that one module works in PyTorch, TorchScript, ONNX and TFLite. There are two layouts. Up to `PERFECT_DEPTH` levels,
+every tree is padded to a perfect binary tree, whose child indices are computed by doubling; deeper trees keep their
+nodes and look up the child, a fourth gather per step. Indices are int32: with int64 a large batch takes twice as long.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 PERFECT_DEPTH = 8
 BLOCK = 256
-"""Rows at a time: what 1,300 trees do with them stays in the caches of a core."""
+"""Rows at a time: the intermediate values of 1,300 trees for so few rows fit the caches of a core."""
 XGBOOST = ((2, 1), (4, 0))
-"""Versions of XGBoost whose JSON is known: the first, and the first that is not."""
+"""Versions of XGBoost whose JSON is supported: the first, and the first above that is not."""
 _OF_ANOTHER_FORM = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The K nodes of T trees as one table: the T roots, then level by level, siblings side by side."""
+    """The K nodes of T trees as one table: the T roots, then level by level, siblings adjacent."""
 
     child: np.ndarray
-    """int32 (K,), the left child, which the right one follows; a leaf is its own child"""
+    """int32 (K,), index of the left child, which the right child follows; a leaf is its own child"""
     feature: np.ndarray
     """int32 (K,), column of the features"""
     threshold: np.ndarray
@@ -65,8 +65,9 @@ class Nodes:
 class Descent(nn.Module):
     """Features (B, F) -> the leaf that a row reaches in each of T trees, int32 (B, T), as a row of the table of leaves.
 
-    A value goes right from the threshold on (`inclusive`: XGBoost) or above it (scikit-learn). A missing one compares
-    as false and goes left; a node that sends it right looks at a copy of the features with infinity in its place.
+    A value goes right if it is at least the threshold (`inclusive`: XGBoost) or above it (scikit-learn). A missing
+    value compares as false and goes left; a node that sends it right reads a copy of the features with infinity instead
+    of missing values.
     """
 
     if TYPE_CHECKING:  # torch.jit.script cannot read these annotations
@@ -82,7 +83,7 @@ class Descent(nn.Module):
         self.inclusive = inclusive
         self.more_steps = max(nodes.depth - 1, 0)
         column = np.where(nodes.missing_left, nodes.feature, nodes.feature + features)
-        # No value, not even infinity, is on the right of NaN: a row stays in its leaf.
+        # No comparison with NaN is true, not even that of infinity: a row stays in its leaf.
         threshold = np.where(nodes.is_leaf, np.float32(np.nan), nodes.threshold)
         self.register_buffer("column", torch.from_numpy(column[table].astype(np.int64)))
         self.register_buffer("threshold", torch.from_numpy(threshold[table].astype(np.float32)))
@@ -101,21 +102,21 @@ class Descent(nn.Module):
         return self.leaves(index)
 
     def left_child(self, index: Tensor) -> Tensor:
-        """The index of the left child of each node (B, T)."""
+        """Return the index of the left child of each node (B, T)."""
         raise NotImplementedError
 
     def leaves(self, index: Tensor) -> Tensor:
-        """The row of the table of leaves for each last node (B, T)."""
+        """Return the row of the table of leaves for each last node (B, T)."""
         raise NotImplementedError
 
     def goes_right(self, values: Tensor, thresholds: Tensor) -> Tensor:
-        """0 or 1; of one type with the places, since PyTorch is ten times slower at mixed ones."""
+        """Return 0 or 1 in the dtype of the indices, since PyTorch is ten times slower with mixed dtypes."""
         right = values >= thresholds if self.inclusive else values > thresholds
         return right.to(torch.int32)
 
 
 class PerfectDescent(Descent):
-    """The node of index p has the children 2p and 2p + 1; the roots are T to 2T - 1."""
+    """Perfect layout: the node of index p has the children 2p and 2p + 1; the roots are T to 2T - 1."""
 
     def __init__(self, nodes: Nodes, levels: list[np.ndarray], *, features: int, inclusive: bool) -> None:
         unused = levels[0]  # the indices 0 to T - 1
@@ -124,16 +125,16 @@ class PerfectDescent(Descent):
         self.register_buffer("first_children", 2 * torch.arange(nodes.trees, 2 * nodes.trees, dtype=torch.int32))
 
     def left_child(self, index: Tensor) -> Tensor:
-        """The left child's place."""
+        """Return the index of the left child."""
         return index + index
 
     def leaves(self, index: Tensor) -> Tensor:
-        """Place on the last level -> row of the table of leaves."""
+        """Index on the last level -> row of the table of leaves."""
         return index - self.first_leaf
 
 
 class LinkedDescent(Descent):
-    """The index is the node's number."""
+    """Linked layout: the index is that of the table of nodes, and children are looked up."""
 
     if TYPE_CHECKING:  # torch.jit.script cannot read these annotations
         child: Tensor
@@ -144,16 +145,16 @@ class LinkedDescent(Descent):
         self.register_buffer("first_children", self.child[: nodes.trees].clone())
 
     def left_child(self, index: Tensor) -> Tensor:
-        """The left child's place; a leaf's own."""
+        """Return the index of the left child; of a leaf, the leaf itself."""
         return self.child.index_select(0, index.reshape(-1)).view(-1, self.trees)
 
     def leaves(self, index: Tensor) -> Tensor:
-        """Place -> row of the table of leaves."""
+        """Index of a node -> row of the table of leaves."""
         return index
 
 
 def _descent(nodes: Nodes, *, features: int, inclusive: bool, layout: str | None) -> tuple[Descent, np.ndarray]:
-    """The module, and the node that stands in each row of its table of leaves."""
+    """Return the module, and the index of the node in each row of its table of leaves."""
     if (layout or ("perfect" if nodes.depth <= PERFECT_DEPTH else "linked")) == "linked":
         return LinkedDescent(nodes, features=features, inclusive=inclusive), np.arange(len(nodes.child))
     levels = [np.arange(nodes.trees)]
@@ -166,9 +167,9 @@ def _descent(nodes: Nodes, *, features: int, inclusive: bool, layout: str | None
 def _in_levels(
     roots: np.ndarray, left: np.ndarray, right: np.ndarray, **columns: np.ndarray
 ) -> tuple[Nodes, np.ndarray]:
-    """Nodes in any order, with `left` negative at leaves, as one table, and which node stands in each of its rows.
+    """Sort nodes in any order, with `left` negative at leaves, by level; return the table and the node of each row.
 
-    Raises ValueError where a node is reached twice.
+    Raises ValueError if a node is reached twice.
     """
     level = roots
     sizes: list[int] = []
@@ -192,7 +193,7 @@ def _in_levels(
 
 # XGBoost -------------------------------------------------------------------------------------------------------------
 class BoosterProbabilities(nn.Module):
-    """Softmax of the base scores and the sums over trees, R for each of C classes."""
+    """Softmax of the base scores plus the sums over R trees of each of C classes."""
 
     if TYPE_CHECKING:  # torch.jit.script cannot read these annotations
         values: Tensor
@@ -215,11 +216,11 @@ class BoosterProbabilities(nn.Module):
 def booster_module(
     text: str | bytes, *, classes: int, source: object, remedy: str, layout: str | None = None
 ) -> BoosterProbabilities:
-    """XGBoost's own JSON of a `multi:softprob` booster -> module of all its trees; XGBoost itself is not needed.
+    """Return the module of all trees of a `multi:softprob` booster, from XGBoost's JSON; XGBoost is not needed.
 
-    Features (B, F) may hold NaN for missing. Sums are float32 like the library's, but not in its order: the
-    probabilities of 1,300 trees differ by less than 1e-6. `layout` is perfect, linked or, by depth, None. Raises
-    UserError with `source` and `remedy` for a damaged text, another version, or a booster of another kind.
+    Missing values of features (B, F) are NaN. Sums are float32 as in the library, but in another order: the
+    probabilities of 1,300 trees differ by less than 1e-6. `layout` is perfect, linked, or None to select it by depth.
+    Raises UserError with `source` and `remedy` for a damaged text, another version, or a booster of another kind.
     """
     expected = f"expected the JSON of a gbtree booster of XGBoost {'.'.join(map(str, XGBOOST[0]))} or newer"
     try:
@@ -241,13 +242,13 @@ def booster_module(
 
 
 def _booster(learner: Mapping[str, Any], classes: int) -> tuple[int, np.ndarray, Nodes, np.ndarray]:
-    """Number of features, base scores (C,), nodes with the trees of a round side by side, value of each node (K,)."""
+    """Return the number of features, base scores (C,), the nodes in rounds of C trees, and the nodes' values (K,)."""
     parameters, booster = learner["learner_model_param"], learner["gradient_booster"]
     _expect("objective", learner["objective"]["name"], "multi:softprob")
     _expect("booster", booster["name"], "gbtree")
     _expect("num_class", int(parameters["num_class"]), classes)
     features, model = int(parameters["num_feature"]), booster["model"]
-    # One number until XGBoost 3.0, one for each class from 3.1 on. This objective takes them as they are.
+    # One number up to XGBoost 3.0, one per class from 3.1 on. This objective uses them without a transformation.
     base = np.atleast_1d(np.array(json.loads(parameters["base_score"]), dtype=np.float32))
     if base.shape not in ((1,), (classes,)) or not np.isfinite(base).all():
         raise ValueError(f"base_score is {parameters['base_score']}")
@@ -273,7 +274,7 @@ def _booster(learner: Mapping[str, Any], classes: int) -> tuple[int, np.ndarray,
     inner = left >= 0
     if not (np.where(inner, np.maximum(left, right), 0) < tree_sizes).all() or (right[inner] < 0).any():
         raise ValueError("a child is not in its tree")
-    feature = np.where(inner, feature, 0)  # a node that was pruned away holds none
+    feature = np.where(inner, feature, 0)  # a pruned node has no feature
     if not ((feature >= 0) & (feature < features)).all() or not np.isfinite(values).all():
         raise ValueError(f"a feature is not one of {features}, or a number is not finite")
     nodes, rows = _in_levels(
@@ -294,7 +295,7 @@ def _expect(what: str, value: object, expected: object) -> None:
 
 # scikit-learn --------------------------------------------------------------------------------------------------------
 class ForestProbabilities(nn.Module):
-    """Mean over T trees of the class probabilities of the leaf."""
+    """Mean over T trees of the class probabilities of the reached leaf."""
 
     if TYPE_CHECKING:  # torch.jit.script cannot read these annotations
         values: Tensor
@@ -312,20 +313,23 @@ class ForestProbabilities(nn.Module):
 
 
 def forest_arrays(estimator: RandomForestClassifier, *, classes: int, shrinkage: float = 0.0) -> dict[str, np.ndarray]:
-    """A fitted forest whose labels lie in 0..C-1 as arrays of numbers, for `forest_module`.
+    """Return a fitted forest, whose labels are in 0..C-1, as numeric arrays for `forest_module`.
 
-    Without `shrinkage` the module equals the library's `predict_proba`. With it the probabilities of a node are drawn
-    to its parent's, the more the fewer rows the parent has beside `shrinkage` rows, and those of a root to the uniform
-    ones by one row: none is 0. Agarwal, Tan, Ronen, Singh and Yu (2022), Hierarchical Shrinkage.
+    Without `shrinkage` the module equals the library's `predict_proba`. With it, the probabilities of a node are shrunk
+    towards its parent's by the weight of `shrinkage` rows, compared with the rows of the parent, and those of a root
+    towards the uniform distribution by the weight of one row, so that none is 0. Agarwal, Tan, Ronen, Singh and Yu
+    (2022), Hierarchical Shrinkage.
     """
     trees = [tree.tree_ for tree in estimator.estimators_]
     sizes = np.array([tree.node_count for tree in trees])
     start = np.repeat(np.cumsum(sizes) - sizes, sizes)
     left = np.concatenate([tree.children_left for tree in trees])
     right = np.concatenate([tree.children_right for tree in trees])
-    # Infinity parts the missing values from all others; as the largest number it does so for infinity in their place.
+    # A threshold of infinity separates missing values from all others; so does the largest number, since missing values
+    # are replaced by infinity.
     exact = np.concatenate([tree.threshold for tree in trees]).clip(max=np.finfo(np.float32).max)
-    # Features are float32, thresholds float64: a float32 is above one when it is above the next float32 that is not.
+    # Features are float32, thresholds float64: a float32 is above a threshold if it is above the largest float32 that
+    # is not.
     threshold = exact.astype(np.float32)
     threshold = np.where(threshold > exact, np.nextafter(threshold, np.float32(-np.inf)), threshold)
     nodes, rows = _in_levels(
@@ -353,7 +357,7 @@ def forest_arrays(estimator: RandomForestClassifier, *, classes: int, shrinkage:
 
 
 def _shrunken(nodes: Nodes, probabilities: np.ndarray, counts: np.ndarray, shrinkage: float) -> np.ndarray:
-    """Class shares (K, C) of nodes with `counts` (K, 1) rows -> shares (K, C), from the roots down."""
+    """Shrink the class probabilities (K, C) of nodes with `counts` (K, 1) rows, from the roots down; return (K, C)."""
     raw, shrunken = probabilities.copy(), np.empty_like(probabilities)
     roots = slice(nodes.trees)
     raw[roots] = (probabilities[roots] * counts[roots] + 1 / probabilities.shape[1]) / (counts[roots] + 1)
@@ -367,7 +371,7 @@ def _shrunken(nodes: Nodes, probabilities: np.ndarray, counts: np.ndarray, shrin
 
 
 def forest_module(arrays: Mapping[str, np.ndarray], *, layout: str | None = None) -> ForestProbabilities:
-    """What `forest_arrays` gave, from memory or disk -> module. `layout` is perfect, linked or, by depth, None."""
+    """Return the module for arrays of `forest_arrays`; `layout` is perfect, linked, or None to select it by depth."""
     nodes = Nodes(
         child=arrays["child"],
         feature=arrays["feature"],
@@ -382,8 +386,8 @@ def forest_module(arrays: Mapping[str, np.ndarray], *, layout: str | None = None
 
 
 def probabilities(module: nn.Module, features: np.ndarray) -> np.ndarray:
-    """Features (N, F) through a module of trees -> probabilities float64 (N, C) whose rows sum to 1."""
+    """Apply a module of trees to features (N, F); return probabilities float64 (N, C) whose rows sum to 1."""
     rows = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
     with torch.inference_mode():
-        answers = torch.cat([module(block) for block in rows.split(BLOCK)]).numpy().astype(np.float64)
-    return answers / answers.sum(axis=1, keepdims=True)
+        outputs = torch.cat([module(block) for block in rows.split(BLOCK)]).numpy().astype(np.float64)
+    return outputs / outputs.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The weighted ensemble: a linear or log-linear pool whose weights, penalty and temperature held-out folds decide."""
+"""The weighted ensemble: a linear or log-linear pool with penalty and temperature selected on held-out folds."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric import temperature
 
-UNTESTED_STRENGTH = 0.01  # of the penalty where one fold leaves nothing to choose by
+UNTESTED_STRENGTH = 0.01  # of the penalty, where a single fold allows no selection
 Floats = NDArray[np.float64]
 
 
 @dataclass(kw_only=True)
 class WeightedPool(PooledMembers):
-    """Members weighted for least loss on the rows of the fit, as a linear or a log-linear pool.
+    """A linear or log-linear pool with the weights of least loss on the rows of the fit.
 
-    Accuracy and macro F1 are piecewise constant: weights of least log-loss are the start, and members added greedily
-    (Caruana et al. 2004), on average over bootstrap samples, move them where held-out folds gain by it.
+    Accuracy and macro F1 are piecewise constant: the search starts from the weights of least log-loss and adds members
+    greedily (Caruana et al. 2004), averaged over bootstrap samples, if this raises the metric on held-out folds.
     """
 
     settings: ClassVar[tuple[str, ...]] = tuple(
@@ -36,12 +36,12 @@ class WeightedPool(PooledMembers):
     kind: str = unsaved("auto")
     """auto, linear or log_linear"""
     optimize_weights: bool = unsaved(True)
-    """False: weights proportional to the recorded accuracies."""
+    """If false, weights are proportional to the recorded accuracies."""
     seed: int = unsaved(42)
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
-        """With the settings of `runs.score_ensemble`."""
+        """Return an unfitted combiner with the settings of `runs.score_ensemble`."""
         settings = config.runs.score_ensemble
         return cls(
             members=members,
@@ -55,8 +55,8 @@ class WeightedPool(PooledMembers):
     def _fit(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> None:
         """Fit on logits (M, N, C), labels (N,) and folds (N,).
 
-        With one fold or one class nothing can be held out, so that nothing is chosen. UserError where the weights are
-        to follow recorded accuracies and a member has none.
+        With one fold or one class nothing can be held out, and nothing is selected. Raises UserError if the weights
+        follow recorded accuracies and a member has none.
         """
         testable = bool(np.ptp(folds)) and bool(np.ptp(labels))
         calibrate = testable and self.calibration != "off"

@@ -172,7 +172,7 @@ class _RowStatistics:
 
 
 def _interpolated(at: Floats, rows: Floats, sums: Floats) -> Floats:
-    """Interpolate `sums` (b, n), cumulative over `rows` (b, n), at other numbers of rows `at` (b, k); all start at 0."""
+    """Interpolate `sums` (b, n), given at numbers of `rows` (b, n), at numbers `at` (b, k), starting at (0, 0)."""
     index = np.stack([np.searchsorted(line, numbers) for line, numbers in zip(rows, at, strict=True)])
     index = np.minimum(index, rows.shape[1] - 1)
     previous, has_previous = np.maximum(index - 1, 0), index > 0

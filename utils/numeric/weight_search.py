@@ -137,7 +137,7 @@ def _minimise_alone(loss: ConvexLoss, start: float, bounds: tuple[float, float],
 
 
 def duality_gap(weights: Floats, gradient: Floats, sum_bounds: tuple[float, float]) -> float:
-    """Return an upper bound of a convex function's excess over its minimum at `weights` (M,), from its gradient (M,)."""
+    """Return an upper bound of a convex function at `weights` (M,) minus its minimum, from its gradient (M,)."""
     least = float(gradient.min())
     return max(0.0, float(weights @ gradient) - min(sum_bounds[0] * least, sum_bounds[1] * least))
 
@@ -233,7 +233,7 @@ def _free_step(curved: Floats, slope: Floats, is_bound: bool) -> tuple[Floats, f
 def _first_block(
     weights: Floats, step: Floats, total: float, sum_bounds: tuple[float, float], is_bound: bool
 ) -> tuple[float, int | None]:
-    """Return the feasible fraction of a step, at most 1, and what blocks it: a member's index, M for the sum or None."""
+    """Return the feasible fraction of a step, at most 1, and what limits it: a member's index, M for the sum, None."""
     is_shrinking = step < 0
     lengths = np.full(len(weights) + 1, np.inf)
     lengths[:-1][is_shrinking] = weights[is_shrinking] / -step[is_shrinking]

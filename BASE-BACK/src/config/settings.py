@@ -1,7 +1,7 @@
-"""Every constant of the base pipeline; the environment is read once, when this module is first imported.
+"""All settings of the base pipeline; environment variables are read once, when this module is first imported.
 
-Nothing is created here: folders appear when something is written into them. A variable with a bad value ends the
-import with a `SettingsError` of one line: the name, the value found, what is allowed.
+Importing creates no folders. A variable with an invalid value raises `SettingsError` with a message of one line: the
+name, the value and the allowed values.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ __all__ = [
 
 
 class SettingsError(ValueError):
-    """A variable of the environment has a value that cannot be used."""
+    """An environment variable has an invalid value."""
 
 
 def _read(name: str, default: T, convert: Callable[[str], T], allowed: str) -> T:
@@ -189,7 +189,7 @@ def _class_count(root: Path) -> int:
 # The default is the folder that holds BASE-BACK, whatever BASE-BACK itself is called.
 BASE_DIR = Path(os.environ.get("DBT_BASE_DIR") or Path(__file__).resolve().parents[3]).absolute()
 CKPT_DIR = BASE_DIR / "checkpoints"
-TRAINED_DIR = Path(os.environ.get("DBT_TRAINED_DIR") or CKPT_DIR).absolute()  # whose sizes a new network takes
+TRAINED_DIR = Path(os.environ.get("DBT_TRAINED_DIR") or CKPT_DIR).absolute()  # a new network takes its sizes from here
 PLOTS_DIR = BASE_DIR / "plots_metrics"
 METRICS_DIR = BASE_DIR / "metrics_output"
 KFOLD_DIR = BASE_DIR / "kfold_results"
@@ -198,7 +198,7 @@ SMOKE_CHECK_DIR = BASE_DIR / "smoke_checks"
 PRETRAINED_DIR = BASE_DIR / "pretrained_weights"
 TIMM_NETWORKS = (
     CKPT_DIR / "timm_networks.json"
-)  # the options of each network, for a later run that gives its name alone
+)  # the options of each network, for a later run that passes only its name
 DEBUG_LOG_DIR = BASE_DIR / "debug_logs"
 IMAGE_CACHE_DIR = Path(os.environ.get("DBT_IMAGE_CACHE_DIR") or BASE_DIR / "image_cache").absolute()
 RAW_DIR = Path(os.environ.get("DBT_RAW_DIR") or BASE_DIR / "Data").absolute()
@@ -235,7 +235,7 @@ ALL_BACKBONES = [
 ]
 
 
-TIMM = "timm:"  # NAME=timm:ARCH or timm:ARCH names a network of timm
+TIMM = "timm:"  # NAME=timm:ARCH or timm:ARCH names a timm network
 NETWORK_NAME = re.compile(r"(?!.*_(?:final|head_best|finetune_best|fold\d+|snapshot\d+)$)[A-Za-z0-9_][\w.+-]*")
 
 
@@ -245,7 +245,7 @@ def _entries(text: str) -> list[str]:
 
 
 def _recorded_networks() -> dict[str, str]:
-    """{name: architecture} of the networks of timm that were trained in this workspace before."""
+    """{name: architecture} of the timm networks that an earlier run trained in this workspace."""
     try:
         record = json.loads(TIMM_NETWORKS.read_text(encoding="utf-8"))
         return {name: entry["architecture"] for name, entry in record.items()}
@@ -258,7 +258,7 @@ def _recorded_networks() -> dict[str, str]:
 
 
 def _timm_backbones(text: str) -> dict[str, str]:
-    """{name: architecture} of the networks of timm in a comma list of backbones."""
+    """{name: architecture} of the timm networks in a comma-separated list of backbones."""
     networks: dict[str, str] = {}
     recorded = _recorded_networks()
     for entry in _entries(text):
@@ -286,7 +286,7 @@ def _timm_backbones(text: str) -> dict[str, str]:
 def _backbones(text: str) -> list[str]:
     names = _entries(text)
     if names and EXTERNAL_BASE_BACK:
-        return names  # its code knows which there are
+        return names  # validated later against the other pipeline's own table
     names = [name.rpartition("=")[0] or name.removeprefix(TIMM) if TIMM in name else name for name in names]
     available = [*ALL_BACKBONES, *TIMM_BACKBONES]
     unknown = [name for name in names if name not in available]
@@ -301,7 +301,7 @@ def _backbones(text: str) -> list[str]:
 
 
 def _per_network(variable: str, separator: str = ",", allowed: tuple[str, ...] = ()) -> dict[str, str]:
-    """{name of a network of timm, or "" for all: value} of a list of `VALUE` and `NAME=VALUE`."""
+    """{name of a timm network, or "" for all: value} of a list of `VALUE` and `NAME=VALUE`."""
     values: dict[str, str] = {}
     for entry in os.environ.get(variable, "").split(separator):
         name, _, value = entry.strip().partition("=")
@@ -326,38 +326,38 @@ def _per_network(variable: str, separator: str = ",", allowed: tuple[str, ...] =
 
 
 def option_of(values: dict[str, str], name: str) -> str | None:
-    """The value for one network: its own, else the one for all."""
+    """The value for one network: the one given for its name, else the one given for all."""
     return values.get(name) or values.get("")
 
 
 MODEL_SIZE = _choice("DBT_MODEL_SIZE", "full", ("full", "tiny"))
-EXTERNAL_BASE_BACK = _external()  # the folder whose networks K-fold trains in place of ours; main.py --base-back
+EXTERNAL_BASE_BACK = _external()  # folder of another BASE-BACK whose networks K-fold trains; main.py --base-back
 TIMM_BACKBONES = {} if EXTERNAL_BASE_BACK else _timm_backbones(os.environ.get("DBT_BACKBONES", ""))
 BACKBONES = _read("DBT_BACKBONES", ALL_BACKBONES, _backbones, "a comma list of backbones")
 IMG_SIZE = _whole("DBT_IMG_SIZE", 224 if MODEL_SIZE == "full" else 32, 8)
 BATCH_SIZE = _whole("DBT_BATCH_SIZE", 32, 2)
 K_FOLDS = _whole("DBT_K_FOLDS", 5, 2)
 SEED = _whole("DBT_SEED", 42, 0)
-NUM_WORKERS = _whole("DBT_NUM_WORKERS", -1, 0)  # -1: found by `utils.get_optimal_workers`
+NUM_WORKERS = _whole("DBT_NUM_WORKERS", -1, 0)  # -1: set by `utils.get_optimal_workers`
 AUGMENT = _choice("DBT_AUGMENT", "full", ("full", "no_flip", "none"))
 GROUP_REGEX = _group_regex("DBT_GROUP_REGEX")
-# Orientation in the EXIF data of photographs; None: ignored, and networks of timm follow the record of their weights.
+# EXIF orientation of photographs; None: ignored, except that timm networks follow the record of their weights.
 EXIF = _choice("DBT_EXIF", "", ("ignore", "apply")) or None
 NUM_CLASSES = _whole(
     "DBT_NUM_CLASSES", _class_count(TRAIN_DIR) or _class_count(RAW_DIR / "train") or _class_count(RAW_DIR) or 13, 2
 )
 
 # training ------------------------------------------------------------------------------------------------------------
-# All epochs are trained. Those, rates and smoothing of tiny networks were chosen by benchmarks/recipe.py.
+# There is no early stopping. Epochs, rates and smoothing of tiny networks were selected by benchmarks/recipe.py.
 EPOCHS_HEAD = _whole("DBT_EPOCHS_HEAD", {"full": 40, "tiny": 1}[MODEL_SIZE], 0)
 EPOCHS_FINETUNE = _whole("DBT_EPOCHS_FINETUNE", {"full": 25, "tiny": 35}[MODEL_SIZE], 1)
 WEIGHT_DECAY = 1e-4
-# Networks start from random weights here, so the whole-network rate is one at which they learn; small ones bear more.
+# Networks start from random weights, which need a higher rate than fine-tuning; small networks tolerate a higher one.
 BACKBONE_LRS = {size: _positive("DBT_BACKBONE_LR", rate) for size, rate in (("full", 1e-3), ("tiny", 2e-3))}
 BACKBONE_LR = BACKBONE_LRS[MODEL_SIZE]
 HEAD_LR = _positive("DBT_HEAD_LR", 1e-3)
-CLASS_WEIGHTS = _choice("DBT_CLASS_WEIGHTS", "none", ("none", "balanced"))  # of the rows in the loss
-SAMPLING = _choice("DBT_SAMPLING", "natural", ("natural", "balanced"))  # of the rows of an epoch
+CLASS_WEIGHTS = _choice("DBT_CLASS_WEIGHTS", "none", ("none", "balanced"))  # of the samples in the loss
+SAMPLING = _choice("DBT_SAMPLING", "natural", ("natural", "balanced"))  # of the samples of an epoch
 if CLASS_WEIGHTS == SAMPLING == "balanced":
     raise SettingsError(
         "DBT_SAMPLING (--sampling): found 'balanced' beside DBT_CLASS_WEIGHTS (--class-weights) 'balanced'; allowed: "
@@ -365,28 +365,28 @@ if CLASS_WEIGHTS == SAMPLING == "balanced":
     )
 ENABLE_KFOLD_CV = _flag("DBT_ENABLE_KFOLD_CV", True)
 ENABLE_EXPORT = _flag("DBT_ENABLE_EXPORT", True)
-SNAPSHOTS = _whole("DBT_SNAPSHOTS", 3, 0)  # the weights of the last epochs of fine-tuning that are kept
-CYCLES = _whole("DBT_CYCLES", 5, 1)  # of the stage snapshots, each of which leaves one network
+SNAPSHOTS = _whole("DBT_SNAPSHOTS", 3, 0)  # number of last epochs of fine-tuning whose weights are kept
+CYCLES = _whole("DBT_CYCLES", 5, 1)  # of the stage snapshots; each cycle yields one network
 EPOCHS_PER_CYCLE = _whole("DBT_EPOCHS_PER_CYCLE", 10, 1)
-PROGRESS_SECONDS = _seconds("DBT_PROGRESS_SECONDS", 5.0)  # least time between two saves of a training; 0: every epoch
-PARENT = _whole("DBT_PARENT", 0, 0)  # the process that started this one and that it ends with; 0: none
+PROGRESS_SECONDS = _seconds("DBT_PROGRESS_SECONDS", 5.0)  # minimum time between two saves of a training; 0: every epoch
+PARENT = _whole("DBT_PARENT", 0, 0)  # id of the parent process; this process exits with it; 0: none
 
-# networks of timm ----------------------------------------------------------------------------------------------------
-ENABLE_TRANSFER_LEARNING = _flag("DBT_ENABLE_TRANSFER_LEARNING", True)  # False: they start from random weights
+# timm networks -------------------------------------------------------------------------------------------------------
+ENABLE_TRANSFER_LEARNING = _flag("DBT_ENABLE_TRANSFER_LEARNING", True)  # False: start from random weights
 MODES = {"frozen": "frozen", "finetune": "finetune", "feature_extraction": "frozen", "fine_tuning": "finetune"}
 NETWORK_MODES = _per_network("DBT_TRANSFER_LEARNING_MODE", allowed=tuple(MODES))
 TRANSFER_LEARNING_MODE = NETWORK_MODES.get("", "fine_tuning")
-NETWORK_WEIGHTS = _per_network("DBT_WEIGHTS", "\n")  # hub, a file or a folder
+NETWORK_WEIGHTS = _per_network("DBT_WEIGHTS", "\n")  # `hub`, a file or a folder
 NETWORK_TRAINED_ON = _per_network("DBT_TRAINED_ON", allowed=("none", "train", "train+val", "all", "unknown"))
 NETWORK_VIEWS = _per_network("DBT_VIEWS", allowed=("1", "2"))
-TIMM_IMG_SIZE = _whole("DBT_IMG_SIZE", 0, 8)  # 0: the smaller of the architecture's own and what suits the images
-PRETRAINED_PATHS: dict[str, str] = {}  # architecture -> file or folder of its weights, before any that are found
+TIMM_IMG_SIZE = _whole("DBT_IMG_SIZE", 0, 8)  # 0: see `training.pretrained.default_size`
+PRETRAINED_PATHS: dict[str, str] = {}  # architecture -> file or folder of its weights; searched first
 PRETRAINED_DOWNLOAD_MAP: dict[str, str] = {}
-# Pretrained layers need few epochs at a low rate; a head is trained first, so that it does not disturb them.
+# Pretrained layers need few epochs at a low rate; the head is trained first, so that its gradients do not disturb them.
 PRETRAINED_EPOCHS_HEAD = _whole("DBT_EPOCHS_HEAD", 5, 0) or 1
 PRETRAINED_EPOCHS_FINETUNE = _whole("DBT_EPOCHS_FINETUNE", 15, 1)
 PRETRAINED_LR = _positive("DBT_BACKBONE_LR", 2e-3)  # of the last layer
-LAYER_DECAY = 0.85  # rate of each layer as a share of the one behind it (Clark et al. 2020, ELECTRA)
+LAYER_DECAY = 0.85  # ratio of a layer's learning rate to that of the next layer (Clark et al. 2020, ELECTRA)
 
 # export --------------------------------------------------------------------------------------------------------------
 EXPORT_TYPES = ["state_dict", "checkpoint", "torchscript", "onnx", "torchserve", "tensorrt", "tflite", "custom"]

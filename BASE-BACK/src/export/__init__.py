@@ -1,4 +1,4 @@
-"""Packages of trained networks: files, records, and the proof that each file answers like the network."""
+"""Export of trained networks: files, records, and a parity check of each file's logits against the network's."""
 
 from export.export_engine import ExportConfig, ExportEngine, export_model, export_to_format
 from export.packaging import export_and_package_model

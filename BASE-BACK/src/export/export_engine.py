@@ -1,4 +1,4 @@
-"""The base pipeline's older ways into the export, kept for scripts that call them; all end in `packaging`."""
+"""The older interface of the export, kept for scripts that use it; everything delegates to `packaging`."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def export_model(
 ) -> dict[str, Path]:
     """Write the formats (default: state_dict, onnx, torchscript) and their records into `output_dir`.
 
-    `input_shape` is that of one batch, `(B, 3, H, W)`; None takes the model's own image size, else IMG_SIZE.
-    Returns {format as it was asked for: path}; a format that failed or is not built here is missing, with a warning.
-    Raises ValueError, before anything is written, for an unknown format.
+    `input_shape` is the shape of one batch, `(B, 3, H, W)`; None uses the model's image size, else IMG_SIZE.
+    Returns {format as named in `formats`: path}; formats that failed or are not supported are omitted, with a warning.
+    Raises ValueError for an unknown format, before anything is written.
     """
-    asked = list(DEFAULT_FORMATS if formats is None else formats)
-    wanted = known_formats(ALIASES.get(name, name) for name in asked)
+    requested = list(DEFAULT_FORMATS if formats is None else formats)
+    canonical = known_formats(ALIASES.get(name, name) for name in requested)
     package = make_package(
         model,
         model_name,
@@ -45,9 +45,9 @@ def export_model(
         class_names=class_names,
     )
     folder = Path(output_dir)
-    record = write_package(folder, package, wanted, device=device_of(model), force=True, log=logger)
+    record = write_package(folder, package, canonical, device=device_of(model), force=True, log=logger)
     paths = {}
-    for name in asked:
+    for name in requested:
         entry = record["export_results"][ALIASES.get(name, name)]
         if entry["status"] == "ok":
             paths[name] = folder / entry["path"]
@@ -61,8 +61,8 @@ def export_to_format(
 ) -> bool:
     """Write one file of one format, checked like those of a package; the suffix .safetensors is honoured.
 
-    Returns True. Raises ValueError for an unknown format, for one that is not built here, and where the file does not
-    answer like the model.
+    Returns True. Raises ValueError for an unknown or unsupported format, and for a file whose logits differ from the
+    model's.
     """
     (name,) = known_formats([ALIASES.get(export_format, export_format)])
     if name not in FORMATS:
@@ -79,7 +79,7 @@ def export_to_format(
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What `ExportEngine` writes, and where."""
+    """Options of `ExportEngine`."""
 
     model_name: str
     """Name of the folder and of the files."""
@@ -91,7 +91,7 @@ class ExportConfig:
 
 
 class ExportEngine:
-    """`export_and_package_model` with its options kept in one object."""
+    """`export_and_package_model` with its options in one object."""
 
     def __init__(self, config: ExportConfig) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""The formats that are written here: what a network brings along, who writes which file, and the check of each."""
+"""Export formats: the contents of a package, the writer of each file, and the check of each file."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from utils.torchscript import exporter_without_notices, torchscript_without_noti
 
 @dataclass(frozen=True)
 class Package:
-    """A network on its way into files."""
+    """A network and everything that is exported with it."""
 
     arch_name: str
     network: nn.Module
-    """The model, or a copy where it is not on the CPU in evaluation mode; never changed here."""
+    """The model, or a copy if it is not on the CPU in evaluation mode; never modified."""
     weights: dict[str, Tensor]
-    """Its state dict: contiguous, on the CPU, sharing nothing with one another."""
+    """Its state dict: contiguous CPU tensors that share no storage."""
     checkpoint: dict[str, Any]
-    """Everything that the full checkpoint holds."""
+    """Contents of the full checkpoint."""
     batches: list[tuple[Tensor, ...]]
-    """Probe batches, each one tensor `(B, 3, H, W)` per input of the network."""
+    """Probe batches, each a tuple of one tensor `(B, 3, H, W)` per input of the network."""
     expected: list[Tensor]
-    """The network's logits `(B, C)` on them."""
+    """The network's logits `(B, C)` for each probe batch."""
 
     @property
     def width(self) -> int:
@@ -52,9 +52,9 @@ class Package:
 
     @cached_property
     def deployed(self) -> nn.Module:
-        """The same map in its form for inference: branches that training needs (MobileOne's) are one convolution.
+        """The network in its inference form: training-time branches (MobileOne) are fused into one convolution.
 
-        A copy where there are such branches, which shares every other tensor: an ensemble is large.
+        With such branches it is a copy that shares every other tensor, since an ensemble is large.
         """
         changing = [module for module in self.network.modules() if hasattr(module, "reparameterize")]
         if not changing:
@@ -72,17 +72,17 @@ class Package:
 
     @property
     def example(self) -> tuple[Tensor, ...]:
-        """Two rows to trace with: a batch of one is too easily taken for a constant."""
+        """A batch of two rows to trace with: tracing may treat a batch size of one as a constant."""
         return tuple(torch.cat([first, first.flip(-1)]) for first in self.batches[0])
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """Shape of one row; of a network with several inputs, one shape for each."""
+        """Shape of one row; for a network with several inputs, one shape per input."""
         shapes = tuple(tuple(images.shape[1:]) for images in self.batches[0])
         return shapes[0] if len(shapes) == 1 else shapes
 
     def source(self, name: str) -> str:
-        """Digest of what decides the file of a format; equal digests need no new file."""
+        """Digest of everything that determines the file of a format; an equal digest means the file is current."""
         if name == "checkpoint":
             return digest(self.checkpoint)
         facts = [type(self.network).__name__, self.shape, self.weights]
@@ -130,18 +130,18 @@ FORMATS: dict[str, dict[str, Callable[[Package, Path], None]]] = {
     "onnx": {"{}.onnx": _write_onnx},
     "exported_program": {"{}.pt2": _write_program},
 }
-"""Format -> its files and who writes them; the first file is the one that records name."""
+"""Format -> its files and their writers; the first file is the one that records name."""
 
 
 def known_formats(names: Iterable[str]) -> list[str]:
-    """The formats without repeats. Raises ValueError with the known names when one is unknown."""
+    """The formats without duplicates. Raises ValueError with the known names when one is unknown."""
     requested = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    known = list(dict.fromkeys([*settings.EXPORT_TYPES, *FORMATS]))
+    all_formats = list(dict.fromkeys([*settings.EXPORT_TYPES, *FORMATS]))
     for name in requested:
-        if name not in known:
-            near = difflib.get_close_matches(str(name).lower(), known, n=1)
+        if name not in all_formats:
+            near = difflib.get_close_matches(str(name).lower(), all_formats, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"unknown export format {name!r}{hint} Known: {', '.join(known)}")
+            raise ValueError(f"unknown export format {name!r}{hint} Known: {', '.join(all_formats)}")
     return requested
 
 
@@ -155,14 +155,14 @@ def make_package(
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Package:
-    """Run the model, or a copy of it, once; raises ValueError when sample or classes do not fit it.
+    """Run the model once and collect a `Package`; raises ValueError when the sample or the classes do not fit it.
 
-    `sample_input` holds one batch per input of the model, the only one without a sequence around it.
+    `sample_input` holds one batch per input of the model; a single input may be passed as a tensor.
     """
     side = getattr(model, "img_size", None) or settings.IMG_SIZE
     sample = torch.zeros(1, 3, side, side) if sample_input is None else sample_input
     samples = (sample,) if isinstance(sample, Tensor) else tuple(sample)
-    # A network that names its inputs defines their shapes and types itself, such as uint8 (B, H, W, 3).
+    # A network with `input_names` defines the shapes and types of its inputs, for example uint8 (B, H, W, 3).
     if not hasattr(model, "input_names"):
         for images in samples:
             if images.ndim != 4 or not images.is_floating_point():
@@ -189,15 +189,15 @@ def make_package(
 
 
 def write_checked(package: Package, name: str, write: Callable[[Package, Path], None], path: Path) -> dict[str, Any]:
-    """Write one file, open it again and return its parity. Raises ParityError when it disagrees."""
+    """Write one file, open it again and return its parity record. Raises ParityError when the logits differ."""
     write(package, path)
     return check_file(name, path, package.network, package.batches, package.expected)
 
 
 def plain(value: Any, location: str) -> Any:
-    """The same record in types that JSON and weights_only support; NaN and infinity become None.
+    """Convert a record to types that JSON and `weights_only` support; NaN and infinity become None.
 
-    Raises ValueError with the dotted location for anything else.
+    Raises ValueError with the dotted location of a value of any other type.
     """
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
@@ -215,14 +215,16 @@ def plain(value: Any, location: str) -> Any:
 
 
 def _weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict; a tensor is copied only where it is a view or shares its bytes, which files would keep twice."""
+    """The state dict; only tensors that are views or share storage are copied, since files would hold them twice."""
     weights: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    addresses: set[int] = set()
     for name, tensor in network.state_dict().items():
         storage = tensor.untyped_storage()
-        whole = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
-        seen.add(storage.data_ptr())
-        weights[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+        is_unshared = (
+            tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in addresses
+        )
+        addresses.add(storage.data_ptr())
+        weights[name] = tensor.detach() if is_unshared else tensor.detach().clone(memory_format=torch.contiguous_format)
     return weights
 
 

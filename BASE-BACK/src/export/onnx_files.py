@@ -1,7 +1,7 @@
-"""ONNX files by either exporter of torch: `tracing`, or `dynamo`, which converts a program of `torch.export`.
+"""ONNX files by either of torch's exporters: `tracing`, or `dynamo`, which converts a `torch.export` program.
 
-Tracing is the default: on fifteen tiny networks dynamo takes thirty times its time, on full-size ones seven times,
-since `torch.export` alone, the first of its steps, takes longer than tracing as a whole.
+Tracing is the default: dynamo takes thirty times as long on fifteen tiny networks and seven times as long on full-size
+ones, since its first step, `torch.export`, already takes longer than tracing.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from utils import logger
 from utils.torchscript import exporter_without_notices
 
 TRACING, DYNAMO = "tracing", "dynamo"
-LARGEST_IN_ONE_FILE = 1_900_000_000  # bytes; a protocol buffer ends at 2 GB
-OLDEST_DYNAMO_OPSET = 18  # which dynamo's operators are written for; it converts them to older ones only in part
+LARGEST_IN_ONE_FILE = 1_900_000_000  # bytes; a protocol buffer is limited to 2 GB
+OLDEST_DYNAMO_OPSET = 18  # dynamo emits operators of this opset; converting them to older opsets is incomplete
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata of a node of dynamo: the modules that it belongs to, outermost first."""
+"""Metadata key of a node written by dynamo: the modules that the node belongs to, outermost first."""
 
 
 def write_onnx(
@@ -33,8 +33,8 @@ def write_onnx(
 ) -> None:
     """Write a network in evaluation mode as an ONNX file with a free batch size.
 
-    The network's attributes `input_names`, `output_names`, `free_axes`, `onnx_opset` and `onnx_exporter` win over the
-    settings. Weights that are too many for one file are written beside it, as `data_name`. `example` is a batch of two
+    The network's attributes `input_names`, `output_names`, `free_axes`, `onnx_opset` and `onnx_exporter` override the
+    settings. Weights too large for one file are written to `data_name` in the same folder. `example` is a batch of two
     rows for each input.
     """
     configured = settings.EXPORT_CONFIG["onnx"]
@@ -52,30 +52,30 @@ def write_onnx(
             _save(_convert(network, example, opset), written, path.parent / data_name, network)
         else:
             _trace(network, example, opset, written, path.parent / data_name)
-        # Serialised messages that follow one another are one message: nothing has to be read again for a few words.
+        # Concatenated protocol buffer messages are merged, so metadata is appended without parsing the file again.
         with written.open("ab") as file:
             file.write(_metadata_model(metadata).SerializeToString())
         written.replace(path)
 
 
 def exporter_of(network: nn.Module) -> str:
-    """Which exporter is wanted for a network: its attribute `onnx_exporter`, else that of the settings."""
+    """The exporter for a network: its attribute `onnx_exporter`, else that of the settings."""
     return str(getattr(network, "onnx_exporter", settings.EXPORT_CONFIG["onnx"].get("exporter", TRACING)))
 
 
 def names_of(network: nn.Module, attribute: str, default: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of a network's inputs or outputs, from its attribute where it has one."""
+    """The names of a network's inputs or outputs: its attribute, else `default`."""
     return tuple(getattr(network, attribute, default))
 
 
 def _trace(network: nn.Module, example: tuple[Tensor, ...], opset: int, path: Path, data: Path) -> None:
-    """By the tracing exporter, which folds BatchNorm into convolutions."""
+    """Export by tracing, which folds BatchNorm into convolutions."""
     import onnx
 
     inputs, outputs = names_of(network, "input_names", ("input",)), names_of(network, "output_names", ("output",))
     free = getattr(network, "free_axes", {name: {0: "batch"} for name in inputs})
     with exporter_without_notices(), torch.no_grad():
-        torch.onnx.export(  # by a path: beside it lie the weights of what is too large for one file
+        torch.onnx.export(  # to a path: weights too large for one file are written beside it
             network,
             example,
             str(path),
@@ -90,7 +90,7 @@ def _trace(network: nn.Module, example: tuple[Tensor, ...], opset: int, path: Pa
 
 
 def _convert(network: nn.Module, example: tuple[Tensor, ...], opset: int) -> Any:
-    """The `onnx.ModelProto` of dynamo; of what it says of its nodes, the modules that they belong to remain."""
+    """The `onnx.ModelProto` of dynamo; of the metadata of its nodes only their modules are kept."""
     inputs, outputs = names_of(network, "input_names", ("input",)), names_of(network, "output_names", ("output",))
     program = programs.capture(network, example)
     with exporter_without_notices(), torch.no_grad():
@@ -128,7 +128,7 @@ def _is_too_large(network: nn.Module) -> bool:
 
 
 def _save(model: Any, path: Path, data: Path, network: nn.Module) -> None:
-    """Write a model, the weights of a large one into `data`."""
+    """Write a model; the weights of a large one go into `data`."""
     from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 
     if _is_too_large(network):
@@ -138,7 +138,7 @@ def _save(model: Any, path: Path, data: Path, network: nn.Module) -> None:
 
 
 def _metadata_model(metadata: Mapping[str, Any]) -> Any:
-    """The metadata of an ONNX file, as a model that holds nothing else."""
+    """A model that holds nothing but the metadata of an ONNX file."""
     import onnx
 
     model = onnx.ModelProto()

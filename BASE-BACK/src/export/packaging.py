@@ -1,4 +1,4 @@
-"""One trained network -> a folder with its files, what they are, and the proof that each answers like the network."""
+"""Write one trained network to a folder of files, with their records and parity checks against the network."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def export_and_package_model(
     logger_inst: Any = None,
     class_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Write `deploy_root/<arch_name>/` with the formats asked for; None takes EXPORT_FORMATS and DEPLOY_DIR.
+    """Write `deploy_root/<arch_name>/` in the requested formats; None means EXPORT_FORMATS and DEPLOY_DIR.
 
     `sample_input` is one batch `(B, 3, H, W)`, or one per input of the model. A format is `ok` only after its files
-    were opened again and answered like the model; a file that is there already, whole and made from the same weights,
-    is kept unless `force`. The model keeps its device and mode. Raises ValueError, before anything is written, for an
-    unknown format, an unusable name, a sample that is no batch of images, and classes that do not fit the logits.
+    were opened again and gave the model's logits; an existing, intact file made from the same weights is kept unless
+    `force`. The model keeps its device and mode. Raises ValueError, before anything is written, for an unknown format,
+    an invalid name, a sample that is not a batch of images, and classes that do not fit the logits.
     """
     formats = known_formats(settings.EXPORT_FORMATS if export_formats is None else export_formats)
     if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", arch_name):
@@ -60,14 +60,14 @@ def export_and_package_model(
 
 
 def device_of(model: nn.Module) -> str:
-    """Where the model's parameters lie; `cpu` for one without any."""
+    """Device of the model's parameters; `cpu` for a model without any."""
     return str(next((parameter.device for parameter in model.parameters()), torch.device("cpu")))
 
 
 def write_package(
     folder: Path, package: Package, formats: Sequence[str], *, device: str, force: bool, log: Any
 ) -> dict[str, Any]:
-    """Write the formats and the four records; returns what `export_and_package_model` returns."""
+    """Write the formats and the four records; returns the record of `export_and_package_model`."""
     stamp = datetime.now(UTC).isoformat(timespec="seconds")
     earlier: dict[str, dict[str, Any]] = read_json(folder / STATUS) or {}
     weights_digest = digest(package.weights)
@@ -93,17 +93,22 @@ def write_package(
         checksums = _merge_checksums(folder, status)
         write_json(folder / CHECKSUMS, checksums)
         write_json(folder / STATUS, status)
-    chosen = {state: [n for n in formats if results[n]["status"] == state] for state in ("ok", "skipped", "failed")}
-    built = [name for name in chosen["ok"] if name not in kept]
-    parts = (("written", built), ("already there", kept), ("skipped", chosen["skipped"]), ("failed", chosen["failed"]))
+    by_status = {state: [n for n in formats if results[n]["status"] == state] for state in ("ok", "skipped", "failed")}
+    built = [name for name in by_status["ok"] if name not in kept]
+    parts = (
+        ("written", built),
+        ("already there", kept),
+        ("skipped", by_status["skipped"]),
+        ("failed", by_status["failed"]),
+    )
     summary = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
     return {
         "architecture": package.arch_name,
         "deploy_directory": str(folder),
         "requested_formats": list(formats),
-        "successful_exports": chosen["ok"],
-        "skipped_exports": kept + chosen["skipped"],
-        "failed_exports": chosen["failed"],
+        "successful_exports": by_status["ok"],
+        "skipped_exports": kept + by_status["skipped"],
+        "failed_exports": by_status["failed"],
         "export_results": results,
         "smoke_check_results": {
             name: {"passed": results[name]["status"] == "ok", "parity": results[name]["parity"]}
@@ -118,7 +123,7 @@ def write_package(
 
 
 def build(folder: Path, package: Package, name: str) -> dict[str, Any]:
-    """Write the files of one format and return its entry; a file takes its place only after it passed the check."""
+    """Write the files of one format and return its entry; a file appears under its name only after it is checked."""
     started = time.perf_counter()
     files: dict[str, str] = {}
     parities = []
@@ -129,12 +134,12 @@ def build(folder: Path, package: Package, name: str) -> dict[str, Any]:
                 temporary = together.enter_context(atomic_path(folder / relative))
                 parities.append(write_checked(package, name, write, temporary))
                 files[relative] = compute_file_sha256(temporary)
-    except Exception as error:  # whatever stops one format is that format's reason, and the others go on
+    except Exception as error:  # recorded as the reason of this format; the other formats are still written
         if (folder / name).is_dir() and not any((folder / name).iterdir()):
             (folder / name).rmdir()
         reason = f"{type(error).__name__}: {error}"
         return _entry("failed", reason=reason, parity=getattr(error, "parity", None), seconds=_since(started))
-    # Weights that are too many for one ONNX file.
+    # Weights too large for one ONNX file.
     files |= {f"{name}/{beside.name}": compute_file_sha256(beside) for beside in (folder / name).glob("*.onnx.data")}
     path = next(iter(files))
     return _entry(
@@ -149,11 +154,11 @@ def build(folder: Path, package: Package, name: str) -> dict[str, Any]:
     )
 
 
-def _entry(status: str, **known: Any) -> dict[str, Any]:
+def _entry(status: str, **values: Any) -> dict[str, Any]:
     empty = dict.fromkeys(("reason", "path", "sha256", "size_mb", "seconds", "parity"))
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions["safetensors"] = safetensors.__version__
-    return {"status": status, "versions": versions} | empty | known
+    return {"status": status, "versions": versions} | empty | values
 
 
 def _since(started: float) -> float:
@@ -161,23 +166,23 @@ def _since(started: float) -> float:
 
 
 def _is_current(folder: Path, entry: dict[str, Any] | None, source: str) -> bool:
-    """True when the entry was made from the same content and all its files still are what they were."""
+    """Whether the entry was made from the same content and none of its files has changed."""
     return entry is not None and entry.get("source_sha256") == source and not _changed(folder, entry)
 
 
 def _changed(folder: Path, entry: dict[str, Any]) -> list[str]:
-    """Files of an entry that are gone or hold other bytes."""
+    """Files of an entry that are missing or have other contents."""
     return [
         name
-        for name, known in (entry.get("files") or {}).items()
-        if not (folder / name).is_file() or compute_file_sha256(folder / name) != known
+        for name, checksum in (entry.get("files") or {}).items()
+        if not (folder / name).is_file() or compute_file_sha256(folder / name) != checksum
     ]
 
 
 def _others(
     folder: Path, earlier: dict[str, dict[str, Any]], results: Mapping[str, Any], weights_digest: str, log: Any
 ) -> dict[str, dict[str, Any]]:
-    """Earlier entries of formats that were not asked for now; one that no longer holds loses its `ok`."""
+    """Earlier entries of formats that are not requested now; an entry that is no longer valid loses its `ok`."""
     others = {}
     for name, entry in earlier.items():
         if name in results:
@@ -195,20 +200,22 @@ def _others(
 
 
 def _merge_checksums(folder: Path, status: Mapping[str, dict[str, Any]]) -> dict[str, str]:
-    """Relative path -> SHA-256, read from the disk, of the records and of every file of this or an earlier export.
+    """{relative path: SHA-256, computed from the disk} of the records and of every file of this or an earlier export.
 
-    A file of an earlier export that is gone or holds other bytes by now is left out. Raises ValueError when a file
-    that was just written holds other bytes than were checked.
+    A file of an earlier export that is missing or has changed is omitted. Raises ValueError when a file of this export
+    has changed since it was checked.
     """
-    written = {name: known for entry in status.values() for name, known in (entry.get("files") or {}).items()}
-    earlier = {name: known for name, known in (read_json(folder / CHECKSUMS) or {}).items() if name not in RECORDS}
+    written = {name: digest for entry in status.values() for name, digest in (entry.get("files") or {}).items()}
+    earlier = {name: digest for name, digest in (read_json(folder / CHECKSUMS) or {}).items() if name not in RECORDS}
     names = [*written, *earlier, METADATA, CLASSES]
-    found = {name: compute_file_sha256(folder / name) for name in names if (folder / name).is_file()}
-    wrong = [name for name, known in written.items() if found.get(name) != known]
-    if wrong:
-        raise ValueError(f"{folder}: {', '.join(wrong)} changed while it was exported; export it again with force=True")
+    current = {name: compute_file_sha256(folder / name) for name in names if (folder / name).is_file()}
+    changed = [name for name, digest in written.items() if current.get(name) != digest]
+    if changed:
+        raise ValueError(
+            f"{folder}: {', '.join(changed)} changed while it was exported; export it again with force=True"
+        )
     expected = earlier | written
-    return {name: value for name, value in found.items() if expected.get(name, value) == value}
+    return {name: value for name, value in current.items() if expected.get(name, value) == value}
 
 
 def _metadata(package: Package, device: str, stamp: str, weights_digest: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Networks as programs of `torch.export`: files of `exported_program`, and what the exporter `dynamo` converts."""
+"""Networks as `torch.export` programs: the format `exported_program`, and the input of the ONNX exporter `dynamo`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from utils.torchscript import exporter_without_notices
 
 OLDEST_TORCH = (2, 13)
-"""Oldest release that captures every network here: 2.6 takes the batch size of CustomSwinTransformer for a constant."""
+"""Oldest release that captures every network: 2.6 treats the batch size of CustomSwinTransformer as a constant."""
 STACK_TRACE = "stack_trace"
 
 
@@ -31,18 +31,18 @@ REFUSALS: dict[str, Callable[[nn.Module], bool]] = {
     ),
     "it takes images of any height and width, which scripted code resizes": _has_images_of_any_size,
 }
-"""{reason: which networks `torch.export` cannot capture for it}; these are written as ONNX by the tracing exporter."""
+"""{reason: whether it keeps `torch.export` from capturing a network}; such networks are exported to ONNX by tracing."""
 
 
 def refusal(network: nn.Module) -> str | None:
-    """Why `torch.export` cannot capture a network; None where it can."""
+    """The reason why `torch.export` cannot capture a network; None if it can."""
     return next((reason for reason, applies in REFUSALS.items() if applies(network)), None)
 
 
 def capture(network: nn.Module, example: tuple[Tensor, ...]) -> Any:
-    """A network in evaluation mode as a `torch.export.ExportedProgram` whose batch size is free.
+    """Capture a network in evaluation mode as a `torch.export.ExportedProgram` with a dynamic batch size.
 
-    `example` holds at least two rows for each input `(B, ...)`: a batch of one is taken for a constant. Raises
+    `example` holds one batch `(B, ...)` per input, B at least 2: a batch size of one is treated as a constant. Raises
     ValueError for a network that cannot be captured.
     """
     if reason := refusal(network):
@@ -50,11 +50,11 @@ def capture(network: nn.Module, example: tuple[Tensor, ...]) -> Any:
     free = {0: torch.export.Dim("batch")}
     arguments = inspect.signature(network.forward).bind(*example).arguments
     shapes = {
-        name: tuple(free for _ in given) if isinstance(given, tuple) else free for name, given in arguments.items()
+        name: tuple(free for _ in value) if isinstance(value, tuple) else free for name, value in arguments.items()
     }
     with exporter_without_notices(), torch.no_grad():
         program = torch.export.export(network, example, dynamic_shapes=shapes, strict=False)
-    # Files hold nothing of the machine that wrote them: no paths of sources, and no images.
+    # Files contain nothing that depends on the machine: no source paths, and no images.
     program.example_inputs = None
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:

@@ -1,4 +1,4 @@
-"""Opening exported files again and comparing what they answer with what the network answers."""
+"""Open exported files again and compare their logits with the network's."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from utils import logger
 from utils.torchscript import exporter_without_notices, torchscript_without_notices
 
 TOLERANCE = 1e-5  # on the logits
-OTHER_RUNTIMES = {"onnx": 1e-4}  # which sum in another order; logits of ten lose five digits by it
-LARGE_LOGITS = 10.0  # beyond, as many digits are lost, and the tolerance grows with the largest logit
+OTHER_RUNTIMES = {"onnx": 1e-4}  # they sum in another order, which costs logits of about 10 five digits
+LARGE_LOGITS = 10.0  # above this magnitude the tolerance grows with the largest logit
 BATCH_SIZES = (1, 3, 17)  # neither the traced batch nor multiples of it
 
 
 class ParityError(ValueError):
-    """A file was written and opened, but does not answer like the network; `parity` is the comparison."""
+    """A file could be opened, but its logits differ from the network's; `parity` is the comparison."""
 
     def __init__(self, parity: dict[str, Any]) -> None:
         self.parity = parity
-        found = "not finite" if parity["max_abs_diff"] is None else f"off by {parity['max_abs_diff']:.3g}"
+        difference = "not finite" if parity["max_abs_diff"] is None else f"off by {parity['max_abs_diff']:.3g}"
         super().__init__(
-            f"opened again, its answers are {found} (allowed {parity['tolerance']:g}); "
+            f"opened again, its answers are {difference} (allowed {parity['tolerance']:g}); "
             f"{parity['label_flips']} of {parity['rows']} labels differ"
         )
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU in evaluation mode; the model itself keeps its device and mode."""
+    """A copy on the CPU in evaluation mode; the model keeps its device and mode."""
     return copy.deepcopy(model).cpu().eval()
 
 
 def is_ready(model: nn.Module) -> bool:
-    """Whether a model lies on the CPU and is in evaluation mode throughout."""
+    """Whether the model and all its modules are on the CPU and in evaluation mode."""
     tensors = (*model.parameters(), *model.buffers())
     return all(tensor.device.type == "cpu" for tensor in tensors) and not any(m.training for m in model.modules())
 
 
 def probe_batches(inputs: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[tuple[Tensor, ...]]:
-    """Seeded noise in batches of 1, 3 and 17 rows, for `inputs` of (shape of one batch `(B, 3, H, W)`, type)."""
+    """Seeded noise in batches of 1, 3 and 17 rows; `inputs` holds (batch shape `(B, 3, H, W)`, dtype) of each input."""
     generator = torch.Generator().manual_seed(settings.SEED)
 
     def noise(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -57,27 +57,27 @@ def probe_batches(inputs: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[t
 
 
 def answers(network: Callable[..., Any], batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Logits `(B, C)` of every batch; of several outputs the first. Raises ValueError when there is anything else."""
+    """Logits `(B, C)` of every batch: the output, or the first of several. Raises ValueError for any other output."""
     with torch.no_grad():
-        given = [network(*batch) for batch in batches]
-    found = [outputs[0] if isinstance(outputs, tuple) else outputs for outputs in given]
-    for (images, *_), logits in zip(batches, found, strict=True):
+        outputs_of_batches = [network(*batch) for batch in batches]
+    all_logits = [outputs[0] if isinstance(outputs, tuple) else outputs for outputs in outputs_of_batches]
+    for (images, *_), logits in zip(batches, all_logits, strict=True):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             count = len(images)
             raise ValueError(f"for {count} images the network returned {shape}; expected logits ({count}, C)")
-    return found
+    return all_logits
 
 
-def compare(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float = TOLERANCE) -> dict[str, Any]:
+def compare(expected: Sequence[Tensor], actual: Sequence[Tensor], tolerance: float = TOLERANCE) -> dict[str, Any]:
     """Parity of two lists of logits `(B, C)`: the largest difference, and the labels that change.
 
     Rows whose two best logits lie closer than twice the tolerance are counted as `near_threshold`, not as flips.
     Raises ValueError when the shapes differ.
     """
-    if [logits.shape for logits in expected] != [logits.shape for logits in found]:
-        raise ValueError(f"opened again, it answers {tuple(found[0].shape)}; expected {tuple(expected[0].shape)}")
-    before, after = torch.cat(list(expected)).double(), torch.cat(list(found)).double()
+    if [logits.shape for logits in expected] != [logits.shape for logits in actual]:
+        raise ValueError(f"opened again, it answers {tuple(actual[0].shape)}; expected {tuple(expected[0].shape)}")
+    before, after = torch.cat(list(expected)).double(), torch.cat(list(actual)).double()
     difference = (before - after).abs().max().item()
     best = before.topk(min(2, before.shape[1]), dim=1).values
     near = (best[:, 0] - best[:, -1] <= 2 * tolerance) & (before.shape[1] > 1)
@@ -95,9 +95,9 @@ def compare(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: floa
 def check_file(
     kind: str, path: Path, model: nn.Module, batches: Sequence[Sequence[Tensor]], expected: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """Open `path` as a file of this kind, run it, and return its parity. Raises ParityError when it disagrees.
+    """Open `path` as a file of this kind, run it and return its parity. Raises ParityError when the logits differ.
 
-    A network may say itself what noise may change (`parity_tolerance`), as one with steps has to.
+    A network's attribute `parity_tolerance` overrides the tolerance; a piecewise constant network needs it.
     """
     largest = max(float(logits.abs().max()) for logits in expected)
     usual = OTHER_RUNTIMES.get(kind, TOLERANCE) * max(1.0, largest / LARGE_LOGITS)
@@ -109,14 +109,14 @@ def check_file(
 
 
 def _same_form(model: nn.Module) -> nn.Module:
-    """A network of the same form, to load weights into: one of ours is built anew, any other is copied."""
+    """A network of the same structure to load weights into: one of `models` is built anew, any other is copied."""
     size, img_size = getattr(model, "size", None), getattr(model, "img_size", None)
     if size is not None and img_size is not None:
         from models import BACKBONE_MAP, create_custom_backbone
 
         name = type(model).__name__
         if BACKBONE_MAP.get(name) is type(model):
-            with torch.random.fork_rng(devices=[]):  # its first weights must not move the caller's random numbers
+            with torch.random.fork_rng(devices=[]):  # initialisation must not advance the caller's generator
                 return create_custom_backbone(name, model.num_classes, size=size, img_size=img_size).eval()
     return evaluation_copy(model)
 
@@ -152,12 +152,12 @@ def _open_onnx(path: Path, model: nn.Module) -> Callable[..., Tensor]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
-    first = session.get_outputs()[0].name
+    names = [node.name for node in session.get_inputs()]
+    output_name = session.get_outputs()[0].name
 
     def run(*images: Tensor) -> Tensor:
         arrays = {name: batch.numpy() for name, batch in zip(names, images, strict=True)}
-        return torch.from_numpy(session.run([first], arrays)[0])
+        return torch.from_numpy(session.run([output_name], arrays)[0])
 
     return run
 
@@ -180,8 +180,8 @@ def run_export_smoke_tests(
 ) -> dict[str, dict[str, Any]]:
     """Open every exported file again and compare it with the model.
 
-    `export_results` maps formats to paths, or to the entries of `export_status.json`; relative paths lie below
-    `model_dir`. Without `num_classes` any number of logits is right; without `image_size` the model's own is taken.
+    `export_results` maps formats to paths or to entries of `export_status.json`; relative paths are relative to
+    `model_dir`. Without `num_classes` any number of logits is accepted; `image_size` defaults to the model's.
     Returns {format: {passed, details, parity}}.
     """
     network = evaluation_copy(model)
@@ -203,7 +203,7 @@ def run_export_smoke_tests(
             try:
                 parity = check_file(kind, Path(model_dir) / path, network, batches, expected)
                 passed, details = True, f"{parity['rows']} rows agree"
-            except Exception as error:  # whatever a damaged file makes a runtime raise is the finding
+            except Exception as error:  # runtimes raise many types for a damaged file; the message is the result
                 parity = getattr(error, "parity", None)
                 details = f"{type(error).__name__}: {error}"
                 logger.error("%s, %s: %s", Path(model_dir).name, name, details)

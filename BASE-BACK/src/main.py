@@ -1,9 +1,10 @@
-"""The base pipeline's command line: trains image classifiers, with out-of-fold predictions for every train image.
+"""Command line of the base pipeline: trains image classifiers and writes out-of-fold predictions of every train image.
 
     python BASE-BACK/src/main.py --backbones all --size tiny --folds 3
 
-Without arguments: all fifteen backbones, all stages, settings from the environment. Exit codes: 0 done, 1 nothing
-could be trained, 2 usage or settings, 4 finished but something was left out (named), 130 / 143 interrupted.
+Without arguments: all fifteen backbones, all stages, settings from the environment. Exit codes: 0 success, 1 nothing
+could be trained, 2 wrong usage or settings, 4 finished but incomplete (the log names what is missing), 130 / 143
+interrupted.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 STAGES = ("verify", "split", "kfold", "train", "test", "export")
-ON_REQUEST = ("snapshots",)  # more training than most want: only where it is named
-EXTERNAL_STAGES = STAGES[:3]  # the rest would replace what the other pipeline has trained
+ON_REQUEST = ("snapshots",)  # long training: runs only if named in --stages
+EXTERNAL_STAGES = STAGES[:3]  # later stages would replace the checkpoints of the other pipeline
 
 PROJECT = Path(__file__).resolve().parents[2]
 INSTALLED = PROJECT.name == "project" and (PROJECT.parent / "__main__.py").is_file()
-"""Whether this is the copy inside the package `ensemble_system`, whose command is `ensemble-system-train`."""
+"""Whether this copy belongs to the installed package `ensemble_system`, whose command is `ensemble-system-train`."""
 EXTERNAL = "DBT_EXTERNAL_BASE_BACK"
-"""How settings learn of --base-back; not for users."""
+"""Environment variable that passes --base-back to the settings; not for users."""
 
 
 def train_backbone_with_metrics(
@@ -39,7 +40,7 @@ def train_backbone_with_metrics(
     epochs_head: int | None = None,
     epochs_finetune: int | None = None,
 ) -> tuple[Any, float, dict[str, list], dict[str, Any]]:
-    """Train a network on a data set of decoded images: (model, best val accuracy, history, metrics).
+    """Train a network on decoded images; returns (model, best val accuracy, history, metrics).
 
     `history` holds per epoch `(train_loss, val_loss, val_acc, train_acc, val_f1)` under `head` and `finetune`.
     """
@@ -69,9 +70,9 @@ def train_backbone_with_metrics(
 def k_fold_cross_validation(
     backbone_name: str, full_dataset: Any = None, k_folds: int | None = None
 ) -> tuple[float, float, dict[str, Any]]:
-    """K-fold over the train split: (mean accuracy, standard deviation, the K-fold results record).
+    """K-fold cross-validation on the train split: (mean accuracy, standard deviation, K-fold results record).
 
-    The train split is what is folded; `full_dataset` is taken for the signature's sake and must be it or None.
+    `full_dataset` exists only for compatibility; it must be the train split or None.
     """
     from config import settings
     from training.stages import run_stages
@@ -86,7 +87,7 @@ def k_fold_cross_validation(
 
 
 def run_full_pipeline() -> dict[str, dict[str, Any]]:
-    """All stages for the backbones of the settings: {name: figures}."""
+    """Run all stages for the backbones of the settings; returns {name: metrics}."""
     from config import settings
     from training.stages import run_stages
 
@@ -97,24 +98,24 @@ def run_full_pipeline() -> dict[str, dict[str, Any]]:
 
 
 class Option(NamedTuple):
-    """An option of the command line, and the environment variable that settings read it from."""
+    """A command-line option and the environment variable from which the settings read it."""
 
     help: str
     arguments: dict[str, Any]
     """Further arguments of `add_argument`."""
     variable: str | None = None
     separator: str | None = None
-    """Joins the values of an option that takes several."""
+    """Joins the values of an option with several values."""
     is_path: bool = False
-    """The variable gets the absolute path: workers may start in another folder."""
+    """Whether the value is a path, which is made absolute since workers may start in another folder."""
 
     @property
     def description(self) -> str:
-        """The help with the name of the variable."""
+        """The help text with the name of the environment variable."""
         return self.help if self.variable in (None, EXTERNAL) else f"{self.help} ({self.variable})"
 
     def export(self, value: Any) -> None:
-        """Set the environment variable to a value of the command line."""
+        """Set the environment variable to the value of the option."""
         if self.variable is None or value is None:
             return
         if self.is_path:
@@ -246,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--address requires --engine ray")
     if arguments["base_back"] is not None and arguments["exif"] == "apply":
         parser.error("--exif apply: not with --base-back, whose networks were trained on images as they are stored")
-    os.environ.pop(EXTERNAL, None)  # only the option sets it
+    os.environ.pop(EXTERNAL, None)  # only the option may set it
     for name, option in OPTIONS.items():
         option.export(arguments[name.removeprefix("--").replace("-", "_")])
     names = arguments["backbones"] or ["all"]
@@ -261,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: dict[str, Any]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
-    # By its path: the package `utils` imports torch, which reads the environment once.
+    # Run by path, since importing the package `utils` imports torch, which reads the environment only once.
     runpy.run_path(str(Path(__file__).with_name("utils") / "threads.py"))["prepare_environment"]()
     try:
         from config import settings
@@ -313,7 +314,7 @@ def _run(arguments: dict[str, Any]) -> int:
 
 
 def _external_backbones(folder: Path, stages: Sequence[str]) -> list[str]:
-    """The requested architectures of the BASE-BACK in `folder`; raises `ExternalError` for what it cannot do."""
+    """The requested architectures of the BASE-BACK in `folder`; raises `ExternalError` for an unsupported request."""
     from config import settings
     from training.external import ExternalError, external_names
 

@@ -1,4 +1,4 @@
-"""The common base of the fifteen architectures: sizes, image sizes and one interface."""
+"""The base class of the fifteen architectures: sizes, image sizes and their interface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ImageRule(NamedTuple):
     step: int = 1
 
     def allows(self, img_size: int) -> bool:
-        """Whether a square image of `img_size` pixels fits."""
+        """Whether a square image with sides of `img_size` pixels is accepted."""
         return img_size >= self.minimum and img_size % self.step == 0
 
     def __str__(self) -> str:
@@ -26,9 +26,9 @@ class ImageRule(NamedTuple):
 
 
 def resolve_sizes(size: str | None, img_size: int | None) -> tuple[str, int]:
-    """Fill in what is None from the settings: `size` from MODEL_SIZE, `img_size` from IMG_SIZE.
+    """Replace None by the settings: `size` by MODEL_SIZE, `img_size` by IMG_SIZE.
 
-    IMG_SIZE belongs to MODEL_SIZE: for the other size, the default of that size is taken (224 or 32 pixels).
+    IMG_SIZE applies only to MODEL_SIZE: for the other size, its default is used (224 or 32 pixels).
     Raises ValueError for an unknown size or an image size that is not a positive integer.
     """
     if size is None or img_size is None:
@@ -48,18 +48,18 @@ def resolve_sizes(size: str | None, img_size: int | None) -> tuple[str, int]:
 class Backbone(nn.Module):
     """An image classifier: `(B, 3, H, W)` normalised float32 -> logits `(B, num_classes)` in train and eval mode.
 
-    A subclass gives the keyword arguments of both sizes (`plans`), the image sizes they accept (`image_rules`) and
-    `build`; `fixed_img_size` says that images must have exactly `img_size` pixels. For every one of them,
+    A subclass defines the keyword arguments of both sizes (`plans`), the image sizes they accept (`image_rules`) and
+    `build`; with `fixed_img_size`, images must have exactly `img_size` pixels. In every subclass,
     `get_classifier()(forward_head(f, pre_logits=True))` equals `forward_head(f)`.
     Attributes: `architecture` (the class name), `size` ("full" or "tiny"), `img_size` (pixels), `num_classes`,
     `num_features` (width of the embedding).
-    Raises ValueError for a size, image size or number of classes that cannot work.
+    Raises ValueError for an unsupported size, image size or number of classes.
     """
 
     plans: ClassVar[dict[str, dict[str, Any]]]
     image_rules: ClassVar[dict[str, ImageRule]]
     build: Callable[..., nn.Module]
-    """The network of one size, with timm's `forward_features`, `forward_head` and `get_classifier`."""
+    """Builds the network of one size, with timm's `forward_features`, `forward_head` and `get_classifier`."""
     fixed_img_size: ClassVar[bool] = False
 
     def __init__(self, num_classes: int = 1000, *, size: str | None = None, img_size: int | None = None) -> None:
@@ -79,16 +79,16 @@ class Backbone(nn.Module):
         self.network = network
         self.num_features: int = network.head_hidden_size
         for module in network.modules():
-            # Fused attention needs ONNX opset 14 and gains nothing on these few tokens.
+            # Fused attention needs ONNX opset 14 and is no faster with so few tokens.
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """`(B, 3, H, W)` -> the last feature map or token sequence, before pooling.
 
-        Raises ValueError when a network that is built for one image size gets another.
+        Raises ValueError when a network built for one image size receives another.
         """
-        # Not while tracing: there the sizes are tensors, and a comparison is a warning.
+        # Not while tracing, where sizes are tensors and a comparison emits a warning.
         if self.fixed_img_size and not torch.jit.is_tracing() and x.shape[2:] != (self.img_size, self.img_size):
             raise ValueError(
                 f"{self.architecture} was built for img_size={self.img_size}, found images of {tuple(x.shape[2:])} "

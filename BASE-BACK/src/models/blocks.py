@@ -1,4 +1,4 @@
-"""Building blocks that timm lacks, and the network that holds them."""
+"""Building blocks that timm lacks, and a network composed of them."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class PooledNetwork(nn.Module):
 
 
 def scaled_conv(width: float, act_layer: str) -> Callable[..., ConvNormAct]:
-    """A convolution, BatchNorm and activation whose channel counts are `width` times those it is asked for.
+    """Factory of convolution, BatchNorm and activation whose channel counts are `width` times the requested ones.
 
-    Handing it to timm's inception blocks, which spell out the channels of the paper, gives narrower ones.
-    All those channels are multiples of 32, so a `width` in steps of 1/32 is exact.
+    timm's inception blocks hard-code the channels of the paper; passing this factory to them gives narrower blocks.
+    All of these channels are multiples of 32, so a `width` in steps of 1/32 is exact.
     """
 
     def conv(in_channels: int, out_channels: int, padding: int | tuple[int, int] = 0, **kwargs: Any) -> ConvNormAct:
@@ -61,11 +61,11 @@ def scaled_conv(width: float, act_layer: str) -> Callable[..., ConvNormAct]:
 
 
 class RoutedConv2d(nn.Module):
-    """Sum of expert convolutions, each weighted by a routing of the image: `(B, I, H, W)` -> `(B, O, h, w)`.
+    """Sum of expert convolutions, weighted per image by a routing function: `(B, I, H, W)` -> `(B, O, h, w)`.
 
     `y = sum_e r_e(x) * conv_e(x)` with `r(x) = sigmoid(linear(mean of x over H and W))`. A convolution is linear in
-    its kernel, so this equals one convolution with the image's own kernel `sum_e r_e(x) W_e` (CondConv, Yang et al.
-    2019). Unlike that form it needs no grouped convolution over the batch, so that the batch stays free in a trace.
+    its kernel, so this equals one convolution with the per-image kernel `sum_e r_e(x) W_e` (CondConv, Yang et al.
+    2019). Unlike that form it needs no grouped convolution over the batch, so a trace keeps a dynamic batch size.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class RoutedConv2d(nn.Module):
         self.num_experts = experts
         self.out_channels = out_channels
         self.router = nn.Linear(in_channels, experts)
-        # The experts lie one after the other along the output channels: one call computes them all.
+        # The experts are concatenated along the output channels, so that one call computes them all.
         self.experts = nn.Conv2d(
             in_channels, experts * out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
         )
 
     def routing(self, x: torch.Tensor) -> torch.Tensor:
-        """Weight of each expert in (0, 1): `(B, I, H, W)` -> `(B, experts)`."""
+        """Weights of the experts in (0, 1): `(B, I, H, W)` -> `(B, experts)`."""
         return torch.sigmoid(self.router(x.mean(dim=(2, 3))))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ class RoutedBlock(nn.Module):
 class DistilledClassifier(nn.Module):
     """Two linear heads, one for the class token and one for the distillation token; their logits are averaged.
 
-    `(B, 2 D)`, the two tokens side by side -> logits `(B, num_classes)` (DeiT, Touvron et al. 2021).
+    `(B, 2 D)`, the concatenated tokens -> logits `(B, num_classes)` (DeiT, Touvron et al. 2021).
     """
 
     def __init__(self, token_features: int, num_classes: int) -> None:

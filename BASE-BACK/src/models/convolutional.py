@@ -57,8 +57,8 @@ class CustomConvNeXt(Backbone):
 class CustomEfficientNetV4(Backbone):
     """EfficientNet: fused inverted residuals first, then depthwise ones with squeeze-and-excitation.
 
-    `(B, 3, H, W)` -> logits `(B, num_classes)`. Goes on from EfficientNetV2 (Tan and Le 2021) with own widths and
-    depths and a wider first stage; no publication is called V4.
+    `(B, 3, H, W)` -> logits `(B, num_classes)`. Derived from EfficientNetV2 (Tan and Le 2021) with other widths and
+    depths and a wider first stage; there is no publication named V4.
     """
 
     image_rules: ClassVar = {"full": ImageRule(32), "tiny": ImageRule(16)}
@@ -90,14 +90,14 @@ class CustomEfficientNetV4(Backbone):
 
 
 class CustomGhostNetV2(Backbone):
-    """GhostNetV2: half of each feature map comes from cheap depthwise "ghosts"; long-range attention gates it.
+    """GhostNetV2: cheap depthwise convolutions compute half of each feature map; long-range attention gates it.
 
-    `(B, 3, H, W)` -> logits `(B, num_classes)` (Tang et al. 2022). timm gates from the third bottleneck on, at half
-    resolution, so no map there may be smaller than 2 x 2.
+    `(B, 3, H, W)` -> logits `(B, num_classes)` (Tang et al. 2022). timm applies the gates from the third bottleneck
+    on, at half resolution, so feature maps there must be at least 2 x 2.
     """
 
     image_rules: ClassVar = {"full": ImageRule(64), "tiny": ImageRule(16)}
-    # One row a bottleneck: kernel, expanded channels, output channels, squeeze-and-excitation ratio, stride.
+    # One row per bottleneck: kernel, expanded channels, output channels, squeeze-and-excitation ratio, stride.
     plans: ClassVar = {
         "full": {
             "width": 1.4,
@@ -159,7 +159,7 @@ class CustomResNetMish(Backbone):
 
 
 class CustomCSPDarkNet(Backbone):
-    """DarkNet blocks in cross-stage-partial stages: half of the channels pass each stage by (Wang et al. 2020).
+    """DarkNet blocks in cross-stage-partial stages: half of the channels bypass each stage (Wang et al. 2020).
 
     `(B, 3, H, W)` -> logits `(B, num_classes)`.
     """
@@ -195,8 +195,8 @@ class CustomCSPDarkNet(Backbone):
 class CustomInceptionV4(Backbone):
     """Inception-v4 (Szegedy et al. 2017): parallel branches of small and factorised convolutions, concatenated.
 
-    `(B, 3, H, W)` -> logits `(B, num_classes)`. timm's inception and reduction blocks at a fraction `width` of the
-    paper's channels, behind a plain stem; `tiny` ends after Inception-B, where its map is 3 x 3.
+    `(B, 3, H, W)` -> logits `(B, num_classes)`. timm's inception and reduction blocks with a fraction `width` of the
+    paper's channels, after a plain stem; `tiny` ends after Inception-B with a feature map of 3 x 3.
     """
 
     image_rules: ClassVar = {"full": ImageRule(64), "tiny": ImageRule(16)}
@@ -211,7 +211,7 @@ class CustomInceptionV4(Backbone):
     }
 
     def build(self, width: float, stem: tuple[int, ...], blocks: tuple[type[nn.Module], ...], out: int) -> nn.Module:
-        """Inception-v4 of one size: a stem that ends at 384 scaled channels, then `blocks`."""
+        """Inception-v4 of one size: a stem with 384 x `width` output channels, then `blocks`."""
         conv = scaled_conv(width, act_layer="relu")
         layers: list[nn.Module] = []
         channels = 3
@@ -225,7 +225,7 @@ class CustomInceptionV4(Backbone):
 class CustomRegNet(Backbone):
     """RegNet: stage widths on a quantised line and grouped convolutions of one group width (Radosavovic et al. 2020).
 
-    `(B, 3, H, W)` -> logits `(B, num_classes)`. `full` has squeeze-and-excitation too (RegNetY), `tiny` has not.
+    `(B, 3, H, W)` -> logits `(B, num_classes)`. `full` has squeeze-and-excitation (RegNetY), `tiny` does not.
     """
 
     image_rules: ClassVar = {"full": ImageRule(32), "tiny": ImageRule(16)}
@@ -246,10 +246,10 @@ class CustomRegNet(Backbone):
 
 
 class CustomDenseNetHybrid(Backbone):
-    """DenseNet (Huang et al. 2017) with squeeze-and-excitation (Hu et al. 2018): that is the hybrid.
+    """DenseNet (Huang et al. 2017) with squeeze-and-excitation (Hu et al. 2018).
 
-    `(B, 3, H, W)` -> logits `(B, num_classes)`. Each layer reads all earlier ones of its dense block; a channel gate
-    after each dense block weighs what they have piled up before the transition halves it.
+    `(B, 3, H, W)` -> logits `(B, num_classes)`. Each layer reads the outputs of all earlier layers of its dense block;
+    a channel gate after each dense block weights the concatenated channels before the transition halves them.
     """
 
     image_rules: ClassVar = {"full": ImageRule(32), "tiny": ImageRule(16)}
@@ -267,7 +267,7 @@ class CustomDenseNetHybrid(Backbone):
                 layers[name.replace("transition", "gate")] = SqueezeExcite(layer.norm.num_features, rd_ratio=1 / 16)
             layers[name] = layer
         if patch_stem:
-            # On small images the strided 7x7 convolution and max pooling would take a third of all the time.
+            # On small images the strided 7x7 convolution and max pooling would take a third of the total time.
             layers["conv0"] = nn.Conv2d(3, layers["conv0"].out_channels, 4, stride=4, bias=False)
             del layers["pool0"]
         network.features = nn.Sequential(layers)
@@ -275,10 +275,10 @@ class CustomDenseNetHybrid(Backbone):
 
 
 class CustomMobileOne(Backbone):
-    """MobileOne (Vasu et al. 2023): depthwise and pointwise convolutions of several branches each while training.
+    """MobileOne (Vasu et al. 2023): depthwise and pointwise convolutions, each with several branches during training.
 
-    `(B, 3, H, W)` -> logits `(B, num_classes)`. `timm.utils.reparameterize_model` folds the branches into one
-    convolution each; in eval mode the outputs stay the same.
+    `(B, 3, H, W)` -> logits `(B, num_classes)`. `timm.utils.reparameterize_model` fuses the branches of each into one
+    convolution; in eval mode the outputs stay the same.
     """
 
     image_rules: ClassVar = {"full": ImageRule(32), "tiny": ImageRule(16)}
@@ -305,7 +305,7 @@ class CustomMobileOne(Backbone):
 
 
 class CustomDynamicConvNet(Backbone):
-    """Residual network of conditional convolutions: each image mixes its own kernels from experts (Yang et al. 2019).
+    """Residual network of conditional convolutions, whose kernels are mixed per image from experts (Yang et al. 2019).
 
     `(B, 3, H, W)` -> logits `(B, num_classes)`.
     """
@@ -317,7 +317,7 @@ class CustomDynamicConvNet(Backbone):
     }
 
     def build(self, stem: tuple[int, ...], widths: tuple[int, ...], depths: tuple[int, ...], experts: int) -> nn.Module:
-        """The network of one size: strided stem convolutions, then stages that halve the map from the second on."""
+        """The network of one size: strided stem convolutions, then stages; all but the first halve the feature map."""
         layers: list[nn.Module] = []
         channels = 3
         for width in stem:

@@ -19,14 +19,14 @@ from models.blocks import DistilledClassifier
 
 
 class CustomViTHybrid(Backbone):
-    """Vision transformer on a convolutional stem instead of cut-out patches (Xiao et al. 2021).
+    """Vision transformer with a convolutional stem instead of a patch embedding (Xiao et al. 2021).
 
     `(B, 3, img_size, img_size)` -> logits `(B, num_classes)`. The stem has BatchNorm.
     """
 
     fixed_img_size: ClassVar = True
     image_rules: ClassVar = {"full": ImageRule(32, 16), "tiny": ImageRule(16, 8)}
-    # `tiny` sees a few hundred batches in all: too few for timm's small initial weights and near-equal positions.
+    # `tiny` trains on a few hundred batches: too few for timm's small initial weights and position embeddings.
     plans: ClassVar = {
         "full": {
             "stem": (48, 96, 192, 384),
@@ -47,7 +47,7 @@ class CustomViTHybrid(Backbone):
     }
 
     def build(self, stem: tuple[int, ...], position_std: float = 0.02, **plan: Any) -> nn.Module:
-        """Vision transformer of one size whose stem halves the image once for each width in `stem`."""
+        """Vision transformer of one size; its stem halves the resolution once for each width in `stem`."""
         convolutions = ConvStem(depth=len(stem), channels=stem, stride=(2,) * len(stem))
         network: Any = VisionTransformer(
             img_size=self.img_size,
@@ -64,8 +64,8 @@ class CustomViTHybrid(Backbone):
 class CustomSwinTransformer(Backbone):
     """Swin transformer: attention in windows that shift from block to block (Liu et al. 2021).
 
-    `(B, 3, img_size, img_size)` -> logits `(B, num_classes)`. `full`: the window is the last stage's whole map
-    (7 at 224 pixels), up to 14; `tiny`: windows of 4.
+    `(B, 3, img_size, img_size)` -> logits `(B, num_classes)`. Side of the windows in tokens: for `full` that of the
+    last stage's feature map (7 at 224 pixels), at most 14; for `tiny` 4.
     """
 
     fixed_img_size: ClassVar = True
@@ -92,7 +92,7 @@ class CustomSwinTransformer(Backbone):
     }
 
     def build(self, position_std: float = 0.02, **plan: Any) -> nn.Module:
-        """Swin transformer of one size, its window chosen to divide the map of every stage."""
+        """Swin transformer of one size, with a window size that divides the feature map of every stage."""
         network = SwinTransformer(
             img_size=self.img_size, num_classes=self.num_classes, window_size=self.window(), **plan
         )
@@ -103,7 +103,7 @@ class CustomSwinTransformer(Backbone):
         return network
 
     def window(self) -> int:
-        """Side of the attention windows in tokens."""
+        """Side length of the attention windows in tokens."""
         if self.size == "tiny":
             return 4
         last_map = self.img_size // 32
@@ -152,7 +152,7 @@ class CustomDeiTStyle(Backbone):
     """Vision transformer with a class token, a distillation token and a head for each (Touvron et al. 2021).
 
     `(B, 3, img_size, img_size)` -> logits `(B, num_classes)`, the mean of both heads in train and eval mode. The
-    embedding is both tokens side by side, so `num_features` is twice the token width.
+    embedding is the concatenation of both tokens, so `num_features` is twice the token width.
     """
 
     fixed_img_size: ClassVar = True
@@ -172,7 +172,7 @@ class CustomDeiTStyle(Backbone):
     }
 
     def build(self, position_std: float = 0.02, **plan: Any) -> nn.Module:
-        """Vision transformer with two tokens of one size; its two heads stand in `classifier`."""
+        """Vision transformer of one size with two extra tokens; `classifier` holds the two heads."""
         network: Any = VisionTransformerDistilled(img_size=self.img_size, num_classes=0, **plan)
         nn.init.trunc_normal_(network.pos_embed, std=position_std)
         self.classifier = DistilledClassifier(network.embed_dim, self.num_classes)
@@ -192,8 +192,8 @@ class CustomDeiTStyle(Backbone):
 class CustomMaxViT(Backbone):
     """MaxViT: each block is a convolution, attention in local windows and attention on a sparse grid (Tu et al. 2022).
 
-    `(B, 3, img_size, img_size)` -> logits `(B, num_classes)`. Windows and grids have a side of 1/32 (`full`) or
-    1/8 (`tiny`) of the image's: 7 at 224 pixels, 4 at 32.
+    `(B, 3, img_size, img_size)` -> logits `(B, num_classes)`. The side of windows and grids is 1/32 (`full`) or 1/8
+    (`tiny`) of the image's: 7 at 224 pixels, 4 at 32.
     """
 
     fixed_img_size: ClassVar = True

@@ -1,1 +1,1 @@
-"""The base pipeline's check of itself."""
+"""Self-check of the base pipeline."""

@@ -1,4 +1,4 @@
-"""The check that runs before anything is trained: every architecture, built small, answers with logits."""
+"""The check before training: every architecture, built in size `tiny`, returns finite logits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ IMG_SIZE = 32
 
 
 def run_all_unit_tests() -> tuple[int, int]:
-    """(passed, failed) over the architectures in size `tiny`, two images each; the log names what failed."""
+    """Check every architecture in size `tiny` on two images; returns (passed, failed) and logs each failure."""
     passed = failed = 0
     for name in BACKBONE_MAP:
         try:
             check_backbone(name)
-        except Exception as error:  # one broken architecture is a result, and the others are still to be seen
+        except Exception as error:  # counted as a failure; the other architectures are still checked
             failed += 1
             logger.error(f"unit test of {name} failed: {type(error).__name__}: {error}")
         else:
@@ -27,7 +27,7 @@ def run_all_unit_tests() -> tuple[int, int]:
 
 
 def check_backbone(name: str) -> None:
-    """Two images through one tiny network; raises ValueError unless it answers with finite logits (2, 5)."""
+    """Run two images through one tiny network; raises ValueError unless it returns finite logits (2, 5)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = create_custom_backbone(name, NUM_CLASSES, size="tiny", img_size=IMG_SIZE).eval()

@@ -1,7 +1,7 @@
-"""Embeddings of images by a frozen network, each computed once and kept on disk by trunk, pixel rule and image.
+"""Embeddings of images by a frozen network, computed once and stored on disk by trunk, resize rule and image.
 
 A pack is one file `<digest>.npz` in `<image cache>/embeddings/<key>/`: the images' content digests, uint8 (n, 32), and
-their embeddings, float32 (n, D). Packs are never changed; new images make a new pack.
+their embeddings, float32 (n, D). Packs are immutable; new images go into a new pack.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from utils.datasets import DecodedDataset
 from utils.files import atomic_path
 from utils.threads import intra_op_threads
 
-FORMAT = 1  # raised whenever the same network and image would give another embedding
+FORMAT = 1  # incremented whenever the embedding of the same network and image changes
 BATCH = 1 if DEVICE.type == "cpu" else 32
-"""On the CPU one at a time: no slower on one core, and an embedding does not depend on those computed with it."""
+"""On the CPU one image at a time: no slower on one core, and an embedding does not depend on the rest of its batch."""
 PACK_ROWS = 256
 LAYOUT = torch.channels_last  # a tenth faster for convolutions, measured with tf_efficientnet_lite0 on one core
 
 
 def folder_of(network: Pretrained, view: int) -> Path:
-    """Where the embeddings of one view of a network's images lie."""
+    """Folder of the embeddings of one view of a network's images."""
     rule = {name: value for name, value in network.preprocessing.items() if name != "source"}
     parts = [FORMAT, network.architecture, network.trunk_sha256, rule, view, DEVICE.type]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -40,7 +40,7 @@ def folder_of(network: Pretrained, view: int) -> Path:
 
 
 def missing_contents(network: Pretrained, contents: Sequence[str]) -> list[str]:
-    """Sorted digests of the images that lack the embedding of a view."""
+    """Sorted content digests of the images that lack the embedding of at least one view."""
     missing: set[str] = set()
     for view in range(network.views):
         missing |= set(contents) - _read_packs(folder_of(network, view)).keys()
@@ -48,7 +48,7 @@ def missing_contents(network: Pretrained, contents: Sequence[str]) -> list[str]:
 
 
 def embeddings_of(network: Pretrained, dataset: DecodedDataset) -> np.ndarray:
-    """Embeddings of all views of a data set's rows, float32 (V, N, D); what is not on disk yet is computed."""
+    """Embeddings of all views of a data set's rows, float32 (V, N, D); those not on disk yet are computed."""
     compute(network, dataset)
     views = []
     for view in range(network.views):
@@ -58,7 +58,7 @@ def embeddings_of(network: Pretrained, dataset: DecodedDataset) -> np.ndarray:
 
 
 def compute(network: Pretrained, dataset: DecodedDataset, shard: int = 0, shards: int = 1) -> int:
-    """Store the embeddings of one of `shards` parts of a data set's images; returns how many were lacking."""
+    """Compute and store the missing embeddings of one of `shards` parts of a data set; returns their number."""
     rows_of = {content: row for row, content in reversed(list(enumerate(dataset.contents)))}
     part = sorted(rows_of)[shard::shards]
     model: Any = None
@@ -66,12 +66,12 @@ def compute(network: Pretrained, dataset: DecodedDataset, shard: int = 0, shards
     for view in range(network.views):
         folder = folder_of(network, view)
         stored = _read_packs(folder)
-        lacking = [content for content in part if content not in stored]
-        count += len(lacking)
-        for start in range(0, len(lacking), PACK_ROWS):
-            chosen = lacking[start : start + PACK_ROWS]
+        missing = [content for content in part if content not in stored]
+        count += len(missing)
+        for start in range(0, len(missing), PACK_ROWS):
+            batch = missing[start : start + PACK_ROWS]
             model = model or create_pretrained(network, len(dataset.classes)).to(DEVICE, memory_format=LAYOUT).eval()
-            _write_pack(folder, chosen, _run(model, dataset, [rows_of[content] for content in chosen], view))
+            _write_pack(folder, batch, _run(model, dataset, [rows_of[content] for content in batch], view))
     return count
 
 
@@ -93,7 +93,7 @@ def _write_pack(folder: Path, contents: Sequence[str], embeddings: np.ndarray) -
 
 
 def _read_packs(folder: Path) -> dict[str, np.ndarray]:
-    """{content digest: embedding (D,)} of all packs; a damaged one is removed."""
+    """{content digest: embedding (D,)} of all packs; a damaged pack is removed."""
     stored: dict[str, np.ndarray] = {}
     for path in sorted(folder.glob("[0-9a-f]*.npz")):
         try:

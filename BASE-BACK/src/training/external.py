@@ -1,7 +1,7 @@
-"""Networks of another BASE-BACK, loaded beside ours: nothing of it replaces a module of ours, nothing is written there.
+"""Networks of another BASE-BACK: its modules replace none of this pipeline's, and nothing is written to its folder.
 
-Its modules import one another relatively and fall back to absolute names. Here they form a private package, and while
-it is loaded the absolute names are theirs as well.
+Its modules import one another relatively and fall back to absolute names. They are loaded as a private package; while
+it is loading, the absolute names refer to its modules too.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ABSOLUTE = ("config", "utils", "models", "training", "export")
 
 
 class ExternalError(ValueError):
-    """The other BASE-BACK cannot be used; the text names its folder and what was found there."""
+    """The other BASE-BACK cannot be used; the message names its folder and its contents."""
 
 
 def external_models(folder: Path) -> ModuleType:
-    """The package `models` of `folder/src`, loaded once in this process; raises `ExternalError` with the reason."""
+    """The package `models` of `folder/src`, loaded once per process; raises `ExternalError` with the reason."""
     source = folder / "src"
     if not list(source.glob("models/__init__.py")) + list(source.glob("models.py")):
         raise ExternalError(
@@ -39,8 +39,8 @@ def external_models(folder: Path) -> ModuleType:
     loaded = sys.modules.get(PACKAGE)
     if loaded is not None and list(loaded.__path__) != [str(source)]:
         raise ExternalError(f"{folder}: {loaded.__path__[0]} is loaded in this process; start another process")
-    sys.dont_write_bytecode = True  # for good: a function of theirs may import more, later
-    os.environ["DBT_BASE_DIR"] = str(settings.BASE_DIR)  # their settings make folders where this says
+    sys.dont_write_bytecode = True  # not reset: its functions may import more modules later
+    os.environ["DBT_BASE_DIR"] = str(settings.BASE_DIR)  # its settings create folders below this one
     if loaded is None:
         spec = importlib.util.spec_from_loader(PACKAGE, loader=None, is_package=True)
         assert spec is not None
@@ -49,13 +49,13 @@ def external_models(folder: Path) -> ModuleType:
     try:
         with _their_names(source), redirect_stdout(sys.stderr):
             return importlib.import_module(f"{PACKAGE}.models")
-    except Exception as error:  # whatever their code raises
+    except Exception as error:  # third-party code may raise anything
         raise ExternalError(f"{source / 'models'}: cannot be imported ({type(error).__name__}: {error})") from error
 
 
 @contextmanager
 def _their_names(source: Path) -> Iterator[None]:
-    """While the block runs, `import config` and its kin find their modules; afterwards ours again."""
+    """Inside the block, `import config` and the other absolute names import the other BASE-BACK's modules."""
     ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ABSOLUTE}
     for name in ours:
         del sys.modules[name]
@@ -71,15 +71,15 @@ def _their_names(source: Path) -> Iterator[None]:
 
 
 def external_names(folder: Path) -> list[str]:
-    """The architectures that the other BASE-BACK has, in its order."""
-    known = getattr(external_models(folder), "BACKBONE_MAP", None)
-    if not known:
+    """The architectures of the other BASE-BACK, in its order."""
+    architectures = getattr(external_models(folder), "BACKBONE_MAP", None)
+    if not architectures:
         raise ExternalError(f"{folder}: its models package has no BACKBONE_MAP; expected {{name: class}}")
-    return list(known)
+    return list(architectures)
 
 
 def create_external(folder: Path, name: str, num_classes: int) -> nn.Module:
-    """A new network of theirs with random weights; raises `ExternalError` where it cannot be built."""
+    """A network of the other BASE-BACK with random weights; raises `ExternalError` if it cannot be built."""
     create = getattr(external_models(folder), "create_custom_backbone_safe", None)
     if create is None:
         raise ExternalError(f"{folder}: its models package has no create_custom_backbone_safe(name, num_classes)")
@@ -93,7 +93,7 @@ def create_external(folder: Path, name: str, num_classes: int) -> nn.Module:
 
 
 def source_digest(folder: Path) -> str:
-    """Digest of the code that builds their networks: every file of `src/models`."""
+    """Digest of the code that builds the other BASE-BACK's networks: every file of `src/models`."""
     source = folder / "src"
     files = sorted(source.glob("models/**/*.py")) + sorted(source.glob("models.py"))
     parts = [[path.relative_to(source).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
@@ -101,15 +101,15 @@ def source_digest(folder: Path) -> str:
 
 
 def last_linear_layers(model: nn.Module, num_classes: int, img_size: int, device: torch.device) -> list[nn.Linear]:
-    """Every linear layer with `num_classes` outputs that runs in a forward pass: a classifier may have two heads.
+    """All linear layers with `num_classes` outputs that a forward pass uses: a classifier may have two heads.
 
     Raises ValueError when there is none.
     """
-    found: list[nn.Linear] = []
+    used: list[nn.Linear] = []
 
     def note(layer: nn.Module, _: tuple[Tensor, ...]) -> None:
-        if layer not in found:
-            found.append(layer)  # type: ignore[arg-type]
+        if layer not in used:
+            used.append(layer)  # type: ignore[arg-type]
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == num_classes]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
@@ -122,9 +122,9 @@ def last_linear_layers(model: nn.Module, num_classes: int, img_size: int, device
         model.train(training)
         for hook in hooks:
             hook.remove()
-    if not found:
+    if not used:
         raise ValueError(
             f"{type(model).__name__}: no linear layer with {num_classes} outputs runs, so there is no head to train "
             "alone; set --epochs-head 0"
         )
-    return found
+    return used

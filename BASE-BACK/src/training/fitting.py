@@ -1,7 +1,7 @@
-"""Phases of a training: head training, then fine-tuning, by which the final network and every fold network are trained.
+"""The phases of training, head training and fine-tuning, for the final network and every fold network.
 
-What a training needs to go on is saved between epochs; nothing else of a process reaches the weights, so that an
-interrupted training ends with those of an undisturbed one.
+The state needed to resume is saved between epochs and is all that the next epoch depends on, so that a resumed
+training ends with the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from utils.logs import duration
 from utils.memory_layout import memory_format
 from utils.threads import intra_op_threads, threads_of_network
 
-LAST = "last"  # `selection` in a checkpoint: it holds the last epoch, which val rows did not choose
-DIVERGED = 3  # times the loss of equal probabilities
-RISEN = 0.1  # a val loss that ends by more than this share above its lowest value is logged
+LAST = "last"  # value of `selection` in a checkpoint: the last epoch, not one selected on the val split
+DIVERGED = 3  # training diverged if its loss exceeds this multiple of the loss of uniform probabilities
+RISEN = 0.1  # a final val loss above its minimum by more than this fraction is logged
 
 Weights = dict[str, Tensor]
 EpochRow = tuple[float, float, float, float, float]
@@ -50,23 +50,23 @@ class Phase:
     name: str
     epochs: int
     rate: float
-    """What the optimizer starts from; the architecture has a factor on it."""
+    """Base learning rate; the architecture may scale it."""
     schedule: Callable[[torch.optim.Optimizer, int, int, str], torch.optim.lr_scheduler.LRScheduler]
     """(optimizer, epochs, steps in an epoch, backbone) -> schedule counted in steps."""
     kept: int = 0
-    """How many snapshots are kept, the last ones."""
+    """Number of snapshots that are kept, the last ones."""
     every: int = 1
     """Epochs from one snapshot to the next."""
 
 
 @dataclass
 class Stage:
-    """Outcome of one phase: the weights of its last epoch, which the training goes on with, and of its best one."""
+    """Outcome of one phase: metrics per epoch, and the weights of its last and of its best epoch."""
 
     name: str
     last: Weights
     weights: Weights
-    """Of the best epoch on the val split; nothing of the training depends on which epoch that is."""
+    """Weights of the best epoch on the val split; training does not depend on which epoch that is."""
     epoch: int
     accuracy: float
     loss: float
@@ -74,23 +74,23 @@ class Stage:
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
     snapshots: list[tuple[int, Weights]] = field(default_factory=list)
-    """(epoch, weights), those that the phase keeps."""
+    """(epoch, weights) of the kept snapshots."""
 
 
 @dataclass
 class Fitted:
-    """A trained network with the weights of its last epoch loaded, and how it came to be."""
+    """A trained network with the weights of its last epoch, and the outcome of each phase."""
 
     model: nn.Module
     stages: list[Stage]
     validation: tuple[float, float, float, float, float]
-    """(loss, accuracy, precision, recall, F1) on val, measured again on the weights that `model` holds now."""
+    """(loss, accuracy, precision, recall, F1) on the val split with the weights in `model`."""
 
     @property
     def history(self) -> dict[str, list[EpochRow]]:
         """Rows per epoch under `head` and `finetune`."""
-        found = {stage.name: stage.rows for stage in self.stages}
-        return {name: found.get(name, []) for name in ("head", "finetune")}
+        rows = {stage.name: stage.rows for stage in self.stages}
+        return {name: rows.get(name, []) for name in ("head", "finetune")}
 
 
 def fit(
@@ -105,13 +105,13 @@ def fit(
     progress: Progress | None = None,
     keep: Callable[[int, EpochRow, Weights], object] | None = None,
 ) -> Fitted:
-    """Train `model` by the recipe to the end of its schedule and keep the last epoch; val rows are measured only.
+    """Train `model` by the recipe to the end of its schedule; the val split is only scored, never selected on.
 
-    `make_train_loader(seed)` gives the training batches; `purpose` names the training, ("final",) or ("fold", 2),
-    and with it its seeds. `phases` are head training and fine-tuning unless others are given. With `progress` it goes
-    on where that was saved, and saves there. `keep(epoch, row, weights)` is handed each snapshot when it is taken,
-    before it counts as saved. Raises FloatingPointError when the loss stops being a number, or ends at several times
-    that of a network that gives every class the same probability.
+    `make_train_loader(seed)` returns the training batches; `purpose` identifies the training, ("final",) or
+    ("fold", 2), and determines its seeds. `phases` defaults to head training and fine-tuning. With `progress`, training
+    resumes from the saved state and saves to it. `keep(epoch, row, weights)` is called with each snapshot before the
+    progress that includes it is saved. Raises FloatingPointError when the loss is not finite, or ends at more than
+    DIVERGED times that of uniform probabilities.
     """
     criterion = get_loss_function_for_backbone(recipe.backbone, len(recipe.classes))
     model.to(device=device, memory_format=memory_format(model, is_trained=True))  # type: ignore[call-overload]
@@ -141,7 +141,7 @@ def fit(
 
 
 def _threads(recipe: Recipe, model: nn.Module, device: torch.device, progress: Progress | None) -> int | None:
-    """Number of intra-op threads: that of the interrupted training, else that of the table."""
+    """Number of intra-op threads: that of the interrupted training, else that of `utils.threads.TABLE`."""
     number = threads_of_network("base training", model, recipe.img_size, device)
     if number is not None and progress:
         if progress.threads not in (None, number):
@@ -151,7 +151,7 @@ def _threads(recipe: Recipe, model: nn.Module, device: torch.device, progress: P
 
 
 def usual_phases(recipe: Recipe) -> list[Phase]:
-    """Head training and fine-tuning, less what has no epochs."""
+    """Head training and fine-tuning, without phases of zero epochs."""
     schedule = create_cosine_scheduler if recipe.is_pretrained else create_improved_scheduler
     head = Phase("head", recipe.epochs_head, recipe.head_lr, schedule)
     finetune = Phase("finetune", recipe.epochs_finetune, recipe.backbone_lr, schedule, recipe.snapshots)
@@ -159,7 +159,7 @@ def usual_phases(recipe: Recipe) -> list[Phase]:
 
 
 def _check_end(recipe: Recipe, stage: Stage) -> None:
-    """Raise FloatingPointError for a training that diverged; log a loss on val that rose towards the end."""
+    """Raise FloatingPointError if training diverged; log a val loss that rose towards the end."""
     train_loss, val_loss = stage.rows[-1][:2]
     uniform = math.log(len(recipe.classes))
     if len(stage.rows) > 1 and train_loss > DIVERGED * uniform:
@@ -176,7 +176,7 @@ def _check_end(recipe: Recipe, stage: Stage) -> None:
 
 
 def _saved(progress: Progress | None, plan: Sequence[Phase]) -> tuple[list[Stage], dict[str, Any] | None]:
-    """The finished stages of an interrupted training and the state of the one that was under way."""
+    """The finished stages of an interrupted training and the state of its unfinished one, or None."""
     record = progress.load() if progress else None
     if progress is None or record is None:
         return [], None
@@ -196,7 +196,7 @@ def _record(stages: list[Stage], running: dict[str, Any] | None = None) -> dict[
 
 
 def _choose_trainable(recipe: Recipe, model: nn.Module, device: torch.device, *, head_only: bool) -> None:
-    """Leave only the last layer trainable, or everything."""
+    """Make only the last layer trainable, or all layers."""
     for parameter in model.parameters():
         parameter.requires_grad_(not head_only)
     if not head_only:
@@ -220,14 +220,14 @@ class _Training:
     train_loader: Any
     val_loader: Any
     losses: tuple[nn.Module, nn.Module]
-    """In training, and on val, where every row counts the same."""
+    """Training loss, and validation loss without class weights."""
     device: torch.device
     finished: list[Stage]
     progress: Progress | None
     keep: Callable[[int, EpochRow, Weights], object] | None
 
     def run(self, phase: Phase, running: dict[str, Any] | None) -> Stage:
-        """Train through the phase, from the saved state `running` where there is one."""
+        """Train through the phase, resuming from the saved state `running` if there is one."""
         recipe, model, device, epochs = self.recipe, self.model, self.device, phase.epochs
         train_criterion, criterion = self.losses
         optimizer = self._optimizer(phase)
@@ -267,7 +267,7 @@ class _Training:
                 *(recipe.backbone, phase.name, epoch + 1, epochs),
                 *(trained[0], trained[1], checked[0], checked[1], checked[4]),
                 *(seconds, duration(seconds * (epochs - epoch - 1))),
-                # Short epochs would flood the terminal; the end of a cycle is worth a line.
+                # Short epochs would flood the terminal; the end of a cycle is always shown.
                 file_only=seconds < 20 and not (is_snapshot and phase.every > 1),
             )
             if self.progress and epoch + 1 < epochs and self.progress.due():
@@ -283,7 +283,7 @@ class _Training:
         return create_optimized_optimizer(self.model, phase.rate, recipe.backbone)
 
     def _state(self, stage: Stage, epoch: int, optimizer: Any, scheduler: Any, scaler: Any) -> dict[str, Any]:
-        """What the next epoch needs of those before."""
+        """The state that the next epoch depends on."""
         return {
             "epoch": epoch,
             "stage": vars(stage),
@@ -297,25 +297,25 @@ class _Training:
         self.model.load_state_dict(running["stage"]["last"])
         optimizer.load_state_dict(running["optimizer"])
         scheduler.load_state_dict(running["schedule"])
-        if running.get("scaler"):  # empty on the CPU, and not in files of earlier versions
+        if running.get("scaler"):  # empty on the CPU and absent from files of earlier versions
             scaler.load_state_dict(running["scaler"])
         self.train_loader.epoch = running["epoch"] + 1
         restore_random_state(running["random"], self.device)
 
 
 def copy_weights(model: nn.Module) -> Weights:
-    """Contiguous copies on the CPU: the state dictionary alone shares its storage with the model and would train on."""
+    """Contiguous CPU copies of the state dict, whose tensors share storage with the model and would change with it."""
     copied = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in copied.items()}
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """The schedule's state without functions, so that a checkpoint holds nothing but values."""
+    """The scheduler's state without functions, so that a checkpoint holds plain values only."""
     return {name: value for name, value in state.items() if isinstance(value, (int, float, str, list, type(None)))}
 
 
 def metrics_record(recipe: Recipe, fitted: Fitted) -> dict[str, Any]:
-    """The training metrics of a final network, as fractions on the val split; NaN-free and JSON-ready."""
+    """The training metrics of a final network: fractions on the val split, JSON-ready and free of NaN."""
     loss, accuracy, precision, recall, f1 = fitted.validation
     record = {
         "backbone_name": recipe.backbone,

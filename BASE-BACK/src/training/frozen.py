@@ -1,7 +1,8 @@
-"""Linear heads on the features of a frozen pretrained network: the work of units in mode frozen.
+"""Linear heads on the features of a frozen pretrained network: the units of mode `frozen`.
 
-No epoch and no val row takes part. The head of each fold chooses its strength inside its own training rows, so that
-out-of-fold predictions leak nothing; the final head chooses it inside train.
+No epochs are trained and the val split is not used. The head of each fold selects its L2 strength by cross-validation
+within the training rows of the fold, so that out-of-fold predictions have no leakage; the final head does so within
+the train split.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from utils.datasets import DecodedDataset
 from utils.splitting import fold_groups, split_contents
 from utils.trunks import trunk_digest, whole_network
 
-CHECKED_ROWS = 8  # images on which the saved network is compared with the embeddings
-AGREES = 1e-3 if DEVICE.type == "cpu" else 0.02  # of the largest logit; convolutions on CUDA have ten bits (TF32)
+CHECKED_ROWS = 8  # images on which the saved network is compared with head and embeddings
+AGREES = 1e-3 if DEVICE.type == "cpu" else 0.02  # relative to the largest logit; TF32 convolutions keep ten bits
 EMBEDDED_SPLITS = {"fold": ("train", "val"), "oof": ("train",), "train": ("train", "val"), "test": ("test",)}
-"""Kind of a unit -> the splits whose images its network is run on."""
-LEAST_SHARD = 32  # images, for which starting a process pays
+"""Kind of a unit -> the splits whose embeddings it needs."""
+LEAST_SHARD = 32  # images; starting a process for fewer costs more than it saves
 
 
 def with_embeddings(units: list[Unit], jobs: int) -> list[Unit]:
-    """The units, preceded by the embedding of the images that frozen networks lack, in up to `jobs` parts."""
+    """The units, preceded by units that compute the missing embeddings of frozen networks in up to `jobs` parts."""
     embedding: list[Unit] = []
     after: dict[str, tuple[str, ...]] = {}
     for name in dict.fromkeys(unit.recipe.backbone for unit in units if unit.recipe.is_frozen):
@@ -64,7 +65,7 @@ def embed_unit(unit: Unit) -> Outcome:
 
 
 def fold_head(unit: Unit, fold_of: np.ndarray, train: DecodedDataset) -> Outcome:
-    """Fit the head on the train rows outside one fold, and save its tensors alone."""
+    """Fit the head on the train rows outside one fold, and save only its tensors."""
     recipe, network = unit.recipe, _network(unit.recipe)
     fitting = train.subset(np.flatnonzero(fold_of != unit.fold))
     seed = recipe.seed_for("fold", unit.fold, unit.folds, "head")
@@ -80,14 +81,14 @@ def fold_head(unit: Unit, fold_of: np.ndarray, train: DecodedDataset) -> Outcome
 
 
 def logits_of_head(recipe: Recipe, weights: Mapping[str, Tensor], dataset: DecodedDataset) -> np.ndarray:
-    """Logits of every row, float32 (N, C), by the head's tensors in a checkpoint of this network."""
+    """Logits of every row, float32 (N, C), from the head's tensors `weights` and the network's embeddings."""
     network = _network(recipe)
     weight, bias = (weights[name].numpy() for name in _weight_and_bias(network))
     return LinearHead(weight, bias, 0.0, {}).logits(embeddings_of(network, dataset)[0])
 
 
 def train_head(unit: Unit) -> Outcome:
-    """Fit the head on all train rows, and save the whole network: the one that is deployed."""
+    """Fit the head on all train rows and save the whole network, which is the deployed one."""
     recipe, network = unit.recipe, _network(unit.recipe)
     train, val = recipe.dataset("train"), recipe.dataset("val")
     head = _fit(recipe, network, train, recipe.seed_for("final", "head"))
@@ -118,7 +119,7 @@ def train_head(unit: Unit) -> Outcome:
 
 
 def test_head(recipe: Recipe, weights: Mapping[str, Tensor], test: DecodedDataset) -> dict[str, Any]:
-    """Scores of the final network on the test split, from embeddings of its images."""
+    """Metrics of the final network on the test split, from the embeddings of its images."""
     scores = _scores(logits_of_head(recipe, weights, test), np.array(test.targets))
     return {f"test_{name}": value for name, value in scores.items()}
 
@@ -163,7 +164,7 @@ def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def _compare(network: Pretrained, model: Any, head: LinearHead, dataset: DecodedDataset) -> None:
-    """Raise ValueError where the whole network does not answer as its embeddings and head do."""
+    """Raise ValueError if the logits of the whole network differ from those of embeddings and head."""
     expected = head.logits(embeddings_of(network, dataset)[0])
     with torch.inference_mode():
         logits = model(dataset.crops(np.arange(len(dataset)))).numpy()
@@ -176,7 +177,7 @@ def _compare(network: Pretrained, model: Any, head: LinearHead, dataset: Decoded
 
 
 def _remove_earlier(recipe: Recipe) -> None:
-    """Remove the stages of an earlier fine-tuning of the same name, which are not of this training."""
+    """Remove the stage checkpoints of an earlier fine-tuning of the same name, which would not match this training."""
     for role in ("head_best", "finetune_best", "snapshot*"):
         for path in settings.CKPT_DIR.glob(f"{recipe.backbone}_{role}.pth"):
             path.unlink()

@@ -1,4 +1,4 @@
-"""Which units are finished, by digest: `checkpoints/.recovery_state.json`, rewritten whole after every unit."""
+"""The record of finished units, by digest: `checkpoints/.recovery_state.json`, rewritten after every unit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Ledger:
     """Finished units with their digests, results and files.
 
-    A unit counts as finished when its digest is the one asked for and its files are the ones it wrote.
+    A unit counts as finished when the recorded digest equals its digest and its files are unchanged.
     """
 
     def __init__(self) -> None:
@@ -30,20 +30,20 @@ class Ledger:
                     "run the pipeline again, which trains anew"
                 )
         self._foreign = {key: value for key, value in state.items() if key != "units"}
-        # What another pipeline has trained in this workspace stays in its state.
+        # Backbones that another pipeline has trained in this workspace stay recorded.
         trained_here = {name.split(" ")[0] for name in self.units if name.endswith(" train")}
         self._others = {name: result for name, result in state.get("results", {}).items() if name not in trained_here}
         self._others_completed = [name for name in state.get("completed_backbones", []) if name not in trained_here]
 
     def is_finished(self, unit: Unit) -> bool:
-        """Whether the unit's outcome lies on disk, as it was written."""
+        """Whether the unit is recorded with its digest and its files are on disk, unchanged."""
         entry = self.units.get(unit.name)
         if not entry or entry["digest"] != unit.digest:
             return False
         return all(_is_same(settings.BASE_DIR / name, *facts) for name, facts in entry["files"].items())
 
     def add(self, unit: Unit, outcome: Outcome, seconds: float) -> None:
-        """Note a finished unit."""
+        """Record a finished unit."""
         self.units[unit.name] = {
             "digest": unit.digest,
             "seconds": round(seconds, 3),
@@ -53,12 +53,12 @@ class Ledger:
         self.save()
 
     def forget(self, unit: Unit) -> None:
-        """Take a unit out before it is done again, so that a killed run does not leave its old entry."""
+        """Remove a unit's entry before the unit runs again, so that a killed run does not leave the old entry."""
         if self.units.pop(unit.name, None) is not None:
             self.save()
 
     def result(self, backbone: str, kind: str) -> dict[str, Any] | None:
-        """What a unit reported: `result("CustomConvNeXt", "train")`; None when it is not finished."""
+        """The result of a unit, for example of ("CustomConvNeXt", "train"); None if it is not finished."""
         entry = self.units.get(f"{backbone} {kind}")
         return entry["result"] if entry else None
 
@@ -67,7 +67,7 @@ class Ledger:
         return sum(entry["seconds"] for name, entry in self.units.items() if name.split(" ")[0] == backbone)
 
     def save(self) -> None:
-        """Write units and, for readers of the file, the backbones that are complete with their results."""
+        """Write the units and, for other readers of the file, the completed backbones with their results."""
         backbones = sorted({name.split(" ")[0] for name in self.units})
         results = {}
         for backbone in backbones:
@@ -101,7 +101,7 @@ def kfold_summary(accuracies: list[float]) -> dict[str, float]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether a unit has a digest, seconds, a result, and files with three facts each."""
+    """Whether an entry has a digest, seconds, a result, and files with size, modification time and digest each."""
     kinds: dict[str, type | tuple[type, ...]] = {
         "digest": str,
         "seconds": (int, float),

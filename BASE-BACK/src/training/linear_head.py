@@ -1,10 +1,10 @@
-"""Multinomial logistic regression with an L2 penalty, whose strength inner folds of its own training rows choose.
+"""Multinomial logistic regression with an L2 penalty; inner cross-validation on the training rows selects its strength.
 
-Features are centred and Pareto-scaled (divided by the root of their standard deviation; van den Berg et al. 2006) by
-the rows that a head is fitted on, then turned to their principal axes, on which the penalty is the same and L-BFGS (Liu
-and Nocedal 1989) needs few steps; all of it is folded back into the head's weights. On 1,280 features of 596 images,
-log-loss in cross-validation is 0.335 with Pareto scaling, 0.338 with one scale for all and 0.368 with unit deviations.
-Arithmetic is in float64, so that equal rows give equal heads.
+Features are centred and Pareto-scaled (divided by the square root of their standard deviation; van den Berg et al.
+2006) with statistics of the fitted rows, then rotated to their principal axes, which leaves the penalty unchanged and
+lets L-BFGS (Liu and Nocedal 1989) converge in few steps; all of this is folded back into the head's weights. On 1,280
+features of 596 images, the cross-validated log-loss is 0.335 with Pareto scaling, 0.338 with one scale for all features
+and 0.368 with unit variance. Arithmetic is in float64, so that equal rows give equal heads.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch import Tensor
 from utils.samples import stratified_bins
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(1, -6, -1))
-"""Factors of the penalty on the mean loss that are tried, strongest first, until the inner loss rises; then the two
-half a decade beside the best."""
+"""Penalty strengths, relative to the mean loss, tried from the strongest until the inner loss rises; then those half a
+decade above and below the best."""
 HALF_DECADE = 10**0.5
-EXACT = {"ftol": 1e-10, "gtol": 1e-5}  # L-BFGS-B ends where value or gradient change by less
-FOR_CHOICE = {"ftol": 1e-7, "gtol": 1e-4}  # of the inner folds, whose losses differ far more from strength to strength
+EXACT = {"ftol": 1e-10, "gtol": 1e-5}  # tolerances of L-BFGS-B on value and gradient
+FOR_CHOICE = {"ftol": 1e-7, "gtol": 1e-4}  # for the inner folds, whose losses differ far more between strengths
 INNER_FOLDS = 5
-DEFAULT_STRENGTH = 0.1  # where there are too few groups of rows for inner folds
-BIAS_PENALTY = 1e-6  # a class without rows would have a bias of minus infinity
+DEFAULT_STRENGTH = 0.1  # with too few groups of rows for inner folds
+BIAS_PENALTY = 1e-6  # keeps the bias of a class without rows finite
 ITERATIONS = 500
-LEAST_DEVIATION = 1e-6  # of a feature, as a share of the largest; others are constant
-LEAST_VARIANCE = 1e-12  # of a principal axis, as a share of the largest; others hold rounding alone
-CURVATURE = 0.2  # of the log-loss along a logit, at most 0.25; scales the axes for L-BFGS
+LEAST_DEVIATION = 1e-6  # of a feature, relative to the largest; below it, the feature counts as constant
+LEAST_VARIANCE = 1e-12  # of a principal axis, relative to the largest; below it, the axis is rounding error
+CURVATURE = 0.2  # assumed second derivative of the log-loss by a logit (at most 0.25); scales the axes for L-BFGS
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Logits of features f are `f @ weight.T + bias`."""
+    """A linear classifier: the logits of features f are `f @ weight.T + bias`."""
 
     weight: np.ndarray
     """float32 (C, D)"""
@@ -44,10 +44,10 @@ class LinearHead:
     """float32 (C,)"""
     strength: float
     inner_losses: dict[float, float]
-    """Strength -> mean log-loss over the inner held-out rows, in nats; empty where the strength was not chosen."""
+    """Strength -> mean log-loss over the inner held-out rows, in nats; empty with DEFAULT_STRENGTH."""
 
     def logits(self, features: np.ndarray) -> np.ndarray:
-        """float32 (N, C) of features (N, D)."""
+        """Logits, float32 (N, C), of features (N, D)."""
         return features.astype(np.float32) @ self.weight.T + self.bias
 
 
@@ -59,10 +59,10 @@ def fit_head(
     seed: int,
     class_weights: Sequence[float] | np.ndarray | None = None,
 ) -> LinearHead:
-    """A head for features (V, N, D) of V views of N rows, the first of which is the evaluation view.
+    """Fit a head on features (V, N, D) of V views of N rows; view 0 is the evaluation view.
 
-    `groups` (N,) are rows that stay together in the inner folds; `class_weights` (C,) are factors of the rows' losses,
-    in the fit and in the choice of the strength. Only these rows are looked at.
+    `labels` (N,); rows with equal `groups` (N,) stay together in the inner folds; `class_weights` (C,) scale the rows'
+    losses, in the fit and in the selection of the strength. No other rows are used.
     """
     factors = np.ones(num_classes) if class_weights is None else np.asarray(class_weights, dtype=np.float64)
     axes = _PrincipalAxes(features)
@@ -73,7 +73,7 @@ def fit_head(
 
 
 def log_loss(logits: np.ndarray, labels: np.ndarray, factors: np.ndarray | None = None) -> float:
-    """Mean negative log-probability of the labels in nats, weighted by the factors of their classes."""
+    """Mean log-loss in nats of logits (N, C) against labels (N,); `factors` (C,) scale the losses by class."""
     logits = logits.astype(np.float64)
     shifted = logits - logits.max(axis=1, keepdims=True)
     losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
@@ -83,7 +83,7 @@ def log_loss(logits: np.ndarray, labels: np.ndarray, factors: np.ndarray | None 
 def _inner_losses(
     coordinates: Tensor, labels: np.ndarray, groups: np.ndarray, factors: np.ndarray, seed: int
 ) -> dict[float, float]:
-    """{strength: log-loss of inner held-out rows}; empty where there are too few groups for two folds."""
+    """{strength: mean log-loss of the inner held-out rows}; empty with too few groups for two folds."""
     groups = np.unique(groups, return_inverse=True)[1].astype(np.int64)
     folds = min(INNER_FOLDS, int(groups.max()) + 1)
     if folds < 2:
@@ -115,7 +115,7 @@ def _inner_losses(
 
 
 class _PrincipalAxes:
-    """Scaled features (V, N, D) in coordinates of their principal axes, (V, N, R)."""
+    """Scaled features (V, N, D) and their coordinates on the R principal axes, (V, N, R)."""
 
     def __init__(self, features: np.ndarray) -> None:
         views, rows, width = features.shape
@@ -123,25 +123,25 @@ class _PrincipalAxes:
         self.mean = flat.mean(dim=0)
         deviation = flat.std(dim=0, correction=0)
         is_constant = deviation < LEAST_DEVIATION * deviation.max().clamp(min=LEAST_DEVIATION)
-        typical = deviation.mean().clamp(min=LEAST_DEVIATION)  # so that strengths mean the same for any features
+        typical = deviation.mean().clamp(min=LEAST_DEVIATION)  # makes strengths comparable between sets of features
         self.scale = torch.where(is_constant, typical, (deviation * typical).sqrt())
         scaled = (flat - self.mean) / self.scale
         is_wide = len(scaled) < width
         values, vectors = torch.linalg.eigh(scaled @ scaled.T if is_wide else scaled.T @ scaled)
-        kept = values > LEAST_VARIANCE * values[-1].clamp(min=LEAST_VARIANCE)
-        values, vectors = values[kept], vectors[:, kept]
+        is_kept = values > LEAST_VARIANCE * values[-1].clamp(min=LEAST_VARIANCE)
+        values, vectors = values[is_kept], vectors[:, is_kept]
         self.axes = scaled.T @ vectors / values.sqrt() if is_wide else vectors
         """(D, R)"""
         self.coordinates = (scaled @ self.axes).view(views, rows, -1)
 
     def in_units_of_features(self, weight: Tensor, bias: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Weight (C, D) and bias (C,) for the features themselves."""
+        """Convert weight (C, R) and bias (C,) on the coordinates to weight (C, D) and bias (C,) on the features."""
         unscaled = weight @ self.axes.T / self.scale
         return unscaled.numpy(), (bias - unscaled @ self.mean).numpy()
 
 
 class _Regression:
-    """The regression on the coordinates (V, N, R) of some rows, for any strength."""
+    """The regression on coordinates (V, N, R), for any strength."""
 
     def __init__(self, coordinates: Tensor, labels: np.ndarray, factors: np.ndarray) -> None:
         views = len(coordinates)
@@ -181,12 +181,12 @@ class _Regression:
     def _value_and_gradient(self, parameters: Tensor, strength: float) -> tuple[Tensor, Tensor]:
         weight, bias = self._split(parameters)
         log_probabilities = torch.log_softmax(self.coordinates @ weight.T + bias, dim=1)
-        chosen = log_probabilities.gather(1, self.labels[:, None])[:, 0]
+        label_log_probabilities = log_probabilities.gather(1, self.labels[:, None])[:, 0]
         penalty = strength / 2 * weight.square().sum() + BIAS_PENALTY / 2 * bias.square().sum()
         residuals = log_probabilities.exp()
         residuals[torch.arange(len(residuals)), self.labels] -= 1
         residuals *= self.row_weights[:, None]
         gradient = (residuals.T @ self.coordinates + strength * weight).flatten()
-        return penalty - (chosen * self.row_weights).sum(), torch.cat(
+        return penalty - (label_log_probabilities * self.row_weights).sum(), torch.cat(
             [gradient, residuals.sum(dim=0) + BIAS_PENALTY * bias]
         )

@@ -1,4 +1,4 @@
-"""One epoch of training or validation, and what it needs: loss, optimizer, schedule, checkpoint."""
+"""One epoch of training or validation, with its loss, optimizer, scheduler and checkpoint."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def train_epoch_optimized(
 ) -> EpochResult:
     """Train one epoch, gradients clipped at norm 1, `scheduler` stepped after every batch.
 
-    `in_evaluation_mode` keeps BatchNorm's statistics, as a head on pretrained layers needs it. On CUDA, `scaler` keeps
-    the scale of the loss from one epoch to the next; a new one skips steps until it has found it.
+    `in_evaluation_mode` freezes the statistics of BatchNorm, for training a head on pretrained layers. On CUDA,
+    `scaler` carries the loss scale from epoch to epoch; a new one skips steps until its scale has adapted.
     Returns (loss, accuracy, precision, recall, f1, preds (N,), labels (N,), probs (N, C)): loss in nats per sample,
-    the next four as fractions (macro over the classes), float32 probabilities, all in the loader's order.
+    the next four as fractions (macro-averaged over the classes), float32 probabilities, all in the loader's order.
     """
     model.train(not in_evaluation_mode)
     return _epoch(model, loader, criterion, device or DEVICE, optimizer, scheduler, scaler)
@@ -66,7 +66,7 @@ def validate_epoch_optimized(
     criterion: nn.Module,
     device: torch.device | None = None,
 ) -> EpochResult:
-    """Run the model over the loader in evaluation mode without gradients; returns what training an epoch returns."""
+    """Evaluate the model on the loader without gradients; returns the same tuple as `train_epoch_optimized`."""
     model.eval()
     with torch.no_grad():
         return _epoch(model, loader, criterion, device or DEVICE, None, None)
@@ -83,7 +83,7 @@ def _epoch(
 ) -> EpochResult:
     total, labels_seen, probabilities = 0.0, [], []
     half = device.type == "cuda"
-    scaler = scaler or torch.amp.GradScaler("cuda", enabled=half)  # changes nothing on the CPU
+    scaler = scaler or torch.amp.GradScaler("cuda", enabled=half)  # no effect on the CPU
     for images, host_labels in loader:
         images, labels = images.to(device, non_blocking=True), host_labels.to(device, non_blocking=True)
         with torch.autocast("cuda") if half else nullcontext():
@@ -91,7 +91,7 @@ def _epoch(
             loss = criterion(logits, labels)
             if auxiliary is not None:
                 loss = loss + 0.4 * criterion(auxiliary, labels)
-        value = loss.item()  # once: on a GPU each look at a value waits for it
+        value = loss.item()  # only once per batch, since it synchronises with the GPU
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss became {value}; try lower rates (DBT_HEAD_LR, DBT_BACKBONE_LR)")
         if optimizer is not None:
@@ -119,7 +119,7 @@ def _step(model: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, scal
 
 
 def _unwrap_logits(outputs: Any) -> tuple[Tensor, Tensor | None]:
-    """(logits, auxiliary logits or None) from a tensor, a tuple, an object with `.logits` or a dictionary."""
+    """(logits, auxiliary logits or None) of an output: a tensor, a tuple, an object with `.logits` or a dictionary."""
     if isinstance(outputs, Tensor):
         return outputs, None
     if isinstance(outputs, dict):
@@ -130,7 +130,10 @@ def _unwrap_logits(outputs: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def macro_scores(preds: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[float, float, float, float]:
-    """(accuracy, precision, recall, F1) as fractions; macro means over classes with rows, 0 where undefined."""
+    """(accuracy, precision, recall, F1) as fractions; macro averages over classes with rows, 0 where undefined.
+
+    `preds` and `labels` are (N,).
+    """
     counts = np.zeros((num_classes, num_classes))
     np.add.at(counts, (labels, preds), 1)
     hits, actual, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
@@ -146,7 +149,7 @@ def get_loss_function_for_backbone(
 ) -> nn.Module:
     """Cross entropy with label smoothing 0.1 for transformers and 0.05 for the others.
 
-    `class_weights` (C,) are factors of the rows' losses by the class of their label.
+    `class_weights` (C,) scale the losses of the samples by the class of their label.
     """
     smoothing = 0.1 if backbone_name in TRANSFORMERS else 0.05
     if class_weights is None:
@@ -155,7 +158,7 @@ def get_loss_function_for_backbone(
 
 
 def create_optimized_optimizer(model: nn.Module, lr: float, backbone_name: str) -> torch.optim.Optimizer:
-    """AdamW over all parameters, with the architecture's factor on `lr`."""
+    """AdamW over all parameters, with `lr` times a factor of the architecture."""
     rate = lr * RATE_FACTORS.get(backbone_name, 1.0)
     return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
 
@@ -163,10 +166,10 @@ def create_optimized_optimizer(model: nn.Module, lr: float, backbone_name: str) 
 def create_improved_scheduler(
     optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int, backbone_name: str
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Schedule counted in optimizer steps.
+    """Learning rate schedule, stepped after every optimizer step.
 
-    Transformers warm up linearly over three epochs (a quarter of a short run) and follow a cosine down to a tenth;
-    the others take one cycle up to five times the rate (Smith and Topin 2018).
+    Transformers: linear warm-up over three epochs (a quarter of a short run), then a cosine down to a tenth of the
+    rate. Others: one cycle with a peak of five times the rate (Smith and Topin 2018).
     """
     steps = max(1, epochs * steps_per_epoch)
     if backbone_name in TRANSFORMERS:
@@ -177,7 +180,7 @@ def create_improved_scheduler(
         optimizer,
         max_lr=[group["lr"] * 5 for group in optimizer.param_groups],
         total_steps=total,
-        pct_start=max(0.2, 2 / total),  # a very short run still needs one step on the way up
+        pct_start=max(0.2, 2 / total),  # even a very short run has one step of warm-up
         div_factor=20,
         final_div_factor=50,
     )
@@ -186,9 +189,9 @@ def create_improved_scheduler(
 def create_layer_decay_optimizer(
     model: nn.Module, lr: float, layer_decay: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW whose rate falls by the factor `layer_decay` from each layer to the one before it, `lr` at the head.
+    """AdamW with layer-wise learning rate decay: `lr` at the head, times `layer_decay` for each layer before it.
 
-    timm groups the layers; biases and scales are not decayed (Clark et al. 2020, ELECTRA; Bao et al. 2022, BEiT).
+    timm groups the layers; biases and scales have no weight decay (Clark et al. 2020, ELECTRA; Bao et al. 2022, BEiT).
     """
     from timm.optim import param_groups_layer_decay
 
@@ -202,7 +205,7 @@ def create_layer_decay_optimizer(
 def create_cosine_scheduler(
     optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int, backbone_name: str
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """A tenth of the steps of linear warm-up, then a cosine down to a hundredth of each group's rate."""
+    """Linear warm-up over a tenth of the steps, then a cosine down to a hundredth of each group's rate."""
     steps = max(1, epochs * steps_per_epoch)
     warm = max(1, steps // 10)
     return _warm_up_and_cosine(optimizer, warm, steps, lowest=0.01)
@@ -211,7 +214,7 @@ def create_cosine_scheduler(
 def _warm_up_and_cosine(
     optimizer: torch.optim.Optimizer, warm: int, steps: int, *, lowest: float
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """`warm` steps of linear warm-up, then a cosine that reaches `lowest` of each group's rate after `steps`."""
+    """Linear warm-up over `warm` steps, then a cosine down to `lowest` times each group's rate after `steps` steps."""
 
     def factor(step: int) -> float:
         if step < warm:
@@ -229,7 +232,7 @@ def save_checkpoint(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write weights, optional optimizer and schedule, and `extra` (plain Python values), atomically."""
+    """Write weights, optional optimizer and scheduler, and `extra` (plain Python values), atomically."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}  # of any memory format
     record: dict[str, Any] = {"model_state_dict": weights}
     if optimizer is not None:
@@ -241,25 +244,25 @@ def save_checkpoint(
 
 
 def write_checkpoint(path: Path, record: dict[str, Any]) -> None:
-    """Write one checkpoint atomically, with bytes that depend on its content alone."""
+    """Write one checkpoint atomically; equal contents give equal bytes."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(_unshared(record), file)  # an open file: a path would put its name into the archive
 
 
 def read_extra(path: Path) -> dict[str, Any]:
-    """What one of our checkpoints says of itself, its tensors left on disk; {} for a file that is not one of ours."""
+    """The `extra` record of a checkpoint, without loading its tensors; {} for a file in another format."""
     try:
         record = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return dict(record["extra"])
-    except Exception as error:  # another pipeline's file raises whatever its form leads to
+    except Exception as error:  # a file of another pipeline may raise anything
         logger.debug("%s: says nothing of itself that we can read (%s)", path, error)
         return {}
 
 
 def _unshared(value: Any) -> Any:
-    """Equal containers and strings for equal content.
+    """A copy without shared containers or strings, so that equal contents are pickled to equal bytes.
 
-    A pickle notes which objects are one and the same, and that differs between values computed and values read back.
+    A pickle records which objects are identical, and that differs between computed values and values read back.
     """
     if isinstance(value, dict):
         return {_unshared(key): _unshared(item) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""Units side by side: as many processes as cores on the CPU, one on a GPU, each unit as soon as it may start."""
+"""Run units in parallel: one process per core on the CPU, one process on a GPU, respecting their dependencies."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ PARENT_CHECK_SECONDS = 1.0
 
 
 class Pool(Protocol):
-    """Where units run, several at a time."""
+    """An executor of units."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """The future result of `function(*arguments)`."""
+        """Schedule `function(*arguments)` and return its future."""
 
     def shutdown(self, *, wait: bool = True) -> None:
-        """Nothing is running any more, or may go on to its end."""
+        """Release the workers after everything submitted has finished."""
 
     def kill(self) -> None:
-        """End what is running at once: what it was writing lies under temporary names."""
+        """Terminate the workers at once; files being written still have temporary names."""
 
 
 def _start_worker(parent: int, threads: int | None) -> None:
-    """Prepare a worker: its number of threads, and its end when the parent is killed."""
+    """Prepare a worker: set its number of threads and let it exit when its parent is killed."""
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
@@ -42,7 +42,7 @@ def _start_worker(parent: int, threads: int | None) -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process soon after the one that started it: nobody is left to take its result."""
+    """Exit this process soon after its parent process, since nothing would receive its result."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -68,12 +68,12 @@ def run_units(
     failed: Callable[[Unit, str], None],
     new_pool: Callable[[], Pool] | None = None,
 ) -> None:
-    """Run units in `jobs` processes, each after those it names; the callbacks run in this process, one at a time.
+    """Run units in `jobs` processes, each after those it depends on; callbacks run in this process, one at a time.
 
-    `new_pool` makes what takes the place of processes of this machine.
+    `new_pool` creates a pool to use instead of local processes.
 
-    A unit fails by an exception or by the death of its process; whatever waits for it then fails with it, the rest
-    goes on. Units that wait for something outside `units` start at once.
+    A unit fails with an exception or with the death of its process; units that depend on it fail with it, the others
+    continue. Dependencies outside `units` are ignored.
     """
     waiting = {unit.name: unit for unit in units}
     done: set[str] = set()
@@ -102,7 +102,7 @@ def run_units(
                     broken = True
                     lost.add(unit.name)
                     failed(unit, "its process died (killed, or out of memory?)")
-                except Exception as error:  # whatever a network raises fails this unit alone
+                except Exception as error:  # any exception fails only this unit and its dependents
                     lost.add(unit.name)
                     failed(unit, f"{type(error).__name__}: {error}")
                 else:
@@ -122,7 +122,7 @@ def _names(running: dict[Future[Any], Unit]) -> set[str]:
 
 
 class _Processes(ProcessPoolExecutor):
-    """Processes of this machine."""
+    """Local processes."""
 
     def kill(self) -> None:
         for process in list((self._processes or {}).values()):

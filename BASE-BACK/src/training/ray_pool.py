@@ -1,7 +1,7 @@
-"""Units on the workers of a Ray cluster, in place of processes of this machine; see `training.pool`.
+"""Units on the workers of a Ray cluster instead of local processes; see `training.pool`.
 
-Every machine needs this folder, its packages and the workspace under the same paths. A worker that dies is replaced and
-its unit run again, which goes on from the last saved epoch.
+Every machine needs this folder, its packages and the workspace under the same paths. A worker that dies is replaced;
+its unit runs again and resumes from the last saved epoch.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from typing import Any
 from utils.threads import PASSIVE, REQUESTED, requested_threads
 
 RETRIES = 3
-STORE_BYTES = 100_000_000  # units hand over paths and figures, no arrays
+STORE_BYTES = 100_000_000  # units exchange paths and numbers, no arrays
 INSTALL = "install it: pip install 'ray>=2.40,<3'; or leave --engine ray out"
 
 
 class RayError(ValueError):
-    """Ray is not installed, or no cluster answers; the text says what to do."""
+    """Ray is not installed, or no cluster can be reached; the message names the remedy."""
 
 
 class RayPool:
-    """Submits units as `ProcessPoolExecutor` does; raises `RayError` where it cannot begin."""
+    """A pool of Ray workers with the interface of `ProcessPoolExecutor`; raises `RayError` if it cannot start."""
 
     def __init__(self, jobs: int, threads: int | None, address: str | None) -> None:
         try:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: starved beside any other program
+            os.environ.setdefault("RAY_worker_niceness", "0")  # by default 15, which other programs starve
             import ray
         except ImportError as error:
             raise RayError(f"--engine ray: ray cannot be imported ({error}); {INSTALL}") from error
         self._ray, self._threads = ray, threads
         here: dict[str, Any] = {} if address else {"num_cpus": jobs, "object_store_memory": STORE_BYTES}
         variables = {name: value for name, value in os.environ.items() if name.startswith("DBT_")}
-        variables.pop("DBT_PARENT", None)  # a process id has a meaning on this machine only
+        variables.pop("DBT_PARENT", None)  # a process id is valid only on this machine
         variables |= PASSIVE | {REQUESTED: str(requested_threads() or 0)}  # Ray sets OMP_NUM_THREADS itself
         source = str(Path(__file__).resolve().parents[1])
         paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -60,7 +60,7 @@ class RayPool:
         self._waiting = ThreadPoolExecutor(self.jobs)
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """The future result of `function(*arguments)` on a worker."""
+        """Schedule `function(*arguments)` on a worker and return its future."""
         return self._waiting.submit(self._result, function, *arguments)
 
     def _result(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -72,12 +72,12 @@ class RayPool:
             raise RuntimeError(f"its worker died {RETRIES + 1} times (killed, or out of memory?)") from error
 
     def shutdown(self, *, wait: bool = True) -> None:
-        """End the cluster that was started here, or leave the one that was joined, whose workers then stop."""
+        """Stop a cluster that was started here, or disconnect from an existing one, which stops the job's workers."""
         self._ray.shutdown()
         self._waiting.shutdown(wait=wait)
 
     def kill(self) -> None:
-        """As `shutdown`: a job's workers end with it."""
+        """The same as `shutdown`, which stops the job's workers."""
         self.shutdown(wait=False)
 
 

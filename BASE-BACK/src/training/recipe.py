@@ -1,4 +1,4 @@
-"""Everything that decides the weights of one training, as one value with one digest."""
+"""Everything that determines the weights of one training, as one value with one digest."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from utils.class_balance import class_weights
 from utils.datasets import BatchLoader, DecodedDataset
 from utils.resizing import evaluation_record
 
-TRAINING_VERSION = 3  # raised whenever the same recipe would give other weights
+TRAINING_VERSION = 3  # incremented whenever the same recipe gives other weights
 FACTS = ("model_size", "img_size", "augment", "group_regex")
-"""Keys of a checkpoint's record of how its network was built and trained."""
+"""Keys of a checkpoint's record that describe how its network was built and trained."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Recipe:
     seed: int
     version: int = TRAINING_VERSION
     base_back: str | None = None
-    """Digest of the code of the other BASE-BACK that the network comes from; None: from ours."""
+    """Digest of the code of the other BASE-BACK that defines the network; None: this BASE-BACK defines it."""
     pretrained: Pretrained | None = None
-    """The network of timm and its weights; None for a network of BASE-BACK."""
+    """The timm network and its weights; None for a network of BASE-BACK."""
     exif: str = "ignore"
-    """Whether a network of BASE-BACK sees photographs upright, by their EXIF orientation: `apply` or `ignore`."""
+    """Whether a network of BASE-BACK applies the EXIF orientation of photographs: `apply` or `ignore`."""
     class_weights: str = "none"
     sampling: str = "natural"
 
@@ -63,7 +63,7 @@ class Recipe:
         base_back: str | None = None,
         pretrained: Pretrained | None = None,
     ) -> Recipe:
-        """The recipe that the settings of this process describe."""
+        """The recipe of one backbone by the settings of this process."""
         debug = settings.DEBUG_MODE
         recipe = cls(
             backbone=backbone,
@@ -89,7 +89,7 @@ class Recipe:
         return recipe if pretrained is None else recipe._on(pretrained)
 
     def _on(self, pretrained: Pretrained) -> Recipe:
-        """The recipe for a network of timm; what takes no part is the same whatever the settings say."""
+        """The recipe for a timm network; settings without effect on it get fixed values, for a stable digest."""
         recipe = replace(self, pretrained=pretrained, model_size="full", img_size=pretrained.img_size, exif="ignore")
         if pretrained.mode == "frozen":
             unused: dict[str, Any] = {
@@ -107,7 +107,7 @@ class Recipe:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether a linear head on frozen features is all that is fitted."""
+        """Whether only a linear head on frozen features is fitted."""
         return self.pretrained is not None and self.pretrained.mode == "frozen"
 
     @property
@@ -123,28 +123,28 @@ class Recipe:
         return None if self.exif == "ignore" else evaluation_record(self.img_size, self.exif)
 
     def dataset(self, split: str) -> DecodedDataset:
-        """One split as the network sees it."""
+        """One split with the preprocessing of the network."""
         return DecodedDataset.of_split(split, self.img_size, preprocessing=self.preprocessing)
 
     def train_loader(self, dataset: DecodedDataset, seed: int) -> BatchLoader:
-        """Training batches of a data set, shuffled or drawn, and augmented."""
+        """Training batches of a data set, shuffled or sampled with class balance, and augmented."""
         options: dict[str, Any] = {"kind": self.augment, "balanced": self.sampling == "balanced"}
         return BatchLoader(dataset, self.batch_size, training=True, seed=seed, **options)
 
     def weights_of(self, labels: Sequence[int] | np.ndarray, *, or_by_sampling: bool = False) -> np.ndarray | None:
-        """Factors (C,) of the losses of rows with these labels, by class; None where all rows count the same.
+        """Class weights (C,) of the loss for rows with these labels; None if all rows have equal weight.
 
-        `or_by_sampling`: also where the recipe draws rows instead, for a fit that looks at each row once.
+        `or_by_sampling`: also return weights if the recipe balances by sampling, for a fit that uses each row once.
         """
         balanced = self.class_weights == "balanced" or (or_by_sampling and self.sampling == "balanced")
         return class_weights(labels, len(self.classes)) if balanced else None
 
     def like_trained(self) -> Recipe:
-        """The recipe for one more network beside those that are trained: built and shown its images as they are.
+        """The recipe for a network to add to the trained ones, with the same construction and preprocessing.
 
-        Size, image size, augmentation, group and EXIF rule are those of the backbone's own checkpoint, else those of
-        most others, networks of timm apart; the settings count in a workspace without checkpoints. The rate goes with
-        the size.
+        Size, image size, augmentation, group and EXIF rule are those of the backbone's checkpoint, else those of most
+        other checkpoints, timm networks excluded; without checkpoints those of the settings. The learning rate is that
+        of the size.
         """
         names = ("img_size", "augment", "group_regex") if self.base_back else (*FACTS, "exif")
         manager = CheckpointManager(settings.TRAINED_DIR)
@@ -161,12 +161,12 @@ class Recipe:
         return self
 
     def digest(self, *parts: object) -> str:
-        """Digest of the recipe and of `parts`, which say what of it is meant: ("fold", 2, 5)."""
+        """Digest of the recipe and of `parts`, which identify one of its units: ("fold", 2, 5)."""
         values = asdict(self) | self._balance()
         for name in {"class_weights", "sampling"} - self._balance().keys():
             del values[name]
         if self.base_back is None:
-            del values["base_back"]  # so that work of our own networks, done before there was a choice, stays known
+            del values["base_back"]  # keeps the digests from before this field existed
         if self.exif == "ignore":
             del values["exif"]
         if self.pretrained is None:
@@ -178,12 +178,12 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def seed_for(self, *parts: object) -> int:
-        """A seed below 2**31 for one purpose, whatever ran before in this process: ("fold", 2)."""
+        """A seed below 2**31 for one purpose, such as ("fold", 2), independent of what ran before in this process."""
         text = json.dumps([self.seed, self.backbone, *parts])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
     def explain(self) -> dict[str, object]:
-        """What a checkpoint says of itself: enough to build its network and to prepare its images."""
+        """The record in a checkpoint that suffices to build its network and to preprocess its images."""
         facts: dict[str, object] = {
             "backbone_name": self.backbone,
             "classes": list(self.classes),
@@ -198,6 +198,6 @@ class Recipe:
         return facts | self._balance() | (self.pretrained.explain() if self.pretrained else {})
 
     def _balance(self) -> dict[str, str]:
-        """How classes are balanced; nothing where they are not, so that work done before there was a choice stays."""
+        """How classes are balanced; empty without balancing, which keeps the digests from before the option existed."""
         defaults = {"class_weights": "none", "sampling": "natural"}
         return {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}

@@ -1,7 +1,7 @@
-"""Snapshot ensembles: one training whose rate falls to nothing again and again, and a network kept from each fall.
+"""Snapshot ensembles: one training with a cyclic learning rate, and one network saved at the end of each cycle.
 
 Huang, Li, Pleiss, Liu, Hopcroft and Weinberger 2017, Snapshot Ensembles: Train 1, get M for free. The schedule is that
-of Loshchilov and Hutter 2017, SGDR; the optimizer goes on over the restarts with what it knows of the gradients.
+of Loshchilov and Hutter 2017, SGDR; the optimizer keeps its state over the restarts.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from training.pipeline import WARMUP_EPOCHS, read_extra
 from training.recipe import Recipe
 from training.units import Unit
 
-VERSION = 1  # raised whenever the same recipe would give other snapshots
-ROLE = "cycle"  # what such a checkpoint says it is; the late epochs of fine-tuning say "snapshot"
-PEAK = 2.5  # of the usual rate: far enough to leave a minimum, near enough for transformers
+VERSION = 1  # incremented whenever the same recipe gives other snapshots
+ROLE = "cycle"  # `stage` in these checkpoints; "snapshot" in those of the last epochs of fine-tuning
+PEAK = 2.5  # times the usual rate: high enough to leave a minimum, low enough for transformers
 
 
 def cyclic_share(step: int, steps_per_cycle: int, warm_up: int = 0) -> float:
-    """Share of the highest rate at an optimizer step, counted from 0: half a cosine in each cycle, from 1 towards 0.
+    """Fraction of the peak learning rate at an optimizer step, counted from 0: in each cycle a cosine from 1 towards 0.
 
-    The first `warm_up` steps of the whole training, whose network is fresh, rise in a line instead.
+    The first `warm_up` steps of the training are a linear warm-up instead.
     """
     if step < warm_up:
         return (step + 1) / warm_up
@@ -37,9 +37,9 @@ def cyclic_share(step: int, steps_per_cycle: int, warm_up: int = 0) -> float:
 def create_cyclic_scheduler(
     optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int, backbone_name: str, *, cycles: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """`cyclic_share` of the optimizer's rate in each of `cycles` equal parts of the epochs.
+    """A scheduler that applies `cyclic_share` to the optimizer's rate, with `cycles` equal cycles.
 
-    Warm-up takes three epochs, a quarter of the first cycle at the most.
+    Warm-up takes three epochs, but at most a quarter of the first cycle.
     """
     steps = max(1, epochs * steps_per_epoch // cycles)
     warm_up = min(WARMUP_EPOCHS * steps_per_epoch, steps // 4)
@@ -47,9 +47,9 @@ def create_cyclic_scheduler(
 
 
 def snapshot_unit(recipe: Recipe) -> Unit:
-    """The training of a backbone's snapshots: a fresh network like the trained one, as many cycles as the settings say.
+    """The unit that trains a backbone's snapshots: a new network like the trained one, for CYCLES cycles.
 
-    Its files go on behind the numbers that the late epochs of fine-tuning have or will have.
+    Its files are numbered after those of the last epochs of fine-tuning, whether these exist yet or not.
     """
     numbered = 0 if recipe.base_back else recipe.snapshots
     first = max(numbered, _late_snapshots(recipe.backbone)) + 1
@@ -58,13 +58,13 @@ def snapshot_unit(recipe: Recipe) -> Unit:
         epochs_head=0,
         epochs_finetune=settings.CYCLES * settings.EPOCHS_PER_CYCLE,
         snapshots=settings.CYCLES,
-        head_lr=0.0,  # what takes no part is the same whatever the settings say, and so is the digest
+        head_lr=0.0,  # settings without effect get fixed values, for a stable digest
     )
     return Unit("snapshots", recipe, recipe.digest("snapshots", VERSION), first=first)
 
 
 def snapshot_phase(recipe: Recipe) -> Phase:
-    """All cycles of the recipe that `snapshot_unit` made."""
+    """The phase with all cycles of the recipe of a `snapshot_unit`."""
     cycles = recipe.snapshots
     return Phase(
         name="cycles",
@@ -77,7 +77,7 @@ def snapshot_phase(recipe: Recipe) -> Phase:
 
 
 def remove_surplus_snapshots(unit: Unit) -> None:
-    """Remove what an earlier training with more cycles left behind the last snapshot of this one."""
+    """Remove the snapshots of an earlier training with more cycles."""
     last = unit.first + unit.recipe.snapshots - 1
     for number, path in _numbered(settings.CKPT_DIR, unit.recipe.backbone):
         if number > last and read_extra(path).get("stage") == ROLE:
@@ -85,12 +85,12 @@ def remove_surplus_snapshots(unit: Unit) -> None:
 
 
 def _late_snapshots(backbone: str) -> int:
-    """The last number that is not a cycle's, in this workspace and where the trained checkpoints lie."""
+    """The highest number of a snapshot of fine-tuning, in CKPT_DIR and TRAINED_DIR; 0 without any."""
     folders = dict.fromkeys((settings.TRAINED_DIR, settings.CKPT_DIR))
-    found = (entry for folder in folders for entry in _numbered(folder, backbone))
-    return max((number for number, path in found if read_extra(path).get("stage") != ROLE), default=0)
+    snapshots = (entry for folder in folders for entry in _numbered(folder, backbone))
+    return max((number for number, path in snapshots if read_extra(path).get("stage") != ROLE), default=0)
 
 
 def _numbered(folder: Path, backbone: str) -> list[tuple[int, Path]]:
-    found = [(path.stem.rpartition("_snapshot")[2], path) for path in folder.glob(f"{backbone}_snapshot*.pth")]
-    return sorted((int(number), path) for number, path in found if number.isdigit())
+    numbered = [(path.stem.rpartition("_snapshot")[2], path) for path in folder.glob(f"{backbone}_snapshot*.pth")]
+    return sorted((int(number), path) for number, path in numbered if number.isdigit())

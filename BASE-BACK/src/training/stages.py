@@ -1,6 +1,6 @@
 """The stages in order: verify, split, K-fold, head training and fine-tuning, test, export, snapshots, clean-up.
 
-What is finished, by the digest of data, settings and training version, is skipped in words.
+Units that are finished, by the digest of data, settings and training version, are skipped and logged.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ MAX_JOBS = 8
 
 @dataclass
 class Summary:
-    """What a run did."""
+    """Summary of a run."""
 
     workspace: str
     left_out: list[dict[str, str]] = field(default_factory=list)
     """Unreadable images: path and reason."""
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """Units found finished."""
+    """Names of units that were already finished."""
     failed: dict[str, str] = field(default_factory=dict)
     """Unit -> reason."""
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Backbone -> figures."""
+    """Backbone -> metrics."""
     seconds: float = 0.0
 
 
@@ -78,63 +78,63 @@ def run_stages(
     engine: str = "local",
     address: str | None = None,
 ) -> Summary:
-    """Run the given stages for the given backbones and write every record; returns what was done.
+    """Run the given stages for the given backbones and write all records; returns a summary.
 
-    `engine` is local, for processes of this machine, or ray, for the workers of the cluster at `address`, or of one
-    that is started here.
+    `engine` is `local`, for local processes, or `ray`, for the workers of the cluster at `address`, or of a new local
+    cluster if that is None.
 
-    Raises `SplitError` or FileNotFoundError when there is nothing to train on; a backbone that fails is named in the
-    summary and the others go on.
+    Raises `SplitError` or FileNotFoundError when there is nothing to train on; a failed backbone is listed in the
+    summary and the others continue.
     """
     start = time.monotonic()
     summary = Summary(str(settings.BASE_DIR))
     if "split" in stages:
         prepare_optimized_datasets(progress=_decoding_progress())
-    logger.log_system_info_once()  # after the split: data that cannot be split leave no log behind
+    logger.log_system_info_once()  # after the split, so that data that cannot be split leave no log file
     manifest = read_manifest()
     summary.left_out = manifest["left_out"] if manifest else []
     if set(stages) == {"split"}:
         return summary
     ledger = Ledger()
     units = plan(backbones, stages, folds or settings.K_FOLDS)
-    chosen = _unfinished(units, ledger, force=force)
-    names = {unit.name for unit in chosen}
+    pending = _unfinished(units, ledger, force=force)
+    names = {unit.name for unit in pending}
     summary.skipped = [unit.name for unit in units if unit.name not in names]
     if summary.skipped:
         logger.info("%d of %d units are up to date", len(summary.skipped), len(units))
-    for unit in chosen:
+    for unit in pending:
         ledger.forget(unit)
         if force:
             progress_path(unit).unlink(missing_ok=True)
     requested_jobs = jobs
     jobs, threads = _processes(jobs)
     new_pool = None
-    if engine == "ray" and chosen:
+    if engine == "ray" and pending:
         from training.ray_pool import RayPool
 
         cluster = RayPool(jobs, threads, address)
         jobs, new_pool = min(requested_jobs or cluster.jobs, cluster.jobs), lambda: cluster
-    chosen = with_embeddings(chosen, jobs)
-    with progress_bar(len(chosen), "training") as advance:
-        outcomes = _Outcomes(summary, ledger, _Progress(chosen, advance))
+    pending = with_embeddings(pending, jobs)
+    with progress_bar(len(pending), "training") as advance:
+        outcomes = _Outcomes(summary, ledger, _Progress(pending, advance))
         run_units(
-            chosen, jobs=jobs, threads=threads, finished=outcomes.finished, failed=outcomes.failed, new_pool=new_pool
+            pending, jobs=jobs, threads=threads, finished=outcomes.finished, failed=outcomes.failed, new_pool=new_pool
         )
-    if any(unit.kind == "verify" for unit in chosen):
+    if any(unit.kind == "verify" for unit in pending):
         smoke_checker.save_summary()
     for unit in units:
         _write_backbone_records(unit.recipe, ledger)
     _clean_up([unit for unit in units if unit.name not in summary.failed])
     summary.seconds = round(time.monotonic() - start, 3)
     summary.results = {name: _figures(name, ledger) for name in backbones}
-    trains_members = any(unit.kind != "snapshots" for unit in chosen) and settings.EXTERNAL_BASE_BACK is None
-    if trains_members:  # else the summary belongs to the run that trained them
+    trains_members = any(unit.kind != "snapshots" for unit in pending) and settings.EXTERNAL_BASE_BACK is None
+    if trains_members:  # otherwise the summary of the run that trained them stays
         _write_pipeline_summary(summary, ledger)
     return summary
 
 
 def plan(backbones: Sequence[str], stages: Sequence[str], folds: int) -> list[Unit]:
-    """The units of the stages in the order of the specification, each with its digest and what it waits for."""
+    """The units of the stages in the order of the specification, each with its digest and its dependencies."""
     if not verify_dataset_split(settings.SPLIT_DIR):
         raise FileNotFoundError(
             f"{settings.SPLIT_DIR}: no split with the same classes in train, val and test; run the stage split first"
@@ -178,18 +178,18 @@ def plan(backbones: Sequence[str], stages: Sequence[str], folds: int) -> list[Un
 
 
 def _unfinished(units: Sequence[Unit], ledger: Ledger, *, force: bool) -> list[Unit]:
-    """Units to run: not finished by digest, asked for again, or waiting for one that runs."""
-    chosen: list[Unit] = []
+    """Units to run: those not finished by digest, all with `force`, and those that depend on one that runs."""
+    unfinished: list[Unit] = []
     names: set[str] = set()
     for unit in sorted(units, key=lambda u: len(u.after)):
         if force or names & set(unit.after) or not ledger.is_finished(unit):
             names.add(unit.name)
-            chosen.append(unit)
+            unfinished.append(unit)
     return [unit for unit in units if unit.name in names]
 
 
 def _processes(jobs: int | None) -> tuple[int, int | None]:
-    """Number of worker processes, and of threads in each between its trainings, which choose their own."""
+    """Number of worker processes, and of threads in each; a training sets its own number of threads."""
     if DEVICE.type == "cuda":
         return jobs or 1, None
     threads = requested_threads() or 1
@@ -205,9 +205,9 @@ class _Outcomes:
     progress: _Progress
 
     def finished(self, unit: Unit, outcome: Outcome, seconds: float) -> None:
-        """Record a unit that has done its work."""
+        """Record a finished unit."""
         self.ledger.add(unit, outcome, seconds)
-        progress_path(unit).unlink(missing_ok=True)  # after the entry: a run killed in between has lost nothing
+        progress_path(unit).unlink(missing_ok=True)  # after the entry, so that a run killed in between loses nothing
         self.summary.done.append(unit.name)
         _write_backbone_records(unit.recipe, self.ledger)
         if unit.kind == "oof":
@@ -219,7 +219,7 @@ class _Outcomes:
         self.progress.tell(unit, outcome, seconds)
 
     def failed(self, unit: Unit, reason: str) -> None:
-        """Record a unit that failed; the others go on."""
+        """Record a failed unit."""
         self.summary.failed[unit.name] = reason
         if unit.kind == "verify":
             smoke_checker.log_check(unit.recipe.backbone, "FAIL", reason)
@@ -228,7 +228,7 @@ class _Outcomes:
 
 
 class _Progress:
-    """One line for each finished unit, with the time left; `advance(1, text)` moves a bar."""
+    """Logs one line per finished unit, with the remaining time; `advance(1, text)` updates a progress bar."""
 
     def __init__(self, units: Sequence[Unit], advance: Callable[[int, str], object]) -> None:
         self._advance = advance
@@ -255,7 +255,7 @@ class _Progress:
 
 
 def _weight(unit: Unit) -> int:
-    """Rough cost; a head on features that are there costs next to nothing."""
+    """Rough cost; a head on stored embeddings is cheap."""
     return 1 if unit.recipe.is_frozen and unit.kind in EMBEDDED_SPLITS else WEIGHT[unit.kind]
 
 
@@ -297,7 +297,7 @@ def _figures(backbone: str, ledger: Ledger) -> dict[str, Any]:
 
 
 def _write_backbone_records(recipe: Recipe, ledger: Ledger) -> None:
-    """Training metrics and K-fold results of one backbone, from the ledger; an equal file is left alone."""
+    """Write training metrics and K-fold results of one backbone from the ledger; an equal file is not rewritten."""
     name = recipe.backbone
     trained, oof = ledger.result(name, "train"), ledger.result(name, "oof")
     if trained:
@@ -323,7 +323,7 @@ def _write_backbone_records(recipe: Recipe, ledger: Ledger) -> None:
 
 
 def _keep_foreign(path: Path) -> None:
-    """Rename the K-fold results of a pipeline that kept no out-of-fold predictions, before ours take their name."""
+    """Rename K-fold results of a pipeline without out-of-fold predictions, before they are replaced."""
     renamed = path.with_suffix(".before.json")
     if path.is_file() and not renamed.exists() and "oof_file" not in (read_json(path) or {}):
         path.rename(renamed)
@@ -372,7 +372,7 @@ def _write_pipeline_summary(summary: Summary, ledger: Ledger) -> None:
 
 
 def _remove_surplus_folds(unit: Unit) -> None:
-    """Fold networks beyond the number of folds belong to an earlier run with more of them."""
+    """Remove fold networks of an earlier run with more folds."""
     for folder in (settings.CKPT_DIR, settings.CKPT_DIR / ".progress"):
         for path in folder.glob(f"{unit.recipe.backbone}_fold*.pth"):
             number = path.stem.rpartition("_fold")[2]
@@ -381,7 +381,7 @@ def _remove_surplus_folds(unit: Unit) -> None:
 
 
 def _clean_up(finished: Sequence[Unit]) -> None:
-    """Remove what killed runs left under temporary names, and the progress of trainings that are finished."""
+    """Remove temporary files of killed runs and the progress files of finished trainings."""
     progress = settings.CKPT_DIR / ".progress"
     for unit in finished:
         progress_path(unit).unlink(missing_ok=True)
@@ -389,7 +389,7 @@ def _clean_up(finished: Sequence[Unit]) -> None:
     for folder in (progress, settings.CKPT_DIR, settings.KFOLD_DIR, settings.METRICS_DIR, *caches):
         for leftover in folder.glob(".*.partial*"):
             leftover.unlink(missing_ok=True)
-    # A split outside the workspace may be in the making by another process.
+    # Another process may be writing a split outside the workspace.
     is_inside = settings.SPLIT_DIR.parent == settings.BASE_DIR
     for leftover in settings.SPLIT_DIR.parent.glob(f".{settings.SPLIT_DIR.name}.partial*") if is_inside else ():
         shutil.rmtree(leftover, ignore_errors=True)

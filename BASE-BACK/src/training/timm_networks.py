@@ -1,4 +1,4 @@
-"""Networks of timm by name: built for a number of classes and an input size, with weights that are on this machine."""
+"""timm networks by name, built for a number of classes and an input size, with local weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from utils.stage_features import StageFeatures, create_timm, timm_name
 
 TIMM = "timm:"
 """Prefix of the architecture of a network that timm builds."""
-NOISE_AGREES = 1e-3  # of the largest logit: an embedding and its classifier give the network's own logits
+NOISE_AGREES = 1e-3  # relative to the largest logit: tolerance between classifier(embedding) and the network's logits
 WHEEL_CLASSES = 1000
 
 
 def require_architecture(architecture: str) -> None:
-    """Raise ValueError for an architecture, or a tag of its weights, that the installed timm does not have."""
+    """Raise ValueError for an architecture, or a tag of its weights, that the installed timm does not know."""
     import timm
 
     name = timm_name(architecture)
@@ -39,9 +39,9 @@ def require_architecture(architecture: str) -> None:
 
 
 def build_timm(architecture: str, num_classes: int, img_size: int) -> nn.Module:
-    """A new network with random weights; one of `ARCH+stages` has a head on all stages of timm's ARCH.
+    """Build a network with random weights; `ARCH+stages` has a head on all stages of timm's ARCH.
 
-    Raises ValueError where timm cannot build it for this input size.
+    Raises ValueError if timm cannot build it for this input size.
     """
     model = _build_plain(timm_name(architecture), num_classes, img_size)
     return _with_stages(model, architecture, num_classes, img_size)
@@ -61,15 +61,15 @@ def _build_plain(name: str, num_classes: int, img_size: int) -> nn.Module:
             f"{name}: timm cannot build it for {num_classes} classes and {img_size} px ({error}); choose another input "
             "size with --img-size"
         ) from error
-    modules: Any = network.modules()  # mypy knows no attributes of timm's modules
+    modules: Any = network.modules()  # attributes of timm's modules are unknown to mypy
     for module in modules:
-        if hasattr(module, "fused_attn"):  # it would need ONNX opset 14
+        if hasattr(module, "fused_attn"):  # fused attention needs ONNX opset 14
             module.fused_attn = False
     return network
 
 
 def require_input_size(architecture: str, num_classes: int, img_size: int) -> None:
-    """Raise ValueError for an input size that the architecture refuses; one image of noise is passed through."""
+    """Raise ValueError for an input size that the architecture does not support, by running one black image."""
     model = build_timm(architecture, num_classes, img_size).eval()
     try:
         with torch.inference_mode():
@@ -85,7 +85,7 @@ def require_input_size(architecture: str, num_classes: int, img_size: int) -> No
 
 
 def default_input_size(architecture: str) -> tuple[int, bool]:
-    """(side in px of the images that timm's default weights were trained on, whether it is fixed when built)."""
+    """(side length in px of the inputs of timm's default weights, whether the size is fixed at construction)."""
     import timm
 
     defaults = timm.get_pretrained_cfg(timm_name(architecture))
@@ -101,12 +101,12 @@ def head_names(model: Any) -> list[str]:
 
 
 def build_pretrained(architecture: str, num_classes: int, img_size: int, file: PretrainedFile) -> nn.Module:
-    """A network with the weights of a file; in place of a head of another number of classes it has a new one.
+    """Build a network with the weights of a file; a head with another number of classes is replaced by a new one.
 
-    A new head gives every class the same probability (Kolesnikov et al. 2020, Big Transfer): timm's initial values for
-    few classes begin at ten times that loss.
+    A new head is zero, so that all classes have the same probability (Kolesnikov et al. 2020, Big Transfer): with few
+    classes, timm's initial values give ten times that loss.
 
-    Raises `WeightsError` where they do not fit, or the folder's `config.json` names another architecture.
+    Raises `WeightsError` if the weights do not fit, or the folder's `config.json` names another architecture.
     """
     model = _build_plain(timm_name(architecture), num_classes, img_size)
     loaded = _load(model, timm_name(architecture), file)
@@ -119,7 +119,7 @@ def build_pretrained(architecture: str, num_classes: int, img_size: int, file: P
 
 
 def _load(model: nn.Module, architecture: str, file: PretrainedFile) -> set[str]:
-    """Load the weights of a file; returns the names of the tensors that it held."""
+    """Load the weights of a file; returns the names of the loaded tensors."""
     base = architecture.partition(".")[0]
     if file.config and file.config["architecture"].partition(".")[0] != base:
         raise WeightsError(
@@ -141,7 +141,7 @@ def _load(model: nn.Module, architecture: str, file: PretrainedFile) -> set[str]
 
 
 def _filtered(model: nn.Module, architecture: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by timm's own rule for the architecture: renamed, position embeddings at the network's size."""
+    """Apply timm's filter of the architecture: tensors renamed, position embeddings resized to the network's size."""
     import timm
 
     module = importlib.import_module(timm.models.model_entrypoint(architecture).__module__)
@@ -150,7 +150,7 @@ def _filtered(model: nn.Module, architecture: str, weights: dict[str, Tensor]) -
         return weights
     try:
         filtered: dict[str, Tensor] = rule(weights, model)
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):  # of weights of another architecture
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):  # weights of another architecture
         return weights
     return filtered
 
@@ -161,15 +161,15 @@ def _resized(model: nn.Module, weights: dict[str, Tensor]) -> bool:
 
 
 def embed(model: Any, images: Tensor) -> Tensor:
-    """Embeddings (B, D) of normalised images (B, 3, S, S): what the classifier of the network is given."""
+    """Embeddings (B, D) of normalised images (B, 3, S, S): the inputs of the network's classifier."""
     embeddings: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
     return embeddings
 
 
 def require_linear_head(model: Any, architecture: str, img_size: int) -> nn.Linear:
-    """The network's one linear classifier of its embedding, which is filled with noise.
+    """The network's linear classifier of its embedding, after filling it with noise for the check.
 
-    Raises ValueError for a network whose logits are anything else: its head cannot be fitted as a regression.
+    Raises ValueError if the logits are not a linear function of the embedding, so that no regression can fit the head.
     """
     classifier = model.get_classifier()
     problem = f"its classifier is a {type(classifier).__name__}"
@@ -178,7 +178,7 @@ def require_linear_head(model: Any, architecture: str, img_size: int) -> nn.Line
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(2, 3, img_size, img_size, generator=generator)
         with torch.no_grad():
-            classifier.weight.normal_(generator=generator)  # a head of zeros would agree with anything
+            classifier.weight.normal_(generator=generator)  # a zero head would pass the check with any network
             classifier.bias.normal_(generator=generator)
             logits, embeddings = model(images), embed(model, images)
             if embeddings.ndim == 2 and embeddings.shape[1] == classifier.in_features:

@@ -1,4 +1,4 @@
-"""Units of work and the files they leave, without the libraries that do the work."""
+"""Units of work and the paths of their files; imports no heavy libraries."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Unit:
     """verify, embed, fold, oof, train, test, export or snapshots."""
     recipe: Recipe
     digest: str
-    """Of everything that decides the outcome."""
+    """Digest of everything that determines the outcome."""
     after: tuple[str, ...] = ()
-    """Names of the units that must be finished before."""
+    """Names of the units that it depends on."""
     fold: int = 0
     folds: int = 0
     first: int = 0
-    """Number of the first snapshot's file."""
+    """Number of the first snapshot file."""
     splits: tuple[str, ...] = ()
-    """Whose images are embedded, by a unit of the kind embed."""
+    """Splits whose images a unit of kind embed processes."""
     shard: int = 0
-    """Which part of them, of `shards`."""
+    """Index of its part of these images, below `shards`."""
     shards: int = 1
 
     @property
@@ -40,7 +40,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished unit left behind."""
+    """Outcome of a finished unit."""
 
     files: tuple[Path, ...]
     result: dict[str, Any]
@@ -52,7 +52,7 @@ def checkpoint_path(backbone: str, role: str) -> Path:
 
 
 def progress_path(unit: Unit) -> Path:
-    """`checkpoints/.progress/<backbone>_<train, fold<k> or snapshots>.pth`, there while the unit is under way."""
+    """`checkpoints/.progress/<backbone>_<train, fold<k> or snapshots>.pth`, which exists while the unit runs."""
     number = unit.fold if unit.kind == "fold" else ""
     return settings.CKPT_DIR / ".progress" / f"{unit.recipe.backbone}_{unit.kind}{number}.pth"
 

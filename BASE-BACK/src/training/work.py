@@ -1,4 +1,4 @@
-"""The work of each unit: one network trained, checked or packed, in any process, leaving whole files or none."""
+"""Execution of units, in any process: train, check or export one network; files are written atomically."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from utils.splitting import fold_groups
 
 
 def run_unit(unit: Unit) -> Outcome:
-    """Do the work of one unit; whatever it raises fails the unit and those that wait for it."""
+    """Run one unit; an exception fails the unit and those that depend on it."""
     try:
         return WORK[unit.kind](unit)
     finally:
@@ -46,19 +46,19 @@ def run_unit(unit: Unit) -> Outcome:
 
 
 def open_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of one of our checkpoints in evaluation mode on the CPU, and the checkpoint's `extra`."""
+    """The network of a checkpoint of this pipeline, in evaluation mode on the CPU, and the checkpoint's `extra`."""
     record = read_checkpoint(path)
     return network_of(record), record["extra"]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Weights and `extra` of one of our checkpoints."""
+    """Weights and `extra` of a checkpoint of this pipeline."""
     record: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return record
 
 
 def network_of(record: dict[str, Any]) -> nn.Module:
-    """The network of the record of a checkpoint in evaluation mode on the CPU."""
+    """The network of a checkpoint record, in evaluation mode on the CPU."""
     extra = record["extra"]
     name, classes = extra["backbone_name"], len(extra["classes"])
     if extra.get("base_back") == "external":
@@ -72,7 +72,7 @@ def network_of(record: dict[str, Any]) -> nn.Module:
 
 
 def assign_folds(dataset: DecodedDataset, folds: int, seed: int) -> np.ndarray:
-    """Fold of each train row, int64 (N,): stratified, groups and equal contents together.
+    """Fold of each train row, int64 (N,): stratified by class; groups and equal contents stay in one fold.
 
     Raises ValueError when there are fewer groups than folds.
     """
@@ -114,7 +114,7 @@ def _train_loader(recipe: Recipe, dataset: DecodedDataset) -> Callable[[int], Ba
 
 
 def _verify(unit: Unit) -> Outcome:
-    """Build the network and pass one batch of noise forward and backward."""
+    """Build the network and run a forward and a backward pass on one batch of noise."""
     recipe = unit.recipe
     model = _new_network(recipe, "verify")
     logits = model(torch.randn(2, 3, recipe.img_size, recipe.img_size))
@@ -125,7 +125,7 @@ def _verify(unit: Unit) -> Outcome:
 
 
 def _fold(unit: Unit) -> Outcome:
-    """Train on the train rows outside one fold; the held-out rows are not looked at."""
+    """Train on the train rows outside one fold; the held-out rows are not used."""
     recipe = unit.recipe
     train = recipe.dataset("train")
     fold_of = assign_folds(train, unit.folds, recipe.seed)
@@ -152,7 +152,7 @@ def _fold(unit: Unit) -> Outcome:
 
 
 def _oof(unit: Unit) -> Outcome:
-    """Run every saved fold network over the rows it has not seen, and write the out-of-fold predictions."""
+    """Run every saved fold network on its held-out rows and write the out-of-fold predictions."""
     recipe = unit.recipe
     train = recipe.dataset("train")
     fold_of = assign_folds(train, unit.folds, recipe.seed)
@@ -181,7 +181,7 @@ def _oof(unit: Unit) -> Outcome:
 
 
 def _held_out_logits(recipe: Recipe, record: dict[str, Any], held_out: DecodedDataset) -> np.ndarray:
-    """Logits of rows that the network of a fold checkpoint has not seen."""
+    """Logits, float32 (N, C), of the held-out rows of a fold checkpoint."""
     if recipe.is_frozen:
         return frozen.logits_of_head(recipe, record["model_state_dict"], held_out)
     return logits_of(network_of(record), held_out, recipe.batch_size)
@@ -217,7 +217,7 @@ def _train(unit: Unit) -> Outcome:
 
 
 def _snapshots(unit: Unit) -> Outcome:
-    """Train a fresh network through all cycles; the network at the end of each is written then, whatever val says."""
+    """Train a new network through all cycles and save it at the end of each, without selection on the val split."""
     recipe, phase = unit.recipe, snapshot_phase(unit.recipe)
     train = recipe.dataset("train")
     val = BatchLoader(recipe.dataset("val"), recipe.batch_size)
@@ -241,7 +241,7 @@ def _snapshots(unit: Unit) -> Outcome:
         keep=write,
     )
     stage = fitted.stages[0]
-    # Again, since a file may have gone while the training was interrupted; equal weights give equal bytes.
+    # Written again, since a file may have been removed during an interruption; equal weights give equal bytes.
     files = [write(epoch, stage.rows[epoch], weights) for epoch, weights in stage.snapshots]
     accuracies = [stage.rows[epoch][2] for epoch, _ in stage.snapshots]
     return Outcome(tuple(files), {"files": [path.name for path in files], "val_accuracies": accuracies})
@@ -253,7 +253,7 @@ def _test(unit: Unit) -> Outcome:
     record = read_checkpoint(checkpoint_path(recipe.backbone, "final"))
     dataset = recipe.dataset("test")
     absent = [name for label, name in enumerate(dataset.classes) if label not in set(dataset.targets)]
-    # Only where there are any, so that the records of complete splits stay as they are.
+    # Only if there are any, which keeps the records of complete splits unchanged.
     noted = {"test_classes_without_rows": absent} if absent else {}
     if recipe.is_frozen:
         return Outcome((), frozen.test_head(recipe, record["model_state_dict"], dataset) | noted)
@@ -266,7 +266,7 @@ def _test(unit: Unit) -> Outcome:
 
 
 def _export(unit: Unit) -> Outcome:
-    """Pack the final network in the formats that the settings ask for."""
+    """Export the final network in the formats of the settings."""
     from export import export_and_package_model
 
     recipe = unit.recipe
@@ -275,7 +275,7 @@ def _export(unit: Unit) -> Outcome:
         model,
         recipe.backbone,
         sample_input=torch.zeros(1, 3, recipe.img_size, recipe.img_size),
-        force=True,  # the pool runs this unit only when the weights are new
+        force=True,  # this unit runs only when the weights are new
         training_metadata=extra,
         num_classes=len(recipe.classes),
         class_names=list(recipe.classes),

@@ -1,7 +1,7 @@
-"""The training transform on batches of tensors: one affine warp, colour jitter and erasing, all drawn per image.
+"""The training transform on batches of tensors: one affine warp, colour jitter and erasing, sampled per image.
 
-The distribution is that of `create_optimized_transforms(is_training=True)`; doing it on decoded pixels saves a
-decode, a dozen image objects and a loader process per image and epoch.
+The distribution is that of `create_optimized_transforms(is_training=True)`; working on decoded pixels saves decoding
+and a dozen image objects per image and epoch, and needs no loader processes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ KINDS = ("full", "no_flip", "none")
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """uint8 or float 0-255 pixels (B, 3, H, W) -> float32, ImageNet mean and standard deviation taken out."""
+    """uint8 or float 0-255 pixels (B, 3, H, W) -> float32, normalised by ImageNet's mean and standard deviation."""
     return _standardise(pixels.float() / 255)
 
 
 def _standardise(pixels: Tensor) -> Tensor:
-    """In place, from 0-1."""
+    """Normalise pixels in 0-1 by ImageNet's mean and standard deviation, in place."""
     mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1)
     std = torch.tensor(STD, device=pixels.device).view(1, 3, 1, 1)
     return pixels.sub_(mean).div_(std)
@@ -37,14 +37,14 @@ class Normalisation:
     """The normalisation of a preprocessing record."""
 
     mean: tuple[float, ...]
-    """(R, G, B), of values from 0 to 1."""
+    """(R, G, B), for values from 0 to 1."""
     std: tuple[float, ...]
     is_bgr: bool = False
-    """Whether the network takes blue first."""
+    """Whether the channel order of the network is BGR."""
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Normalisation:
-        """That of a preprocessing record, whose value range and order of channels it takes over."""
+        """The normalisation of a preprocessing record, with its value range and channel order."""
         low, high = record["value_range"]
         mean = [(value - low) / (high - low) for value in record["mean"]]
         std = [value / (high - low) for value in record["std"]]
@@ -57,7 +57,7 @@ class Normalisation:
         return self._ordered((pixels.float() / 255).sub_(mean).div_(std))
 
     def replace_imagenet(self, images: Tensor) -> Tensor:
-        """RGB images (B, 3, H, W) that ImageNet's mean and deviation have normalised -> normalised float32."""
+        """RGB images (B, 3, H, W) normalised by ImageNet's mean and deviation -> normalised by this one, float32."""
         old_mean, old_std = torch.tensor(MEAN), torch.tensor(STD)
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         factor, shift = old_std / std, (old_mean - mean) / std
@@ -69,44 +69,45 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Views:
-    """How each of N images is shown: all that is random about it, whatever the size it is shown at."""
+    """Sampled augmentation parameters of N images, independent of the output size."""
 
     warps: Tensor
-    """(N, 2, 3), from output to input coordinates, both from -1 to 1"""
+    """(N, 2, 3), affine maps from output to input coordinates, both from -1 to 1"""
     factors: Tensor
-    """(N, 3): of brightness, contrast and saturation"""
+    """(N, 3), factors of brightness, contrast and saturation"""
     hues: Tensor
-    """(N,), turns in radians"""
+    """(N,), hue rotations in radians"""
     erased: Tensor
-    """(N, 5): whether a rectangle is blackened, its share of the area, its ratio, and how far down and right it lies"""
+    """(N, 5): whether a rectangle is erased (0 or 1), its share of the area, its aspect ratio, and its vertical and
+    horizontal position in 0-1"""
 
     def take(self, rows: Tensor) -> Views:
-        """Those of some images."""
+        """The parameters of the images at indices `rows`."""
         return Views(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @classmethod
     def joined(cls, parts: Sequence[Views]) -> Views:
-        """One after the other."""
+        """Concatenate along the images."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 def draw_views(heights: Tensor, widths: Tensor, kind: str, generator: torch.Generator) -> Views:
-    """Views of images with the given float32 heights and widths (N,); kind: `full` or `no_flip`."""
+    """Sample views of images with float32 heights and widths (N,); kind: `full` or `no_flip`."""
     count = len(heights)
     warps = _warps(heights, widths, kind, generator)
     factors = torch.stack([_uniform(count, 0.8, 1.2, generator) for _ in range(3)], dim=1)
     hues = _uniform(count, -0.05 * 2 * math.pi, 0.05 * 2 * math.pi, generator)
-    chosen = (torch.rand(count, generator=generator) < 0.15).float()
+    is_erased = (torch.rand(count, generator=generator) < 0.15).float()
     shapes = [_uniform(count, 0.02, 0.33, generator), _uniform(count, math.log(0.3), math.log(3.3), generator).exp()]
-    places = [torch.rand(count, generator=generator) for _ in range(2)]
-    return Views(warps, factors, hues, torch.stack([chosen, *shapes, *places], dim=1))
+    positions = [torch.rand(count, generator=generator) for _ in range(2)]
+    return Views(warps, factors, hues, torch.stack([is_erased, *shapes, *positions], dim=1))
 
 
 def augment(images: list[Tensor], size: int, kind: str, generator: torch.Generator) -> Tensor:
     """uint8 images, each (3, h, w) of its own shape -> normalised float32 batch (B, 3, size, size).
 
-    kind: `full`, `no_flip` (characters and digits must not be mirrored) or `none` (centre crop only). Everything
-    random comes from `generator`.
+    kind: `full`, `no_flip` (for characters and digits, which must not be flipped) or `none` (centre crop only). All
+    random numbers come from `generator`.
     """
     if kind == "none":
         return show(images, size, None)
@@ -115,9 +116,9 @@ def augment(images: list[Tensor], size: int, kind: str, generator: torch.Generat
 
 
 def show(images: list[Tensor], size: int, views: Views | None) -> Tensor:
-    """uint8 images, each (3, h, w) of its own shape, as their views say -> normalised float32 (B, 3, size, size).
+    """Apply `views` to uint8 images, each (3, h, w) of its own shape -> normalised float32 (B, 3, size, size).
 
-    Without views the centre crops of the evaluation transform.
+    Without views, return the centre crops of the evaluation transform.
     """
     if views is None:
         return normalise(torch.stack([_centre(image, size) for image in images]))
@@ -125,7 +126,7 @@ def show(images: list[Tensor], size: int, views: Views | None) -> Tensor:
 
 
 def shown(images: list[Tensor], size: int, views: Views) -> Tensor:
-    """uint8 images, each (3, h, w) of its own shape, as their views say -> float32 (B, 3, size, size) in 0-1."""
+    """Apply `views` to uint8 images, each (3, h, w) of its own shape -> float32 (B, 3, size, size) in 0-1."""
     pixels = _warp(images, views.warps, size) / 255
     return _erase(_colour(pixels, views), views.erased)
 
@@ -140,10 +141,10 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
 
 
 def _warps(heights: Tensor, widths: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """Matrices (B, 2, 3) that lead from output to input coordinates, both from -1 to 1.
+    """Matrices (B, 2, 3) that map output to input coordinates, both from -1 to 1.
 
-    Crop of 80-100% of the area with aspect 3/4 to 4/3, flips, two turns (15 and 0 degrees), a shift by up to 10%
-    and a zoom of 95-105%.
+    Crop of 80-100% of the area with aspect ratio 3/4 to 4/3, flips, two rotations (up to 15 and 0 degrees), a shift by
+    up to 10% and a zoom of 95-105%.
     """
     count = len(heights)
     area = _uniform(count, 0.8, 1.0, generator) * heights * widths
@@ -173,7 +174,7 @@ def _warp(images: list[Tensor], matrices: Tensor, size: int) -> Tensor:
     shapes: dict[tuple[int, ...], list[int]] = {}
     for row, image in enumerate(images):
         shapes.setdefault(tuple(image.shape), []).append(row)
-    for rows in shapes.values():  # images of one shape are sampled together
+    for rows in shapes.values():  # images of the same shape are sampled together
         grid = functional.affine_grid(matrices[rows], [len(rows), 3, size, size], align_corners=False)
         stacked = torch.stack([images[row] for row in rows]).float()
         output[rows] = functional.grid_sample(stacked, grid, mode="bilinear", align_corners=False)
@@ -181,7 +182,7 @@ def _warp(images: list[Tensor], matrices: Tensor, size: int) -> Tensor:
 
 
 def _colour(pixels: Tensor, views: Views) -> Tensor:
-    """Brightness, contrast and saturation by 20%, hue by 5% of the circle; pixels 0-1 (B, 3, H, W), overwritten."""
+    """Scale brightness, contrast, saturation and rotate hues of pixels 0-1 (B, 3, H, W), which are overwritten."""
     brightness, contrast, saturation = views.factors.T.contiguous().view(3, -1, 1, 1, 1)
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     pixels = pixels.mul_(brightness).clamp_(0, 1)
@@ -193,7 +194,7 @@ def _colour(pixels: Tensor, views: Views) -> Tensor:
 
 
 def _hue_turns(hues: Tensor) -> Tensor:
-    """Turns about the grey axis of the colour cube, (B, 3, 3); grey stays grey."""
+    """Rotation matrices about the grey axis of the RGB cube, (B, 3, 3), which keep grey unchanged."""
     angle = hues.view(-1, 1, 1)
     axis = torch.full((3, 3), 1 / 3)
     cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
@@ -201,14 +202,14 @@ def _hue_turns(hues: Tensor) -> Tensor:
 
 
 def _erase(pixels: Tensor, erased: Tensor) -> Tensor:
-    """Blacken a rectangle of 2-33% of the area in 15% of the images (Zhong et al. 2020)."""
+    """Blacken a rectangle of 2-33% of the area in 15% of the images (random erasing, Zhong et al. 2020)."""
     _, _, height, width = pixels.shape
-    chosen, share, ratio, down, right = erased.unbind(1)
+    is_erased, share, ratio, down, right = erased.unbind(1)
     area = share * height * width
     tall = torch.sqrt(area * ratio).round().clamp(1, height).int()
     wide = torch.sqrt(area / ratio).round().clamp(1, width).int()
     top = (down * (height - tall + 1)).int()
     left = (right * (width - wide + 1)).int()
-    for row in chosen.nonzero().flatten().tolist():
+    for row in is_erased.nonzero().flatten().tolist():
         pixels[row, :, top[row] : top[row] + tall[row], left[row] : left[row] + wide[row]] = 0
     return pixels

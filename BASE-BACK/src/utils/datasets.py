@@ -35,7 +35,7 @@ __all__ = [
     "worker_init_fn",
 ]
 
-FEW_IMAGES = 300  # below, starting loader processes costs more than they save
+FEW_IMAGES = 300  # for fewer images, loader processes cost more time than they save
 
 
 def _open_rgb(path: str) -> Any:
@@ -49,7 +49,7 @@ def _open_rgb(path: str) -> Any:
 
 
 class _ImageFiles(Dataset):
-    """Image files that are opened when they are asked for; an item is (image, class index)."""
+    """Image files that are opened on access; an item is (image, class index)."""
 
     samples: list[tuple[str, int]]
     transform: Callable | None
@@ -64,7 +64,7 @@ class _ImageFiles(Dataset):
 
 
 class OptimizedImageDataset(_ImageFiles):
-    """Images from a list of (path, class index); an item is (image, index). An unreadable path raises ValueError."""
+    """Images of a list of (path, class index); an item is (image, class index). Unreadable files raise ValueError."""
 
     def __init__(
         self, samples: Sequence[tuple[str, int]], class_names: Sequence[str], transform: Callable | None = None
@@ -76,22 +76,22 @@ class OptimizedImageDataset(_ImageFiles):
 
 
 class OptimizedTempDataset(OptimizedImageDataset):
-    """The same under the name that the folds of K-fold use."""
+    """`OptimizedImageDataset` under the name that K-fold code uses."""
 
 
 class WindowsCompatibleImageFolder(_ImageFiles):
-    """A folder of class folders, one level deep, in the order of the sorted paths; an item is (image, index)."""
+    """A folder of class folders, one level deep, sorted by path; an item is (image, class index)."""
 
     def __init__(self, root: str | Path, transform: Callable | None = None) -> None:
         self.root = Path(root)
         self.transform = transform
-        self.classes, found = scan(self.root)
+        self.classes, samples = scan(self.root)
         self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
-        self.samples = [(str(sample.path), sample.label) for sample in found]
+        self.samples = [(str(sample.path), sample.label) for sample in samples]
 
 
 def create_optimized_transforms(size: int = IMG_SIZE, is_training: bool = True) -> Callable:
-    """torchvision's transform of one PIL image to a normalised float32 tensor (3, size, size)."""
+    """A torchvision transform of one PIL image to a normalised float32 tensor (3, size, size)."""
     from torchvision import transforms as t
 
     if not is_training:
@@ -114,7 +114,7 @@ def create_optimized_transforms(size: int = IMG_SIZE, is_training: bool = True) 
 
 
 def worker_init_fn(_worker_id: int) -> None:
-    """Seed NumPy and `random` of a loader process from torch's seed for it."""
+    """Seed NumPy and `random` of a loader process from its torch seed."""
     seed = torch.initial_seed() % 2**32
     np.random.seed(seed)
     random.seed(seed)
@@ -128,7 +128,7 @@ def create_optimized_dataloader(
     *,
     generator: torch.Generator | None = None,
 ) -> DataLoader:
-    """A `DataLoader` without time-out; no loader processes for a few hundred images unless asked for."""
+    """A `DataLoader` without timeout; without `num_workers`, small data sets use no loader processes."""
     if num_workers is None:
         num_workers = 0 if len(dataset) < FEW_IMAGES else get_optimal_workers()  # type: ignore[arg-type]
     return DataLoader(
@@ -145,7 +145,7 @@ def create_optimized_dataloader(
 
 
 class DecodedDataset(Dataset):
-    """Samples whose pixels come from the decoded-image cache; an item is (normalised centre crop (3, S, S), index)."""
+    """Samples with pixels from the image cache; an item is (normalised centre crop, float32 (3, S, S), class index)."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class DecodedDataset(Dataset):
         split_dir: Path = SPLIT_DIR,
         preprocessing: Mapping[str, Any] | None = None,
     ) -> DecodedDataset:
-        """One split as it lies on disk; FileNotFoundError when there is none.
+        """Load one split from disk; raises FileNotFoundError if there is none.
 
         `preprocessing` is the record of a network of `size` px; None: the base pipeline's evaluation transform.
         """
@@ -185,7 +185,7 @@ class DecodedDataset(Dataset):
         return cls(samples, classes, [contents[sample.sample_id] for sample in samples], size, preprocessing)
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> DecodedDataset:
-        """The given rows, in the given order."""
+        """The data set of the given rows, in the given order."""
         records, contents = [self.records[row] for row in rows], [self.contents[row] for row in rows]
         return DecodedDataset(records, self.classes, contents, self.size, self.preprocessing)
 
@@ -196,7 +196,7 @@ class DecodedDataset(Dataset):
         return self.crops([index])[0], self.targets[index]
 
     def crops(self, rows: Sequence[int] | np.ndarray) -> Tensor:
-        """Normalised centre crops, float32 (B, 3, S, S), as the evaluation transform makes them."""
+        """Normalised centre crops of the given rows by the evaluation transform, float32 (B, 3, S, S)."""
         pixels = torch.from_numpy(self.images.crops(rows)).permute(0, 3, 1, 2)
         normal = normalise(pixels) if self.normalisation is None else self.normalisation.apply(pixels)
         return normal.contiguous()
@@ -205,9 +205,9 @@ class DecodedDataset(Dataset):
 class BatchLoader:
     """Batches (images (B, 3, S, S), labels (B,)) from a `DecodedDataset`, in this process.
 
-    In training every epoch is shuffled and augmented by a generator seeded with (seed, epoch), so that an epoch can
-    be repeated without those before it; a last batch of one image joins the one before, since BatchNorm cannot take it.
-    `balanced` epochs draw as many images with replacement instead, every class equally likely.
+    In training, every epoch is shuffled and augmented by a generator seeded with (seed, epoch), so that an epoch can
+    be reproduced without the earlier ones; a last batch of one image is merged into the previous batch, since BatchNorm
+    fails on it. `balanced` epochs draw the same number of images with replacement, every class equally likely.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class BatchLoader:
 
 
 def prepare_datasets_for_backbone(backbone_name: str, size: int = IMG_SIZE) -> tuple[DecodedDataset, DecodedDataset]:
-    """(train, val) of the split; FileNotFoundError when nothing was split yet."""
+    """(train, val) data sets of the split; raises FileNotFoundError if there is no split yet."""
     preprocessing = evaluation_record(size, EXIF) if EXIF == "apply" else None
     train, val = (DecodedDataset.of_split(split, size, preprocessing=preprocessing) for split in ("train", "val"))
     return train, val

@@ -14,12 +14,12 @@ from config.settings import NUM_WORKERS
 
 
 def get_device() -> torch.device:
-    """CUDA where there is a card, else the CPU."""
+    """CUDA if available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def set_seed(seed: int = 42) -> None:
-    """Seed Python, NumPy and torch; with CUDA also ask cuDNN for repeatable kernels."""
+    """Seed Python, NumPy and torch; with CUDA, also make cuDNN deterministic."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -29,14 +29,14 @@ def set_seed(seed: int = 42) -> None:
 
 
 def get_optimal_workers() -> int:
-    """Loader processes for a large data set: `DBT_NUM_WORKERS`, else 0.8 of the usable cores, 12 at the most."""
+    """Number of loader processes for a large data set: `DBT_NUM_WORKERS`, else 0.8 of the usable cores, at most 12."""
     if NUM_WORKERS >= 0:
         return NUM_WORKERS
     return min(12, int(0.8 * usable_cores()))
 
 
 def usable_cores() -> int:
-    """Cores that affinity and the container's quota leave to this process, at least 1."""
+    """Number of cores available to this process by CPU affinity and container quota, at least 1."""
     return int(cpu_count())
 
 

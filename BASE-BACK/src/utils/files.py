@@ -1,4 +1,4 @@
-"""Writing files so that a killed process leaves the old file or none."""
+"""Atomic file writes: a killed process leaves the old file or none."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well and vanishes when it does not.
+    """A temporary path beside `path` that replaces it when the block succeeds and is removed when it raises.
 
-    Raises OSError that names `path` where the disk takes no more.
+    Raises OSError naming `path` when writing fails, for example on a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The ending stays last: numpy and others add one of their own where it is missing.
+    # The suffix stays last: NumPy and others append theirs if it is missing.
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -27,12 +27,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from colleagues
+        temporary.chmod(0o666 & ~umask)  # mkstemp creates files that only their owner can read
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        # A failed write names no file; torch's writer then adds an error of its own, which says nothing of the disk.
+        # A failed write does not name the file, and torch's writer raises a RuntimeError that hides the cause.
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError) or reason.filename is not None:
             raise
@@ -49,9 +49,9 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def read_json(path: Path, **kinds: type) -> Any:
-    """The record (an object) in `path`; None when there is no such file.
+    """Read the JSON object in `path`; None if there is no such file.
 
-    `kinds` {key: type of its value, where it is there}. Raises ValueError that names a damaged file.
+    `kinds` maps keys to the required types of their values, if present. Raises ValueError naming a damaged file.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -70,6 +70,6 @@ def read_json(path: Path, **kinds: type) -> Any:
 
 
 def compute_file_sha256(file_path: Path) -> str:
-    """SHA-256 of a file's bytes in lower-case hexadecimal."""
+    """SHA-256 of a file's contents in lower-case hexadecimal."""
     with Path(file_path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

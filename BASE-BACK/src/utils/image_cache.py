@@ -1,10 +1,10 @@
-"""Every image decoded once: uint8 pixels, keyed by the file's content, memory-mapped by whoever trains or predicts.
+"""A cache of decoded images: uint8 pixels, keyed by file content, memory-mapped for training and prediction.
 
-An image is stored whole, as a resize rule (`resizing.Resizing`) leaves it, so that the centre square of it is, bit for
-bit, what the network's evaluation transform sees, and a random crop has the whole image to choose from. Rules with
-equal keys share their pixels; each rule resizes from the original pixels. One pack is two files, `<key>_<digest>.npy`
-with the bytes and `<key>_<digest>.npz` with the index, the latter written last: a pack without index does not exist.
-Packs are never changed; new images make a new pack.
+Each image is stored whole after a resize rule (`resizing.Resizing`), so that its centre square equals the network's
+evaluation transform bit for bit, and random crops can use the whole image. Rules with equal keys share their pixels;
+each rule resizes from the original pixels. A pack is two files, `<key>_<digest>.npy` with the bytes and
+`<key>_<digest>.npz` with the index; the index is written last, and a pack without index is ignored. Packs are
+immutable; new images go into a new pack.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import numpy as np
 from .files import atomic_path
 from .resizing import Resizing, resized_pixels
 
-PACK_BYTES = 1 << 27  # held in memory until the pack is written
-DECODE_AHEAD = 64  # images in flight between the decoding threads and the writer
-LARGE_PIXELS = 1 << 25  # images above this are decoded one at a time, so that threads do not multiply their memory
+PACK_BYTES = 1 << 27  # buffered in memory until the pack is written
+DECODE_AHEAD = 64  # images queued between the decoding threads and the writer
+LARGE_PIXELS = 1 << 25  # larger images are decoded one at a time, to limit memory
 
 logger = logging.getLogger("disease_pipeline")
 _one_large_image = threading.Lock()
@@ -37,11 +37,11 @@ NOTES = {
     "frames": "hold several frames or pages, of which the first is used: first {first}. Save the others as files of "
     "their own to use them",
 }
-"""Warnings that are logged once, with the number of decoded files that they apply to."""
+"""Warnings that are logged once, with the number of files that they apply to."""
 
 
 class UnreadableImages(ValueError):
-    """Files that no image can be decoded from."""
+    """Files that cannot be decoded as images."""
 
     def __init__(self, problems: Sequence[tuple[Path, str]]) -> None:
         self.problems = list(problems)
@@ -58,9 +58,9 @@ class DecodedImages:
     packs: tuple[np.ndarray, ...]
     """Flat uint8 memory maps."""
     pack: np.ndarray
-    """Which pack holds image n, (N,)."""
+    """(N,), index of the pack of each image."""
     offset: np.ndarray
-    """Where in it the image starts, (N,)."""
+    """(N,), byte offset of each image in its pack."""
     height: np.ndarray
     """(N,)"""
     width: np.ndarray
@@ -70,13 +70,13 @@ class DecodedImages:
         return len(self.offset)
 
     def image(self, row: int) -> np.ndarray:
-        """Resized pixels of one whole image, uint8 (height, width, 3)."""
+        """Resized pixels of the whole image `row`, uint8 (height, width, 3)."""
         height, width, start = int(self.height[row]), int(self.width[row]), int(self.offset[row])
         flat = self.packs[self.pack[row]][start : start + height * width * 3]
         return flat.reshape(height, width, 3)
 
     def crops(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Centre squares of the given rows, uint8 (B, S, S, 3), as the rule cuts them."""
+        """Centre squares of the given rows by the resize rule, uint8 (B, S, S, 3)."""
         size = self.resizing.input_size
         crops = np.empty((len(rows), size, size, 3), dtype=np.uint8)
         for square, row in zip(crops, rows, strict=True):
@@ -85,7 +85,7 @@ class DecodedImages:
 
 
 def _read_image(path: Path, rules: Sequence[Resizing]) -> tuple[dict[str, np.ndarray], set[str]]:
-    """{key: RGB pixels, uint8 (height, width, 3)} of one file by each of the rules, and which NOTES apply to it.
+    """{key: RGB pixels, uint8 (height, width, 3)} of one file by each rule, and the NOTES that apply to it.
 
     Raises ValueError with the path and the reason.
     """
@@ -100,7 +100,7 @@ def _read_image(path: Path, rules: Sequence[Resizing]) -> tuple[dict[str, np.nda
                 with _one_large_image:
                     return resized_pixels(image, rules), notes
             return resized_pixels(image, rules), notes
-    except Exception as error:  # decoders of damaged files raise whatever they meet, from struct.error to IndexError
+    except Exception as error:  # decoders raise many types for damaged files, from struct.error to IndexError
         reason = str(error).replace(f"image file {str(path)!r}", "it as an image").replace(str(path), "it")
         raise ValueError(f"{path}: cannot be decoded ({reason})") from error
 
@@ -114,10 +114,10 @@ def open_images(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DecodedImages:
-    """Pixels of the given files by one rule, from the packs in `folder`; what none holds is decoded into a new one.
+    """Pixels of the given files by one rule, from the packs in `folder`; missing images are decoded into a new pack.
 
-    `contents` are the files' SHA-256 digests; `threads` decode side by side (default: the cores,
-    eight at most). Raises `UnreadableImages` after everything readable was stored.
+    `contents` are the files' SHA-256 digests; `threads` is the number of decoding threads (default: the number of
+    cores, at most eight). Raises `UnreadableImages` after all readable images are stored.
     """
     decode_images(paths, contents, [resizing], folder, threads=threads, progress=progress)
     index = _read_indices(folder, resizing.key)
@@ -138,10 +138,10 @@ def decode_images(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Store what no pack in `folder` holds yet for one of the `rules`; each file is decoded once for all.
+    """Store the images that the packs in `folder` lack for any of the `rules`; each file is decoded once for all rules.
 
-    Arguments as for `open_images`. Logs once how many images lose range or frames. Raises `UnreadableImages` after
-    everything readable was stored.
+    Arguments as for `open_images`. Logs once how many images lose range or frames. Raises `UnreadableImages` after all
+    readable images are stored.
     """
     lacking: dict[str, tuple[Path, list[Resizing]]] = {}
     for rule in rules:
@@ -154,7 +154,7 @@ def decode_images(
     if not lacking:
         return
     with warnings.catch_warnings():
-        # Both are upstream's behaviour as well; an image that is too large to be meant is an error, not a warning.
+        # Upstream decodes such images as well; beyond twice the size limit Pillow raises an error instead of a warning.
         warnings.filterwarnings("ignore", "Image size .* exceeds limit")
         warnings.filterwarnings("ignore", "Palette images with Transparency")
         problems, noted = _decode(lacking, folder, threads or min(8, os.cpu_count() or 1), progress)
@@ -177,7 +177,7 @@ def _read_indices(folder: Path, key: str) -> dict[str, tuple[Path, int, int, int
 
 @lru_cache(maxsize=16)
 def _read_index(path: Path, size: int, modified: int) -> dict[str, tuple[Path, int, int, int]]:
-    """The entries of one pack; kept, since soups and fold networks run over the same images many times."""
+    """The entries of one pack; cached, since soups and fold networks read the same images many times."""
     pack = path.with_suffix(".npy")
     with np.load(path) as index:
         rows = zip(index["contents"], index["offset"], index["height"], index["width"], strict=True)
@@ -193,7 +193,7 @@ def _decode(
     threads: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[tuple[Path, str]], dict[str, list[Path]]]:
-    """Write packs of the images; returns those that cannot be read, and those that each of the NOTES applies to."""
+    """Write packs of the images; returns unreadable files with reasons, and the files that each of NOTES applies to."""
     problems: list[tuple[Path, str]] = []
     noted: dict[str, list[Path]] = {note: [] for note in NOTES}
     packs: dict[str, _Pack] = {}
@@ -227,7 +227,7 @@ def _decode(
 
 
 class _Pack:
-    """Images on their way to one pack."""
+    """Images buffered for one pack."""
 
     def __init__(self, key: str, folder: Path) -> None:
         self.key = key
@@ -237,7 +237,7 @@ class _Pack:
         self._pixels: list[np.ndarray] = []
 
     def add(self, content: str, image: np.ndarray) -> None:
-        """One more image."""
+        """Add an image."""
         self._rows.append((content, self.filled, *image.shape[:2]))
         self._pixels.append(image.reshape(-1))
         self.filled += image.size
@@ -246,7 +246,7 @@ class _Pack:
         """Write both files, the index last."""
         name = hashlib.sha256("".join(row[0] for row in self._rows).encode()).hexdigest()[:16]
         with atomic_path(self.folder / f"{self.key}_{name}.npy") as temporary, temporary.open("wb") as file:
-            # One after another, since joining them first would take their memory twice.
+            # Written one by one, since concatenating them would double their memory.
             head = {"descr": "|u1", "fortran_order": False, "shape": (self.filled,)}
             np.lib.format.write_array_header_1_0(file, head)
             for pixels in self._pixels:

@@ -1,6 +1,6 @@
 """CSV manifests of image sets: `file_name,label[,split][,group]`, the names of Hugging Face's `metadata.csv`.
 
-Every error names the file, its line, the value, what is expected and what to do; nothing is written.
+Every error names the file, the line, the value, the expected value and the remedy; nothing is written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALIASES = {
     "split": ("splits",),
     "group": ("groups", "group_id"),
 }
-"""Names under which people keep the columns; they are suggested, never taken."""
+"""Common other names of the columns; they are suggested in errors, never accepted."""
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LABELS = "labels.txt"
 NAME_BYTES = 255  # of a file or folder name on the usual file systems
@@ -41,28 +41,28 @@ class ManifestRow:
 
     line: int
     file_name: str
-    """Normalised path below the manifest's folder, with `/`."""
+    """Normalised path relative to the manifest's folder, with `/`."""
     label: str
     split: str | None
-    """train, val or test; None where the manifest has no split column."""
+    """train, val or test; None if the manifest has no split column."""
     group: str | None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest whose every row was checked, with the classes in order."""
+    """A validated manifest with its ordered classes."""
 
     path: Path
     rows: tuple[ManifestRow, ...]
-    """In the order of the file."""
+    """Rows in the order of the file."""
     classes: tuple[str, ...]
-    """In the order of `labels.txt`, else sorted."""
+    """Class names in the order of `labels.txt`, else sorted."""
     ignored: tuple[str, ...]
-    """Columns that have no meaning here."""
+    """Names of other columns, which are ignored."""
 
 
 def read_manifest_file(path: Path, *, fewest_classes: int = 2) -> Manifest:
-    """Read a manifest and the `labels.txt` beside it, if any. Raises ManifestError for whatever is wrong with them."""
+    """Read a manifest and the `labels.txt` beside it, if any. Raises ManifestError if either is invalid."""
     records = _records(path)
     header_line, header = next(records, (1, []))
     columns = _columns(path, header_line, header)
@@ -108,7 +108,7 @@ def _text(path: Path) -> str:
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line at which it begins, values) of every record that is not blank, the header first."""
+    """(number of its first line, values) of every record that is not blank, the header first."""
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     while True:
         line = reader.line_num + 1
@@ -124,7 +124,7 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _columns(path: Path, line: int, header: Sequence[str]) -> dict[str, int]:
-    """{name: column} of the columns that a manifest has; other columns are ignored."""
+    """{name: column index} of the known columns in the header; other columns are ignored."""
     expected = f"expected {','.join(REQUIRED)}, optionally {' and '.join(OPTIONAL)}"
     if not header:
         raise ManifestError(f"{path}: empty; {expected} and one row per image")
@@ -143,14 +143,14 @@ def _columns(path: Path, line: int, header: Sequence[str]) -> dict[str, int]:
             hint = f"did you mean {near!r}? Rename it to {name!r}" if near else f"{expected}; add the column"
             raise _problem(path, line, f"no column {name!r} among {_shown(header)}", hint)
         if near is not None:
-            # A misspelt column would be ignored in silence, and with it the user's own split or groups.
+            # Otherwise a misspelt column, and with it the user's split or groups, would be ignored silently.
             remedy = f"did you mean {name!r}? Rename it, or remove the column"
             raise _problem(path, line, f"column {near!r} is not one of a manifest", remedy)
     return {name: header.index(name) for name in (*REQUIRED, *OPTIONAL) if name in header}
 
 
 def _near(name: str, header: Sequence[str]) -> str | None:
-    """The column that most likely stands for `name`."""
+    """The column that was most likely meant as `name`, or None."""
     free = [column for column in header if column not in (*REQUIRED, *OPTIONAL)]
     for column in free:
         if column.strip().lower().replace(" ", "_").replace("-", "_") == name:

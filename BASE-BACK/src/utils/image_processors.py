@@ -1,4 +1,4 @@
-"""Preprocessing records of Hugging Face's image processors (`preprocessor_config.json`). Reads no settings."""
+"""Preprocessing records from Hugging Face image processors (`preprocessor_config.json`). Reads no settings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from utils.resizing import record_of_timm_config
 
 RESAMPLES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-"""Pillow's interpolations, in the order of the integers that `resample` gives."""
+"""Pillow's interpolations, indexed by the integer value of `resample`."""
 
 
 @dataclass(frozen=True)
 class _Processor:
-    """Defaults of a class of image processor, for what its file does not state."""
+    """Defaults of a class of image processor, for entries missing from its file."""
 
     is_square: bool
-    """A size that is one number means both sides, not the shorter one."""
+    """Whether a size given as one number means both sides, not the shorter one."""
     crops: bool = True
     normalises: bool = True
     is_bgr: bool = False
@@ -38,7 +38,7 @@ PROCESSORS = {
     "Siglip": _Processor(is_square=True, crops=False),
     "ViT": _Processor(is_square=True, crops=False),
 }
-"""{class of image processor, without its suffix: its defaults}; others may crop, pad or normalise by other rules."""
+"""{class of image processor without its suffix: its defaults}; other classes may crop, pad or normalise differently."""
 PROCESSOR_SUFFIX = re.compile(r"(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)$")
 CONVNEXT_SQUASHES_FROM = 384
 
@@ -46,8 +46,8 @@ CONVNEXT_SQUASHES_FROM = 384
 def record_of_image_processor(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     """The preprocessing record of a `preprocessor_config.json` of Hugging Face's transformers.
 
-    Their loader of images applies the EXIF orientation, and their crop rounds down. Raises ValueError for a class of
-    image processor that is not in PROCESSORS, and for entries of another form.
+    Its image loader applies the EXIF orientation, and its crop rounds down. Raises ValueError for a class of image
+    processor that is not in PROCESSORS, and for invalid entries.
     """
     kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
     if kind.startswith("TimmWrapper") and isinstance(config.get("pretrained_cfg"), Mapping):
@@ -79,7 +79,7 @@ def record_of_image_processor(config: Mapping[str, Any], *, source: str) -> dict
 
 
 def _geometry(entries: _Entries, processor: _Processor) -> tuple[str, int, int]:
-    """(resize rule, resized side, side of the input)."""
+    """(resize rule, resized side in px, side of the input in px)."""
     sides = entries.size("size", "both" if processor.is_square else "shortest_edge")
     is_squashed, side = "shortest_edge" not in sides, sides.get("shortest_edge") or entries.square(sides, "size")
     if processor.has_crop_pct:
@@ -130,7 +130,7 @@ class _Entries:
         return RESAMPLES[value]
 
     def size(self, name: str, meaning: str) -> dict[str, int]:
-        """{`shortest_edge`: side} or {`height`, `width`}; one number is what `meaning` says."""
+        """{`shortest_edge`: side} or {`height`, `width`}; `meaning` tells how to read a single number."""
         value: Any = self.config.get(name)
         sides: Any = value
         if isinstance(value, int) and not isinstance(value, bool):

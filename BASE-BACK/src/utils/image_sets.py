@@ -1,6 +1,6 @@
-"""Image sets in the forms in which people keep them: class folders, folders train, val and test, or a CSV manifest.
+"""Image sets in three layouts: class folders, folders train, val and test, or a CSV manifest.
 
-All are listed as one `ImageSet`. Nothing here reads a setting or writes a file.
+All are read as an `ImageSet`. Reads no settings and writes no files.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ EXPECTED = (
 )
 CLASS_FOLDERS, SPLIT_FOLDERS, MANIFEST = "class folders", "split folders", "manifest"
 """The layouts of image sets."""
-LONGEST_NAME = 200  # bytes of a file name that is made of a path
+LONGEST_NAME = 200  # bytes of a file name derived from a path
 
 
 class ImageSetError(ValueError):
-    """A folder or file is none of the forms of an image set."""
+    """A folder or file has none of the layouts of an image set."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images, sorted by class and name, with the splits and groups that their source gives."""
+    """Labelled images, sorted by class and name, with the splits and groups of their source."""
 
     layout: str
     """CLASS_FOLDERS, SPLIT_FOLDERS or MANIFEST."""
     classes: list[str]
     samples: list[Sample]
-    """With ids `<class>/<file name>`, which may repeat in different splits."""
+    """Samples with ids `<class>/<file name>`, which may repeat in different splits."""
     names: list[str]
-    """What the source calls each image: its path below the source's folder."""
+    """Path of each image relative to the source's folder."""
     splits: list[str | None]
-    """train, val or test of each image; None where the source gives none."""
+    """train, val or test for each image; None if the source has no splits."""
     lines: list[int] | None = None
-    """Line of each image in its manifest."""
+    """Line number of each image in its manifest."""
     is_ordered: bool = False
-    """Whether `classes` have an order of their own, which differs from the sorted one."""
+    """Whether the order of `classes` differs from the sorted one."""
     notes: tuple[str, ...] = ()
-    """What the user should know of how the source was read."""
+    """Notes for the user on how the source was read."""
 
     def named_samples(self) -> list[Sample]:
-        """The samples under the names of the source, which are unique."""
+        """The samples with the unique names of the source as ids."""
         return [replace(sample, sample_id=name) for sample, name in zip(self.samples, self.names, strict=True)]
 
     def take(self, rows: Sequence[int]) -> ImageSet:
@@ -63,7 +63,7 @@ class ImageSet:
         )
 
     def assignment_digest(self) -> str:
-        """Digest of labels, splits, groups and the order of classes, which contents do not show."""
+        """Digest of labels, splits, groups and the order of classes, which do not depend on the files' contents."""
         rows = [
             (name, self.classes[sample.label], split, sample.group)
             for name, sample, split in zip(self.names, self.samples, self.splits, strict=True)
@@ -74,9 +74,9 @@ class ImageSet:
 def open_image_set(source: Path, *, fewest_classes: int = 2) -> ImageSet:
     """List the images of a folder or of a CSV manifest.
 
-    A set to train on needs two classes; one that is only scored may have one (`fewest_classes`).
-    Raises FileNotFoundError for a source that does not exist, `ImageSetError` or `ManifestError`, both ValueErrors, for
-    one that is no image set; the text names a folder nearby that is.
+    Training needs two classes; a set that is only scored may have one (`fewest_classes`). Raises FileNotFoundError for
+    a source that does not exist, and `ImageSetError` or `ManifestError`, both ValueErrors, for one that is not an image
+    set; the message names an image set nearby, if there is one.
     """
     if source.is_file():
         return _of_manifest(source, fewest_classes)
@@ -134,13 +134,13 @@ def _contents(folder: Path, folders: Sequence[str]) -> str:
 
 
 def _near_image_set(source: Path, folders: Sequence[str]) -> str:
-    """A hint at an image set one or two levels below `source`, at its manifest, or at the folder above."""
+    """A hint to an image set one or two levels below `source`, to a manifest in it, or to the folder above."""
     try:
         below = [source / name for name in folders]
         below += [path / name for path in below for name in class_folders(path)]
         counted = [(path, _class_count(path)) for path in below]
         counted = [(path, count) for path, count in counted if count > 1]
-    except OSError:  # a folder that may not be read
+    except OSError:  # a folder without read permission
         counted = []
     if counted:
         path, count = max(counted, key=lambda entry: entry[1])
@@ -161,7 +161,7 @@ def _class_count(folder: Path) -> int:
 
 
 def _split_folders(source: Path) -> dict[str, Path] | None:
-    """{split: its folder}; None where `source` holds no train folder of class folders.
+    """{split: its folder}; None if `source` has no folder `train` of class folders.
 
     A folder `train` with images directly in it is a class of that name.
     """
@@ -247,7 +247,7 @@ def _of_manifest(source: Path, fewest_classes: int) -> ImageSet:
 
 
 def _sample_ids(rows: Sequence[ManifestRow]) -> list[str]:
-    """`<label>/<file name>` of each row; names that occur in several folders get their folder appended."""
+    """`<label>/<file name>` of each row; the folder is included if the name occurs in several folders."""
     plain = [f"{row.label}/{PurePosixPath(row.file_name).name}" for row in rows]
     count = Counter(name.casefold() for name in plain)
     ids = [

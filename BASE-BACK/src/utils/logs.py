@@ -1,4 +1,4 @@
-"""The pipeline's logger: one line a message on stderr and in a file below the workspace."""
+"""The pipeline's logger: one line per message on stderr and in a file of the workspace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEDUPE_SECONDS = 5.0
 
 
 class TerminalHandler(logging.StreamHandler[TextIO]):
-    """Writes above a progress bar where there is one."""
+    """Writes above the progress bar, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a message."""
@@ -32,9 +32,9 @@ class TerminalHandler(logging.StreamHandler[TextIO]):
 
 @contextmanager
 def progress_bar(total: int, what: str) -> Iterator[Callable[[int, str], object]]:
-    """A bar of `total` units on a terminal, and nothing elsewhere; it disappears at the end.
+    """A progress bar of `total` units on a terminal, and nothing elsewhere; it is removed at the end.
 
-    The value counts further units as done and takes what stands behind the bar, such as the time left.
+    The context value is a function that counts units as done and sets the text after the bar, such as the time left.
     """
     if not sys.stderr.isatty():
         yield lambda count, text: None
@@ -53,7 +53,7 @@ def progress_bar(total: int, what: str) -> Iterator[Callable[[int, str], object]
 
 
 class _LogFile(logging.FileHandler):
-    """A file that is made, with its folder, by the first record; several processes may append to it."""
+    """A log file that the first record creates, with its folder; several processes may append to it."""
 
     def __init__(self, path: Path, level: int) -> None:
         super().__init__(path, encoding="utf-8", delay=True)
@@ -78,13 +78,13 @@ def _for_terminal(record: logging.LogRecord) -> bool:
 
 
 def add_handlers(name: str) -> None:
-    """Give the logger `name` its stream and its files, unless whoever started the process gave it handlers before."""
+    """Attach stream and file handlers to the logger `name`, unless it has handlers already."""
     target = logging.getLogger(name)
     target.setLevel(logging.INFO)
     target.propagate = False
     if target.handlers:
         return
-    stream = TerminalHandler(sys.stderr)  # stdout belongs to results
+    stream = TerminalHandler(sys.stderr)  # stdout is reserved for results
     stream.setFormatter(FORMAT)
     stream.addFilter(_for_terminal)
     target.addHandler(stream)
@@ -93,7 +93,7 @@ def add_handlers(name: str) -> None:
 
 
 class DedupLogger:
-    """Messages of one named logger; `dedupe=True` lets the same text through at most once in five seconds."""
+    """Logger wrapper; with `dedupe=True`, the same text is logged at most once in five seconds."""
 
     def __init__(self, name: str = "disease_pipeline") -> None:
         self.logger = logging.getLogger(name)
@@ -129,7 +129,7 @@ class DedupLogger:
         self.logger.exception(message, *arguments)
 
     def log_system_info_once(self) -> None:
-        """Log device and platform, the first time this is called."""
+        """Log device and platform on the first call."""
         if not self._system_info_given:
             from utils.devices import get_device_info
 
@@ -138,14 +138,14 @@ class DedupLogger:
 
 
 class SmokeCheckLogger:
-    """Collects checks and their outcome; any status but `PASS` counts as failed."""
+    """Collects checks and their outcomes; any status other than `PASS` counts as failed."""
 
     def __init__(self) -> None:
         self.checks: list[dict[str, str]] = []
         self._log_file: Path | None = None
 
     def log_check(self, check_name: str, status: str, details: str = "") -> None:
-        """Note one check, also as a line in `debug_logs/smoke_check_<stamp>.log`."""
+        """Record one check and append a line to `debug_logs/smoke_check_<stamp>.log`."""
         stamp = datetime.now().astimezone()
         self.checks.append(
             {"timestamp": stamp.isoformat(), "check_name": check_name, "status": status, "details": details}
@@ -157,7 +157,7 @@ class SmokeCheckLogger:
             file.write(f"{stamp:%H:%M:%S} | {status} | {check_name} | {details}\n")
 
     def save_summary(self) -> dict[str, Any]:
-        """Write `debug_logs/smoke_check_summary.json` and return what it holds."""
+        """Write `debug_logs/smoke_check_summary.json` and return its contents."""
         passed = sum(check["status"] == "PASS" for check in self.checks)
         summary = {
             "total_checks": len(self.checks),

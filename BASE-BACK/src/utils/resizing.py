@@ -1,8 +1,8 @@
-"""Resize rules: which pixels of an image a network is given, in Pillow's arithmetic.
+"""Resize rules: how the input square of a network is computed from an image, with Pillow's arithmetic.
 
-A rule resizes the decoded image, then cuts the centre square. The arithmetic equals, bit for bit, that of torchvision
+A rule resizes the decoded image, then crops the centre square. The result equals, bit for bit, that of torchvision
 (`Resize`, `CenterCrop`), of timm (`transforms_imagenet_eval` with crop mode center, squash or border) and of Hugging
-Face's image processors (`shortest_edge` or `height`/`width`, then `center_crop`). Normalisation is not part of it.
+Face image processors (`shortest_edge` or `height`/`width`, then `center_crop`). Normalisation is not included.
 """
 
 from __future__ import annotations
@@ -34,37 +34,37 @@ TRANSPOSITIONS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-"""EXIF orientation -> Pillow's transposition that makes the image upright; others are upright."""
+"""EXIF orientation -> Pillow's transposition that makes the image upright; other orientations are upright."""
 
 
 @dataclass(frozen=True)
 class Resizing:
-    """How the square of `input_size` px is made from a decoded image."""
+    """The rule that computes the square of `input_size` px from a decoded image."""
 
     input_size: int
-    """Side of the square in px."""
+    """Side length of the square in px."""
     resized: int
-    """What the shorter side (`shorter-side`), both sides (`squash`) or the longer side (`pad`) is resized to, in px."""
+    """Target length in px of the shorter side (`shorter-side`), both sides (`squash`) or the longer side (`pad`)."""
     resize: str = "shorter-side"
     interpolation: str = "bilinear"
-    """Pillow's name."""
+    """Pillow's name of the interpolation."""
     crop_offset: str = "round"
-    """Half pixels: `round` to the nearest even, as torchvision and timm do, or `floor`, as Hugging Face does."""
+    """Rounding of half pixels: `round` to even, as in torchvision and timm, or `floor`, as in Hugging Face."""
     exif: str = "ignore"
-    """`apply`: the image is transposed by its EXIF orientation before it is resized."""
+    """`apply`: transpose the image by its EXIF orientation before resizing; `ignore`: do not."""
     fill: tuple[int, int, int] = (0, 0, 0)
-    """RGB of what the square holds beyond the resized image."""
+    """RGB of the padding."""
 
     @property
     def key(self) -> str:
-        """Identifies the resized pixels, from which squares of any size, offset and fill are cut."""
+        """Identifier of the resized pixels, which crops of any size, offset and fill share."""
         parts = [str(self.resized)]
         parts += [self.resize] if self.resize != "shorter-side" else []
         parts += [self.interpolation] if self.interpolation != "bilinear" else []
         return "-".join([*parts, "exif"] if self.exif == "apply" else parts)
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) to which an image of that size is resized. Raises ValueError beyond LARGEST_RESIZED pixels.
+        """(width, height) after resizing an image of that size. Raises ValueError beyond LARGEST_RESIZED pixels.
 
         The shorter side is exact and the longer one truncated (torchvision, Hugging Face); with `pad` the longer side
         is exact and the shorter one rounded (timm's ResizeKeepRatio).
@@ -83,14 +83,14 @@ class Resizing:
         return (self.resized, length) if width <= height else (length, self.resized)
 
     def resized_image(self, image: Image.Image) -> Image.Image:
-        """The whole RGB image, which is upright already where `exif` is `apply`, at its target size."""
-        from PIL import Image  # here, since records are read by commands that open no image
+        """The whole RGB image at its target size; with `exif` = `apply`, the image must be upright already."""
+        from PIL import Image  # imported here, since commands that open no image read records too
 
         method = Image.Resampling[self.interpolation.upper()]
         return image.resize(self.target_size(*image.size), method)
 
     def crop(self, pixels: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """The centre square, uint8 (input_size, input_size, 3), of resized pixels (height, width, 3)."""
+        """Crop the centre square, uint8 (input_size, input_size, 3), from resized pixels (height, width, 3)."""
         size = self.input_size
         square = np.empty((size, size, 3), dtype=np.uint8) if out is None else out
         starts = [self._start(length) for length in pixels.shape[:2]]
@@ -104,7 +104,7 @@ class Resizing:
         return square
 
     def _start(self, length: int) -> int:
-        """Where the square begins along a side; negative where the side is shorter than the square."""
+        """Offset of the square along a side; negative if the side is shorter than the square."""
         excess = length - self.input_size
         if self.crop_offset == "floor":
             return excess // 2
@@ -116,7 +116,7 @@ class Resizing:
 
 
 def resized_side(size: int) -> int:
-    """Shorter side to which the base pipeline resizes an image before a square of `size` is cut from it."""
+    """Shorter side in px to which the base pipeline resizes an image before it crops a square of `size` px."""
     return int(size * 1.14)
 
 
@@ -143,9 +143,9 @@ def evaluation_record(size: int, exif: str = "ignore") -> dict[str, Any]:
 
 
 def scaled_record(record: Any, size: int, *, source: str) -> dict[str, Any]:
-    """A preprocessing record at another input size, with the same fraction cropped; the resized side is rounded down.
+    """A preprocessing record at another input size with the same crop fraction; the resized side is rounded down.
 
-    Raises ValueError for anything but a preprocessing record, as a file of any origin may hold.
+    Raises ValueError if `record`, which may come from any file, is not a preprocessing record.
     """
     names = evaluation_record(size).keys()
     if not isinstance(record, Mapping) or record.keys() != names:
@@ -162,7 +162,7 @@ def scaled_record(record: Any, size: int, *, source: str) -> dict[str, Any]:
             raise ValueError(f"preprocessing.{name} is {str(record[name])[:60]!r}; expected {count} finite numbers")
     if min(record["std"]) <= 0 or record["value_range"][0] >= record["value_range"][1]:
         raise ValueError("preprocessing: expected each std above 0, and value_range in ascending order")
-    resized = record["resized"] * size // record["input_size"]  # of floats a quotient may lose a pixel
+    resized = record["resized"] * size // record["input_size"]  # float division could lose a pixel
     return {**record, "input_size": size, "resized": resized, "source": source}
 
 
@@ -172,20 +172,20 @@ def _are_finite(values: Any, count: int) -> bool:
 
 
 def resized_pixels(image: Image.Image, rules: Iterable[Resizing]) -> dict[str, np.ndarray]:
-    """{key: RGB pixels uint8 (height, width, 3)} of an opened image, resized from its original pixels by each rule.
+    """{key: RGB pixels, uint8 (height, width, 3)} of an opened image, resized from its original pixels by each rule.
 
-    16 bits per channel are clipped to 8. Raises ValueError for an image that a rule would enlarge beyond
+    16-bit channels are clipped to 8 bits. Raises ValueError for an image that a rule would enlarge beyond
     LARGEST_RESIZED pixels.
     """
     distinct = {rule.key: rule for rule in rules}
     for rule in distinct.values():
-        rule.target_size(*image.size)  # before the decoding, which takes the memory
+        rule.target_size(*image.size)  # checked before decoding, which allocates the memory
     sources = {exif: decoded(image, exif) for exif in {rule.exif for rule in distinct.values()}}
     return {key: np.asarray(rule.resized_image(sources[rule.exif])) for key, rule in distinct.items()}
 
 
 def decoded(image: Image.Image, exif: str) -> Image.Image:
-    """The RGB pixels of an opened image, upright where `exif` is `apply`."""
+    """The RGB image of an opened image, upright if `exif` is `apply`."""
     rgb = image.convert("RGB")
     name = TRANSPOSITIONS.get(exif_orientation(image)) if exif == "apply" else None
     if name is None:
@@ -196,19 +196,19 @@ def decoded(image: Image.Image, exif: str) -> Image.Image:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """EXIF orientation from 1 to 8 that is still to be applied to a decoded image; 1 (upright) where it is damaged.
+    """EXIF orientation, 1 to 8, that remains to be applied to a decoded image; 1 (upright) if the tag is damaged.
 
-    Pillow's TIFF decoder turns the image itself, which is then upright.
+    Pillow's TIFF decoder applies the orientation itself; the image is then upright.
     """
     try:
         value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # of damaged metadata, which damage no pixel
+    except Exception:  # damaged metadata do not affect the pixels
         return 1
     return value if value in TRANSPOSITIONS else 1
 
 
 def resizing_of_record(record: Mapping[str, Any]) -> Resizing:
-    """The rule of a preprocessing record, which pads with its mean."""
+    """The rule of a preprocessing record; padding has the colour of the record's mean."""
     names = ("input_size", "resized", "resize", "interpolation", "crop_offset", "exif")
     rule = Resizing(**{name: record[name] for name in names})
     if rule.resize != "pad":
@@ -217,11 +217,11 @@ def resizing_of_record(record: Mapping[str, Any]) -> Resizing:
 
 
 def timm_record(architecture: str, img_size: int | None = None) -> dict[str, Any]:
-    """The preprocessing record of a timm architecture, by `timm.data.resolve_data_config`; reads no network.
+    """The preprocessing record of a timm architecture by `timm.data.resolve_data_config`, without building the network.
 
-    `architecture` may have a tag ("resnet18.a1_in1k"); without one it is that of timm's default weights. `img_size`
-    replaces the input size; the crop fraction stays. Raises ValueError for a name that timm does not list, and for
-    what no record can hold.
+    `architecture` may have a tag ("resnet18.a1_in1k"); the default is the tag of timm's default weights. `img_size`
+    replaces the input size; the crop fraction stays. Raises ValueError for a name unknown to timm, and for a
+    configuration that a record cannot represent.
     """
     import timm
 
@@ -237,8 +237,8 @@ def timm_record(architecture: str, img_size: int | None = None) -> dict[str, Any
 def record_of_timm_config(config: Mapping[str, Any], img_size: int | None = None, *, source: str) -> dict[str, Any]:
     """The preprocessing record of a timm pretrained configuration (the `pretrained_cfg` of a `config.json`).
 
-    Entries that it lacks have timm's defaults. Raises ValueError for what no record can hold: an input that is not
-    square or has other than three channels, an unknown crop mode or interpolation, a number that is none.
+    Missing entries get timm's defaults. Raises ValueError for what a record cannot represent: an input that is not
+    square or does not have three channels, an unknown crop mode or interpolation, an invalid number.
     """
     from timm.data import resolve_data_config
 
@@ -276,7 +276,7 @@ def record_of_timm_config(config: Mapping[str, Any], img_size: int | None = None
 
 
 def pad_fill(mean: Sequence[float], value_range: Sequence[float], channels: str) -> tuple[int, int, int]:
-    """RGB of the mean as timm pads with it; `mean` is in the order of `channels`, of values in `value_range`."""
+    """RGB padding colour of timm, the mean; `mean` is in the channel order `channels`, for values in `value_range`."""
     low, high = value_range
     values = [min(255, max(0, round(255 * (value - low) / (high - low)))) for value in mean]
     red, green, blue = reversed(values) if channels == "BGR" else values

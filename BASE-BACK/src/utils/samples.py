@@ -1,7 +1,7 @@
-"""Which images a folder of class folders holds, and how they are dealt out to splits and folds.
+"""Lists the images of a folder of class folders and assigns them to splits and folds.
 
-Images are sorted, named by their path and recognised by their content. Nothing here reads a setting, so that whoever
-works beside the pipeline lists and deals out images by the same code.
+Images are sorted, named by their path and identified by their content. Reads no settings, so that other programs can
+list and assign images with the same code.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .patterns import captured
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 MANIFEST = "split_manifest.json"
-"""Beside train, val and test: what was split into what."""
+"""File beside train, val and test that records the images and their splits."""
 TIE = 1e-9
-"""Of differences in urgency per row of a group: smaller ones are rounding."""
+"""Differences in urgency below this, per row of a group, are rounding errors."""
 RECORD = "image_set.json"
-"""Beside train, val and test of a split made from a CSV manifest: `classes` in order, `groups` {split: {id: group}}."""
+"""File beside train, val and test of a split from a CSV manifest: ordered `classes`, `groups` {split: {id: group}}."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Sample:
     """One image file of a class folder."""
 
     path: Path
-    """Where the file lies."""
+    """Path of the file."""
     sample_id: str
-    """Its path below the root, with `/`: `canker/canker_1.jpg`."""
+    """Path relative to the root, with `/`: `canker/canker_1.jpg`."""
     label: int
-    """Index of its class folder: among the sorted class folders, or in the recorded order of the split."""
+    """Index of its class folder in the sorted order, or in the recorded order of the split."""
     group: str | None = None
-    """Name of the group that the split records for it; images of one group are never separated."""
+    """Name of its group as recorded by the split; images of one group are never separated."""
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the class folders directly below `root`, sorted; empty when `root` does not exist."""
+    """Sorted names of the class folders directly below `root`; empty if `root` does not exist."""
     if not root.is_dir():
         return []
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -50,9 +50,9 @@ def class_folders(root: Path) -> list[str]:
 def scan(root: Path) -> tuple[list[str], list[Sample]]:
     """Classes and samples below `root`, one level deep, sorted by class and file name.
 
-    The classes of a split whose folder holds a RECORD have its order. Raises FileNotFoundError without the folder and
-    ValueError for a class folder that holds no image, for a RECORD of other classes, and for links of a recorded split
-    whose images are gone.
+    With a RECORD beside the split, classes have its order. Raises FileNotFoundError if `root` does not exist, and
+    ValueError for a class folder without images, for a RECORD of other classes, and for broken links of a recorded
+    split.
     """
     root = Path(root)
     if not root.is_dir():
@@ -76,12 +76,12 @@ def scan(root: Path) -> tuple[list[str], list[Sample]]:
 
 
 def image_names(folder: Path) -> list[str]:
-    """Names of the image files directly in `folder`, sorted."""
+    """Sorted names of the image files directly in `folder`."""
     return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def _require_linked(folder: Path, files: Sequence[str]) -> None:
-    """Raise ValueError for links in a class folder of a split to images that are gone, which are none of `files`."""
+    """Raise ValueError for broken links in a class folder of a split, which `files` does not list."""
     listed = set(files)
     others = sorted(path for path in folder.iterdir() if path.name not in listed)
     broken = [path for path in others if path.suffix.lower() in SUFFIXES and path.is_symlink() and not path.exists()]
@@ -93,7 +93,7 @@ def _require_linked(folder: Path, files: Sequence[str]) -> None:
 
 
 def recorded_groups(split_dir: Path) -> dict[str, dict[str, str]]:
-    """{split: {sample id: group}} as the split records it; empty where images have no recorded groups."""
+    """{split: {sample id: group}} as recorded by the split; empty without recorded groups."""
     groups: dict[str, dict[str, str]] = _record(split_dir)["groups"]
     return groups
 
@@ -109,7 +109,7 @@ def _record(split_dir: Path) -> dict[str, Any]:
 
 
 def _in_order(folders: list[str], record: Mapping[str, Any], root: Path) -> list[str]:
-    """The class folders in the recorded order, where there is one."""
+    """The class folders in the recorded order, if there is one."""
     classes: list[str] | None = record["classes"]
     if classes is None or not folders:
         return folders
@@ -122,9 +122,9 @@ def _in_order(folders: list[str], record: Mapping[str, Any], root: Path) -> list
 
 
 def content_digests(samples: Sequence[Sample], known: Mapping[str, Sequence] | None = None) -> dict[str, list]:
-    """`[size in bytes, modification time in ns, SHA-256]` of each sample's file, by sample id.
+    """`{sample id: [size in bytes, modification time in ns, SHA-256]}` of the samples' files.
 
-    A digest in `known` is believed where size and modification time still agree.
+    A digest in `known` is reused if size and modification time are unchanged.
     """
     digests: dict[str, list] = {}
     for sample in samples:
@@ -139,7 +139,7 @@ def content_digests(samples: Sequence[Sample], known: Mapping[str, Sequence] | N
 
 
 def digest_of_contents(contents: Mapping[str, str]) -> str:
-    """One digest of {sample id: SHA-256 of the file}, whatever the order."""
+    """One digest of {sample id: SHA-256 of the file}, independent of the order."""
     lines = "".join(f"{sample_id}\0{contents[sample_id]}\n" for sample_id in sorted(contents))
     return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -150,10 +150,10 @@ def group_indices(
     group_regex: str | None,
     names: Sequence[str | None] | None = None,
 ) -> np.ndarray:
-    """Group of each row, int64 (N,): rows of equal content or of an equal group name never part.
+    """Group of each row, int64 (N,): rows with equal content or a common group name share a group.
 
-    A row's group names are what `group_regex` captures in the file name and its entry of `names`, the recorded groups;
-    a file that has neither stands alone. Raises ValueError for an expression whose search does not end.
+    The group names of a row are the capture of `group_regex` in its file name and its entry in `names`, the recorded
+    groups; a file with neither is a group by itself. Raises ValueError for an expression that takes too long to match.
     """
     parent = list(range(len(sample_ids)))
 
@@ -165,8 +165,8 @@ def group_indices(
 
     first: dict[tuple[str, str], int] = {}
     file_names = [sample_id.rsplit("/", 1)[-1] for sample_id in sample_ids]
-    found = captured(group_regex, file_names) if group_regex else [None] * len(file_names)
-    for index, (group, content) in enumerate(zip(found, contents, strict=True)):
+    captures = captured(group_regex, file_names) if group_regex else [None] * len(file_names)
+    for index, (group, content) in enumerate(zip(captures, contents, strict=True)):
         keys = [("content", content)]
         if group is not None:
             keys.append(("group", group))
@@ -183,12 +183,12 @@ def group_indices(
 def stratified_bins(
     labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int, *, rare: bool = False
 ) -> np.ndarray:
-    """Bin of each row, int64 (N,): whole groups, each class spread over the bins by `shares`, which sum to 1.
+    """Bin of each row, int64 (N,): whole groups, with each class distributed over the bins by `shares`, which sum to 1.
 
-    Large groups are placed first, each where its classes are missing most; among equals a seeded shuffle decides.
-    With single-image groups every class meets its rounded shares exactly. With `rare`, for classes of fewer groups than
-    bins, shares are not rounded, and of bins that miss a group equally the one with the fewest rows gets it: rounded,
-    all such classes would go to the first bins.
+    Large groups are assigned first, each to the bin that lacks its classes most; ties are broken by a seeded shuffle.
+    With single-image groups every class meets its rounded shares exactly. With `rare`, for classes with fewer groups
+    than bins, shares are not rounded, and ties between bins go to the one with the fewest rows: with rounding, all
+    such classes would go to the first bins.
     """
     classes = int(labels.max()) + 1
     per_class = np.bincount(labels, minlength=classes)
@@ -208,17 +208,17 @@ def stratified_bins(
         urgency = (missing / np.maximum(targets, 1)) @ counts
         if rare:
             is_most_urgent = urgency >= urgency.max() - TIE * counts.sum()
-            chosen = int(np.argmin(np.where(is_most_urgent, filled / shares, np.inf)))
+            target = int(np.argmin(np.where(is_most_urgent, filled / shares, np.inf)))
         else:
-            chosen = int(np.argmax(urgency))
-        bin_of_group[group] = chosen
-        missing[chosen] -= counts
-        filled[chosen] += counts.sum()
+            target = int(np.argmax(urgency))
+        bin_of_group[group] = target
+        missing[target] -= counts
+        filled[target] += counts.sum()
     return bin_of_group[groups]
 
 
 def _whole_shares(count: int, shares: Sequence[float]) -> np.ndarray:
-    """`count` rows by `shares`, rounded by largest remainder; every bin gets one where there are enough."""
+    """Divide `count` rows by `shares` with the largest remainder method; each bin gets at least one row if possible."""
     exact = np.asarray(shares) * count
     whole = np.floor(exact).astype(int)
     for index in np.argsort(whole - exact, kind="stable")[: count - whole.sum()]:

@@ -1,7 +1,7 @@
-"""The images are split once: stratified, seeded, groups and equal contents kept together, and recorded.
+"""Splits the images once: stratified, seeded, with groups and equal contents kept together, and recorded.
 
-Splits that the images have already are kept. `split_dataset/split_manifest.json` records the images and their splits. A
-later run with other images does not reuse the split in silence.
+Existing splits of the images are kept. `split_dataset/split_manifest.json` records the images and their splits. A later
+run with other images raises an error instead of reusing the split.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from utils.samples import (
 )
 
 SPLITS = ("train", "val", "test")
-FIRST_SUFFIXES = [".jpg", ".jpeg", ".png", ".bmp"]  # of images that were split before the suffixes were recorded
+FIRST_SUFFIXES = [".jpg", ".jpeg", ".png", ".bmp"]  # image suffixes of splits that do not record them
 
 
 class SplitError(ValueError):
-    """The raw images cannot be split, or the split at hand does not fit them; the text says how to go on."""
+    """The raw images cannot be split, or the existing split does not match them; the message names the remedy."""
 
 
 def prepare_optimized_datasets(
@@ -53,13 +53,13 @@ def prepare_optimized_datasets(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Put the images of `raw_dir` into `split_dir/{train,val,test}/<class>/`, each image once, whole or not at all.
+    """Split the images of `raw_dir` into `split_dir/{train,val,test}/<class>/`, atomically, each image once.
 
     `raw_dir` is a folder of class folders, whose images are copied, or a folder with splits or a CSV manifest, whose
-    images are linked. Splits that it gives are kept; a missing val or test is made from train.
-    Returns at once when a split of the same images exists. Unreadable images are left out, named and recorded.
-    Raises FileNotFoundError without raw folder, `SplitError` (a ValueError) below two classes, for an empty class, a
-    class too small for three splits, or a split made from other images.
+    images are linked. Its splits are kept; a missing val or test is made from train. Returns at once if a split of the
+    same images exists. Unreadable images are omitted, logged and recorded. Raises FileNotFoundError if `raw_dir` does
+    not exist, `SplitError` (a ValueError) for fewer than two classes, an empty class, a class too small for three
+    splits, or a split made from other images.
     """
     raw_dir, split_dir = Path(raw_dir or RAW_DIR), Path(split_dir or SPLIT_DIR)
     ratios = (train_ratio, val_ratio, test_ratio)
@@ -69,7 +69,7 @@ def prepare_optimized_datasets(
         _check_existing(raw_dir, split_dir)
         return
     images = _open(raw_dir)
-    _check_sizes(images, _groups(images.samples, images.names), raw_dir)  # before anything is written
+    _check_sizes(images, _groups(images.samples, images.names), raw_dir)  # checked before anything is written
     digests = content_digests(images.named_samples())
     _check_labels(images, digests, raw_dir)
     readable, left_out = _readable(images, digests, progress)
@@ -105,21 +105,21 @@ def prepare_optimized_datasets(
 
 
 def read_manifest(split_dir: Path | None = None) -> dict[str, Any] | None:
-    """What `prepare_optimized_datasets` recorded; None for a split that somebody else made."""
+    """The record of `prepare_optimized_datasets`; None for a split from another source."""
     return read_json(Path(split_dir or SPLIT_DIR) / MANIFEST)
 
 
 def verify_dataset_split(split_dir: Path = SPLIT_DIR) -> bool:
-    """Whether the three splits exist, hold the same classes and are not empty."""
+    """Whether the three splits exist, have the same classes and are not empty."""
     classes_of_splits = [class_folders(Path(split_dir) / split) for split in SPLITS]
     train_classes = classes_of_splits[0]
     return bool(train_classes) and all(classes == train_classes for classes in classes_of_splits)
 
 
 def split_contents(split_dir: Path, split: str) -> tuple[list[str], list[Sample], dict[str, str]]:
-    """Classes, samples and {sample id: SHA-256} of one split as it lies on disk.
+    """Classes, samples and {sample id: SHA-256} of one split on disk.
 
-    The manifest's digests are believed for files that have not changed since; anything else is read.
+    Digests come from the manifest for files that have not changed since; other files are read.
     """
     classes, samples = scan(Path(split_dir) / split)
     manifest = read_manifest(split_dir)
@@ -176,7 +176,7 @@ def _readable(
 
 
 def _check_sizes(images: ImageSet, groups: np.ndarray, raw_dir: Path) -> None:
-    """Raise `SplitError` for a class that cannot be in train, val and test."""
+    """Raise `SplitError` for a class too small to be in train, val and test."""
     labels = np.array([sample.label for sample in images.samples])
     assigned = np.array([split or "" for split in images.splits])
     missing = _missing_splits(images)
@@ -186,8 +186,8 @@ def _check_sizes(images: ImageSet, groups: np.ndarray, raw_dir: Path) -> None:
             if split in missing:
                 continue
             of_split = (labels == label) & ((assigned == split) | (assigned == ""))
-            parts, needed = len(np.unique(groups[of_split])), 1 + len(missing) if split == "train" else 1
-            if parts < needed:
+            parts, required = len(np.unique(groups[of_split])), 1 + len(missing) if split == "train" else 1
+            if parts < required:
                 where = f" of {split}" if len(missing) < 2 else ""
                 count = int(of_split.sum())
                 problems.append(f"class {name!r} has {count} readable image(s){where} in {parts} group(s)")
@@ -204,12 +204,12 @@ def _check_sizes(images: ImageSet, groups: np.ndarray, raw_dir: Path) -> None:
 
 
 def _missing_splits(images: ImageSet) -> list[str]:
-    """val and test, where the source does not give them."""
+    """Those of val and test that the source does not define."""
     return [split for split in SPLITS[1:] if split not in images.splits]
 
 
 def _check_labels(images: ImageSet, digests: dict[str, list], raw_dir: Path) -> None:
-    """Raise `SplitError` for equal images that a manifest labels differently; class folders are only warned of."""
+    """Raise `SplitError` if a manifest labels equal images differently; class folders only cause a warning."""
     if images.lines is None:
         return
     first: dict[str, int] = {}
@@ -225,7 +225,7 @@ def _check_labels(images: ImageSet, digests: dict[str, list], raw_dir: Path) -> 
 
 
 def _assign_splits(images: ImageSet, groups: np.ndarray, ratios: Sequence[float], seed: int) -> np.ndarray:
-    """Index into SPLITS of each image, int64 (N,): as given, else stratified by `ratios` in whole groups."""
+    """Index into SPLITS of each image, int64 (N,): as in the source, else stratified by `ratios` in whole groups."""
     labels = np.array([sample.label for sample in images.samples])
     missing = _missing_splits(images)
     if len(missing) == 2 and "train" not in images.splits:
@@ -237,13 +237,13 @@ def _assign_splits(images: ImageSet, groups: np.ndarray, ratios: Sequence[float]
         rows = np.flatnonzero(split_of == 0)
         within = np.unique(groups[rows], return_inverse=True)[1]
         split_of[rows] = np.array(indices)[stratified_bins(labels[rows], within, shares / shares.sum(), seed)]
-        made = ", ".join(f"{split} ({int((split_of == SPLITS.index(split)).sum())} images)" for split in missing)
-        logger.info("split: the images have no %s, made from train: %s", " and no ".join(missing), made)
+        counts = ", ".join(f"{split} ({int((split_of == SPLITS.index(split)).sum())} images)" for split in missing)
+        logger.info("split: the images have no %s, made from train: %s", " and no ".join(missing), counts)
     return split_of
 
 
 def _warn_of_shared_groups(images: ImageSet, groups: np.ndarray) -> None:
-    """Name a group, or a set of equal images, that lies in several of the given splits."""
+    """Log a warning if a group, or a set of equal images, is in several of the source's splits."""
     first: dict[int, int] = {}
     shared: dict[int, tuple[int, int]] = {}
     for row, group in enumerate(groups.tolist()):
@@ -259,7 +259,7 @@ def _warn_of_shared_groups(images: ImageSet, groups: np.ndarray) -> None:
 
 
 def _repeated(images: ImageSet, contents: list[str]) -> list[list[str]]:
-    """Names of images with equal content, one list per content; classes that contradict each other are named."""
+    """Names of images with equal content, one list per content; logs those with contradictory classes."""
     by_content: dict[str, list[int]] = {}
     for row, content in enumerate(contents):
         by_content.setdefault(content, []).append(row)
@@ -292,19 +292,19 @@ def _fill(
                 groups[SPLITS[index]][sample.sample_id] = sample.group
         if images.is_ordered or any(groups.values()):
             write_json(partial / RECORD, {"classes": images.classes, "groups": groups})
-        # A link has size and time of its image, so only copies are read again.
+        # A link has the size and time of its image, so only copies are read again.
         splits = {split: content_digests(scan(partial / split)[1], entries[split]) for split in SPLITS}
         write_json(partial / MANIFEST, manifest | {"samples": splits})
         partial.chmod(0o755)
         if split_dir.is_dir():
-            split_dir.rmdir()  # empty, or we would not be here
+            split_dir.rmdir()  # known to be empty here
         partial.rename(split_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _link(source: Path, target: Path) -> None:
-    """A symbolic link to an image; a hard link where there are no symbolic ones, and a copy where there are neither."""
+    """Create a symbolic link to an image; if not supported, a hard link; else a copy."""
     try:
         target.symlink_to(source)
     except OSError:
@@ -316,7 +316,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _check_existing(raw_dir: Path, split_dir: Path) -> None:
-    """Say whether the split at hand was made from the raw images at hand; raises `SplitError` when it was not."""
+    """Check that the existing split was made from the existing raw images; raises `SplitError` if it was not."""
     if not verify_dataset_split(split_dir):
         raise SplitError(
             f"{split_dir}: expected train, val and test with the same class folders; move the folder away to split "
@@ -327,7 +327,7 @@ def _check_existing(raw_dir: Path, split_dir: Path) -> None:
         logger.warning("split: %s has no %s; the split is used unchanged", split_dir, MANIFEST)
         return
     if not raw_dir.exists():
-        return  # the raw images may be gone once they are split
+        return  # the raw images may be removed after the split
     images = _open(raw_dir)
     suffixes = manifest.get("suffixes", FIRST_SUFFIXES)
     images = images.take([row for row, s in enumerate(images.samples) if s.path.suffix.lower() in suffixes])

@@ -1,8 +1,8 @@
-"""Classifiers of timm whose linear head reads the activations of every stage, not only the last embedding.
+"""timm classifiers whose linear head uses the activations of every stage, not only the last embedding.
 
-The architecture `ARCH+stages` is timm's network ARCH with such a head. Early stages describe colour and texture, which
-the last embedding of a network that was trained on objects discards (Evci, Dumoulin, Larochelle, Mozer 2022, "Head2Toe:
-Utilizing intermediate representations for better transfer learning"). Nothing here reads settings.
+The architecture `ARCH+stages` is timm's network ARCH with this head. Early stages describe colour and texture, which
+the last embedding of a network trained on objects discards (Evci, Dumoulin, Larochelle, Mozer 2022, "Head2Toe:
+Utilizing intermediate representations for better transfer learning"). Reads no settings.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 SUFFIX = "+stages"
-LEAST_VARIANCE = 1e-12  # below, the derivative of the square root would be infinite
+LEAST_VARIANCE = 1e-12  # lower bound that keeps the derivative of the square root finite
 
 
 def timm_name(architecture: str) -> str:
-    """timm's own name of an architecture: `resnet18` for `resnet18` and for `resnet18+stages`."""
+    """timm's name of an architecture: `resnet18` for `resnet18` and for `resnet18+stages`."""
     return architecture.removesuffix(SUFFIX)
 
 
 def create_timm(name: str, num_classes: int, img_size: int) -> nn.Module:
-    """timm's network of a plain name with random weights; one that is built for a fixed input size gets `img_size`.
+    """Build a timm network with random weights; `img_size` is passed to networks with a fixed input size.
 
-    Raises what timm raises where it cannot build it: TypeError, ValueError, RuntimeError or AssertionError.
+    Raises timm's errors if it cannot be built: TypeError, ValueError, RuntimeError or AssertionError.
     """
     import timm
 
@@ -36,10 +36,10 @@ def create_timm(name: str, num_classes: int, img_size: int) -> nn.Module:
 
 
 class StageFeatures(nn.Module):
-    """A network of timm, `trunk`, and a linear layer, `head`, on the mean and standard deviation of each channel.
+    """A timm network, `trunk`, and a linear layer, `head`, on the mean and standard deviation of each channel.
 
-    Activations are pooled over all positions of the outputs of the trunk's stages. The methods are those of timm's
-    classifiers. Raises ValueError for a trunk that does not give the outputs of its stages, or only one.
+    Both are computed over all positions of the output of each stage of the trunk. The methods are those of timm
+    classifiers. Raises ValueError for a trunk that does not expose the outputs of at least two stages.
     """
 
     def __init__(self, trunk: Any, num_classes: int, img_size: int) -> None:
@@ -67,7 +67,7 @@ class StageFeatures(nn.Module):
         return torch.cat(parts, dim=1)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (B, D) -> logits (B, C), or the features themselves, which are the embedding, with `pre_logits`."""
+        """Features (B, D) -> logits (B, C); with `pre_logits`, the features, which are the embedding."""
         if pre_logits:
             return features
         logits: Tensor = self.head(features)

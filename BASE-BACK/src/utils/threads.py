@@ -1,12 +1,12 @@
-"""Threads over which torch splits one operation, by kind of work, network and image size alone. Reads no settings.
+"""Number of torch's intra-op threads, by kind of work, network and image size only. Reads no settings.
 
-Equal numbers of threads give equal bytes, so neither the cores of a machine nor its load decide the number: they decide
-how many processes run beside each other. A training records its number and keeps it when it resumes. The user's
-`OMP_NUM_THREADS`, or `dataset.num_threads` of the ensemble system, replaces the table's number.
+Results are reproducible only with an equal number of threads, so the number does not depend on a machine's cores or
+load; these determine the number of processes. A training records its number and keeps it when it resumes. The user's
+`OMP_NUM_THREADS`, or `dataset.num_threads` of the ensemble system, overrides the table.
 
-The size of a network is its number of parameters times (image size / 32)^2, which is near the multiply-adds of one
-image. Milliseconds of CPU for a training step of 16 or 32 images with one thread and with two (OpenMP waits passively;
-torch 2.13, two cores shared with other programs, where the wall time of two threads was never lower):
+The size of a network is its number of parameters times (image size / 32)^2, which approximates the multiply-adds per
+image. Milliseconds of CPU time of a training step on 16 or 32 images with one thread and with two (passive waiting in
+OpenMP; torch 2.13, two cores shared with other programs, where the wall time of two threads was never lower):
 
     network                           size    one thread    two threads
     tiny networks, 32 px        0.06-0.2 M         18-40          29-67
@@ -18,9 +18,9 @@ torch 2.13, two cores shared with other programs, where the wall time of two thr
     ResNet-18, 224 px                548 M          2156           2191
     CustomResNetMish, 224 px         863 M          3231           3260
 
-From `LARGE` on, a second thread costs nothing and halves the time where a core is free. Waiting passively matters more:
-a step of the tiny networks takes 0.5 to 6 s with two threads that spin beside two busy programs, and 0.03 to 0.06 s
-with two that sleep.
+From `LARGE` on, a second thread costs no CPU time and halves the wall time if a core is free. Passive waiting matters
+more: beside two busy programs, a step of the tiny networks takes 0.5 to 6 s with two spinning threads and 0.03 to
+0.06 s with two sleeping ones.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-LARGE = 5e7  # size of a network from which on a second thread saves time
+LARGE = 5e7  # size of a network from which a second thread saves time
 TABLE = {
-    "base training": (1, 1),  # independent trainings: two processes of one thread beat one of two
+    "base training": (1, 1),  # independent trainings: two processes of one thread are faster than one of two
     "streaming": (1, 2),
     "student": (1, 2),
     "end to end": (1, 2),
     "normalisation": (1, 2),  # BatchNorm statistics of soups
     "export checks": (1, 2),
 }
-"""Kind of work -> threads of a network below `LARGE`, and from there on. Heads on stored outputs always use one."""
+"""Kind of work -> threads for networks (below `LARGE`, from `LARGE` on). Heads on stored outputs always use one."""
 REQUESTED = "DBT_NUM_THREADS"
-"""Variable by which a process learns of the user's number; 0: there is none, whatever `OMP_NUM_THREADS` says."""
+"""Environment variable with the user's number of threads; 0: none, regardless of `OMP_NUM_THREADS`."""
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-"""Threads that wait sleep: one that spins takes the core from the thread that it waits for."""
+"""Waiting threads sleep: a spinning thread occupies the core of the thread that it waits for."""
 
 
 def prepare_environment(requested: int | None = None) -> None:
-    """Set what OpenMP reads when torch is first imported, here and in processes started from here.
+    """Set the variables that OpenMP reads when torch is first imported, for this process and its children.
 
-    `requested` is the user's number of threads, which replaces that of `OMP_NUM_THREADS`. Variables that the user has
-    set stay. Without a number, one thread is what every operation gets that no kind of work claims.
+    `requested` is the user's number of threads, which overrides `OMP_NUM_THREADS`. Variables set by the user are kept.
+    Without a number, operations outside the kinds of work of `TABLE` use one thread.
     """
     for name, value in PASSIVE.items():
         os.environ.setdefault(name, value)
@@ -65,21 +65,21 @@ def prepare_environment(requested: int | None = None) -> None:
 
 
 def requested_threads() -> int | None:
-    """The number that the user asks for, or None."""
+    """The user's number of threads, or None."""
     text = os.environ.get(REQUESTED) or os.environ.get("OMP_NUM_THREADS") or ""
     text = text.partition(",")[0].strip()  # one number per level of nesting
     return int(text) or None if text.isdecimal() else None
 
 
 def number_of_threads(work: str, n_parameters: int, img_size: int) -> int:
-    """Threads for a kind of work of `TABLE`; images have `img_size` pixels a side."""
+    """Number of threads for a kind of work of `TABLE`; `img_size` is the side length of the images in pixels."""
     small, large = TABLE[work]
     size = n_parameters * (img_size / 32) ** 2
     return requested_threads() or (large if size >= LARGE else small)
 
 
 def threads_of_network(work: str, model: nn.Module, img_size: int, device: torch.device | str) -> int | None:
-    """As `number_of_threads`, for a network; None on a GPU, whose kernels no number of threads changes."""
+    """`number_of_threads` for a network; None on a GPU, whose kernels do not depend on it."""
     import torch
 
     if torch.device(device).type != "cpu":
@@ -89,9 +89,9 @@ def threads_of_network(work: str, model: nn.Module, img_size: int, device: torch
 
 @contextmanager
 def intra_op_threads(number: int | None) -> Iterator[None]:
-    """Split torch's operations over `number` threads inside the block; None leaves the number as it is.
+    """Run torch's operations with `number` intra-op threads inside the block; None keeps the current number.
 
-    With a number, that is on a CPU, glibc keeps the memory of freed tensors for the next ones inside the block.
+    With a number, that is on a CPU, glibc reuses the memory of freed tensors inside the block.
     """
     import torch
 
@@ -109,13 +109,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # names and numbers
 
 @contextmanager
 def _freed_memory_is_kept() -> Iterator[None]:
-    """Let glibc take tensors of any size from its heap and keep what is freed; other C libraries are left alone.
+    """Make glibc allocate tensors of any size on its heap and keep freed memory; no effect on other C libraries.
 
     By default it maps every activation above 32 MB anew, and returns the freed top of the heap to the system, so that
-    the kernel clears each page again for every layer: half of the processor's time of EfficientNet-Lite0 at 224 px
-    (images in batches of 8 on two threads: 31 ms each, 13 ms with this; in batches of 32: 40 and 15 ms).
-    After the block large arrays are mapped again; what the heap kept is returned by `malloc_trim` alone, since blocks
-    follow each other closely, one per batch.
+    the kernel zeroes each page again for every layer: half of the CPU time of EfficientNet-Lite0 at 224 px (per image
+    in batches of 8 on two threads: 31 ms, 13 ms with this; in batches of 32: 40 and 15 ms). After the block, large
+    arrays are mapped again; the heap's free memory is returned only by `malloc_trim`, since blocks follow each other
+    closely, one per batch.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):
@@ -127,4 +127,4 @@ def _freed_memory_is_kept() -> Iterator[None]:
         yield
     finally:
         library.mallopt(M_MMAP_MAX, 2**16)
-        library.mallopt(M_MMAP_THRESHOLD, 2**25)  # where glibc's own adjustment ends
+        library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the upper limit of glibc's dynamic threshold

@@ -1,4 +1,4 @@
-"""TorchScript without torch's notices that it is deprecated: it is a format that the specification asks for."""
+"""TorchScript without torch's deprecation warnings: the specification requires the format."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 @contextmanager
 def torchscript_without_notices() -> Iterator[None]:
-    """Trace, script, save or load a network, and show nothing of torch's plans for TorchScript.
+    """Suppress torch's deprecation warnings for tracing, scripting, saving or loading a network.
 
-    A notice of `torch.jit` is recognized by its message, as its category changes with the release: DeprecationWarning
-    up to torch 2.13, FutureWarning from 2.14 on. A wrong trace, of which torch warns as well, is caught by whoever
-    opens the file again and compares its answers.
+    Warnings of `torch.jit` are recognised by their message, since their category changes between releases:
+    DeprecationWarning up to torch 2.13, FutureWarning from 2.14 on. Torch's warnings about wrong traces are suppressed
+    too; the parity check of the written file catches wrong traces.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.")
@@ -25,7 +25,7 @@ def torchscript_without_notices() -> Iterator[None]:
 
 @contextmanager
 def exporter_without_notices() -> Iterator[None]:
-    """Write ONNX by the tracing exporter, which is chosen on purpose, and show nothing of its age."""
+    """Suppress the deprecation warnings of the tracing ONNX exporter, which is used deliberately."""
     with torchscript_without_notices():
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category)

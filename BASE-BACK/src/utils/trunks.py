@@ -1,8 +1,7 @@
-"""Networks as trunk and head: a fold checkpoint of frozen training holds the head's tensors alone.
+"""Networks as trunk and head: a fold checkpoint of frozen training contains only the head's tensors.
 
-Such a checkpoint's `model_state_dict` names the head's tensors as the whole network does, and `extra["trunk"]` is
-`{"checkpoint": <file name of the whole network>, "sha256": <trunk_digest of its other tensors>}`. Nothing here reads
-settings.
+In its `model_state_dict` the head's tensors have the names of the whole network, and `extra["trunk"]` is
+`{"checkpoint": <file name of the whole network>, "sha256": <trunk_digest of its other tensors>}`. Reads no settings.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from torch import Tensor
 
 
 def trunk_digest(weights: Mapping[str, Tensor], head: Collection[str]) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors of a network except those that `head` names.
+    """SHA-256 of the names, types, shapes and bytes of all tensors of a network except those named in `head`.
 
-    The order of the dictionary does not matter.
+    It does not depend on the order of the dictionary.
     """
     total = hashlib.sha256()
     for name in sorted(weights.keys() - set(head)):
@@ -28,9 +27,9 @@ def trunk_digest(weights: Mapping[str, Tensor], head: Collection[str]) -> str:
 
 
 def whole_network(weights: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a whole network with those of another `head` in place of its own.
+    """The tensors of a whole network with its head replaced by `head`.
 
-    Raises ValueError for a head with tensors that the network lacks, or of other shapes.
+    Raises ValueError if the head has tensors that the network lacks, or of other shapes.
     """
     for name, tensor in head.items():
         if name not in weights or weights[name].shape != tensor.shape:

@@ -1,4 +1,4 @@
-"""Plots of a training. This version draws none: the name is here because the pipeline's interface has it."""
+"""Plots of a training. This version draws none; the module exists as part of the pipeline's interface."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def generate_all_visualizations(
     criterion: Any,
     device: Any,
 ) -> dict[str, Path]:
-    """{plot: path}; empty in this version, which says so and computes nothing."""
+    """Return {plot: path}; in this version log a message and return an empty dictionary."""
     logger.info(f"{backbone_name}: plots come with a later version; the figures are in metrics_output/", dedupe=True)
     return {}

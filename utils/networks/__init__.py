@@ -1,11 +1,12 @@
-"""One trained network: build it, load its weights, average it, join it with others into one module.
+"""One trained network: construction, loading of weights, weight averaging, and joining several into one module.
 
-Images are prepared by each network's own `Preprocessing`; the bundled base pipeline's `resizing` makes the pixels. Only
-what decides the input is compared and enters digests, and nothing does for the base pipeline's evaluation transform.
+Images are preprocessed by the `Preprocessing` of each network, with pixels from the bundled base pipeline's `resizing`.
+Only entries that affect the input are compared and enter digests; the base pipeline's evaluation transform adds nothing
+to a digest.
 
-Checkpoints are read with `weights_only=True` and NumPy's scalars allowed; a refusal is final. Soups sum weights in
-float64, 16 MB or an eighth of the weights at a time, with one file open. The joint network (`ensemble_network`)
-prepares images once per preprocessing, runs each network once and applies the combiner's module; `uint8` images are
-resampled as Pillow does (`image_preparation`): a filter as two matrices of 22-bit weights in float64, rounded to 8 bits
-after each.
+Checkpoints are read with `weights_only=True` and NumPy scalars allowed; a refused file is not tried with another
+reader. Soups sum weights in float64, in blocks of 16 MB or an eighth of the weights, with one file open. The joint
+network (`ensemble_network`) preprocesses images once per preprocessing, runs each network once and applies the
+combiner's module; `uint8` images are resampled as in Pillow (`image_preparation`): a filter is two matrices of 22-bit
+weights in float64, with rounding to 8 bits after each.
 """

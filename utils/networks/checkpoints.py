@@ -1,7 +1,7 @@
-"""Checkpoint files of any origin: identified by their bytes, read without running anything they contain.
+"""Checkpoint files of any origin: identified by their contents, read without executing code from them.
 
-The first bytes determine the format: safetensors, or a file of torch, which its restricted unpickler reads with a short
-list of harmless types allowed. A refusal is final: no other reader is tried.
+The first bytes determine the format: safetensors, or a torch file, which torch's restricted unpickler reads with a
+short list of allowed types. No other reader is tried for a refused file.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from utils.core.errors import UserError
 logger = logging.getLogger("disease_pipeline")
 
 BLOCK = 1 << 20
-MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
+MOST_HEADER_BYTES = 100_000_000  # limit of the safetensors specification
 LEAVE_OUT = "leave it out with backbones.exclude"
-# What every checkpoint of tensors refers to. Only messages use it, to name the rest; torch decides what is read.
+# Globals that every checkpoint of tensors refers to. Only for messages naming the others; torch decides what is read.
 HARMLESS = re.compile(
     r"torch\.\w+|torch\._utils\._rebuild\w+|torch\.storage\.\w+|torch\.nn\.parameter\.Parameter"
     r"|torch\._tensor\._rebuild\w+|collections\.(OrderedDict|Counter|defaultdict)"
     r"|numpy\._?core\.multiarray\.scalar|numpy\.dtype|numpy\.dtypes\.(Float64|Float32|Int64)DType|_codecs\.encode"
     r"|(__builtin__|builtins)\.(set|bytearray|complex)"
 )
-TRAINING_KEYS = ("augment", "group_regex", "split_digest", "base_back")  # of the base pipeline's checkpoints
+TRAINING_KEYS = ("augment", "group_regex", "split_digest", "base_back")  # in the base pipeline's checkpoints
 SAVE_WEIGHTS = 'torch.save({"model_state_dict": model.state_dict()}, FILE)'
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's record, on the CPU, with nothing executed from it; tensors of a zip file stay memory-mapped.
+    """Read a checkpoint's record to the CPU without executing code; tensors of a zip file stay memory-mapped.
 
-    The record of a safetensors file is {name: tensor}. NumPy's scalars are allowed, since real checkpoints hold them.
+    The record of a safetensors file is {name: tensor}. NumPy scalars are allowed, since real checkpoints hold them.
     Raises UserError, with a message for each case, for a file that is missing, empty, truncated, a TorchScript archive,
-    a tar file of PyTorch before 0.1.10, no checkpoint at all, or that refers to anything that is not allowed.
+    a tar file of PyTorch before 0.1.10, not a checkpoint, or that refers to a global that is not allowed.
     """
     import torch
 
@@ -53,14 +53,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals(_allowed_globals()), warnings.catch_warnings():
-            # Another pickle protocol is no reason to warn: it is read as safely, or refused with a message.
+            # Other pickle protocols need no warning: they are read as safely, or refused with a message.
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             record = torch.load(path, map_location="cpu", weights_only=True, mmap=form == "zip")
     except pickle.UnpicklingError as error:
         raise _refusal(path, form, error) from error
     except MemoryError as error:
         raise UserError(f"{path}: does not fit into memory. Free some, or {LEAVE_OUT}") from error
-    # Damaged bytes make the restricted unpickler fail in all these ways.
+    # The restricted unpickler raises any of these for damaged files.
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise _damaged(path, _first_line(error)) from error
     if not isinstance(record, dict):
@@ -79,7 +79,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return dict(load_file(path))
     except MemoryError as error:
         raise UserError(f"{path}: does not fit into memory. Free some, or {LEAVE_OUT}") from error
-    # A type of number that this torch lacks is a KeyError of the reader.
+    # The reader raises KeyError for a dtype that the installed torch lacks.
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         reason = _first_line(error)
         raise UserError(
@@ -89,7 +89,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def state_dict_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The state dictionary in a checkpoint's record: under its usual names, or the record itself."""
+    """The state dict in a checkpoint's record: the entry with one of the usual names, or the record itself."""
     for key in ("model_state_dict", "state_dict"):
         if isinstance(record.get(key), dict):
             weights: dict[str, Any] = record[key]
@@ -98,7 +98,7 @@ def state_dict_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_metadata(path: Path) -> dict[str, str]:
-    """What a checkpoint records of its training beyond the catalog: augmentation, group rule, split, BASE-BACK."""
+    """Training metadata of a checkpoint that the catalog lacks: augmentation, group rule, split, BASE-BACK."""
     extra = read_checkpoint(path).get("extra")
     metadata = extra if isinstance(extra, dict) else {}
     return {name: metadata[name] for name in TRAINING_KEYS if isinstance(metadata.get(name), str)}
@@ -106,9 +106,9 @@ def training_metadata(path: Path) -> dict[str, str]:
 
 @contextmanager
 def reading_ahead(path: Path | None) -> Iterator[None]:
-    """Within the context, a thread reads `path` into the file cache, so that opening it later need not wait for a disk.
+    """Within the context, a thread reads `path` into the page cache, so that opening it later needs no disk access.
 
-    The thread holds one megabyte and ends with the context.
+    The thread uses one megabyte of memory and ends with the context.
     """
     if path is None:
         yield
@@ -130,12 +130,12 @@ def _read_through(path: Path, stop: threading.Event) -> None:
             while not stop.is_set() and file.readinto(block):
                 pass
     except OSError as error:
-        # Opening the file later raises an error with a remedy; nothing depends on it here.
+        # Opening the file later raises an error with a remedy; prefetching is optional.
         logger.debug("%s: not read ahead (%s)", path, error)
 
 
 def _form(path: Path) -> str:
-    """`safetensors`, `zip` or `pickle`, by the file's bytes. Raises UserError for anything else."""
+    """`safetensors`, `zip` or `pickle`, by the file's first bytes. Raises UserError for any other format."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -159,13 +159,13 @@ def _form(path: Path) -> str:
 
 
 def _is_safetensors(path: Path, head: bytes) -> bool:
-    """Whether a file begins with the length of a JSON header and the header, or bears the suffix of such files."""
+    """Whether a file starts with the length of a JSON header and the header, or has the suffix `.safetensors`."""
     length = int.from_bytes(head[:8], "little")
     return path.suffix == ".safetensors" or (head[8:9] == b"{" and length <= MOST_HEADER_BYTES)
 
 
 def _is_tar(path: Path) -> bool:
-    # Not tarfile.is_tarfile, which also looks for compressed archives and reads whole files to find out.
+    # Not tarfile.is_tarfile, which also tests for compressed archives by reading whole files.
     with path.open("rb") as file:
         block = file.read(512)
     try:
@@ -203,7 +203,7 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def _refusal(path: Path, form: str, error: Exception) -> UserError:
-    """The error for a file that the restricted unpickler would not read."""
+    """The error for a file that the restricted unpickler refused."""
     refused = [name for name in _globals_in(path, form) if not HARMLESS.fullmatch(name)]
     if not refused and (match := re.search(r"GLOBAL (\S+) was not an allowed global", str(error))):
         refused = [match[1]]
@@ -224,14 +224,14 @@ def _refusal(path: Path, form: str, error: Exception) -> UserError:
 
 
 def _globals_in(path: Path, form: str) -> list[str]:
-    """Names of the globals that a file's pickles refer to, by disassembly; nothing is imported or called."""
+    """Names of the globals in a file's pickles, by disassembly; nothing is imported or called."""
     with path.open("rb") as file:
         if form == "zip":
             with zipfile.ZipFile(file) as archive:
                 name = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
                 return _globals_of_pickle(archive.open(name))
         names: list[str] = []
-        # A legacy checkpoint is a series of pickles, followed by the bytes of its tensors.
+        # A legacy checkpoint is a sequence of pickles, followed by the bytes of its tensors.
         for _ in range(5):
             names += [name for name in _globals_of_pickle(file) if name not in names]
         return names
@@ -264,7 +264,7 @@ def _dtype_kinds() -> list[Any]:
 
 def _allowed_globals() -> list[Any]:
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    # Files written with NumPy 1 name the same function by its former module.
+    # Files written with NumPy 1 refer to the same function by its former module.
     return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *_dtype_kinds()]
 
 

@@ -1,4 +1,4 @@
-"""Networks built around the weights of a checkpoint, by the factory of BASE-BACK or by timm.
+"""Builds networks and loads their weights, with the factory of BASE-BACK or with timm.
 
 The caller passes the factory of the mounted BASE-BACK.
 """
@@ -66,33 +66,33 @@ CHANNELS_LAST = {
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """What is needed to build one trained network and to prepare its images."""
+    """Everything needed to build one trained network and to preprocess its images."""
 
     architecture: str
-    """Name in BASE-BACK's `models`, or of a timm model."""
+    """Name in BASE-BACK's `models`, or name of a timm model."""
     checkpoint: Path
     size: str
     preprocessing: Preprocessing
     classes: tuple[str, ...]
-    """In the order of the network's outputs; extra outputs are removed if the network never predicts them."""
+    """Class names in the order of the outputs; extra outputs are removed if the network never predicts them."""
     source: Literal["base_back", "timm"] = "base_back"
     views: tuple[str, ...] = ()
-    """Groups of views that its logits are averaged over; empty: the image alone."""
+    """Groups of views over which its logits are averaged; empty: only the image."""
 
     @property
     def img_size(self) -> int:
-        """Side of the square input in px."""
+        """Side length of the square input in px."""
         return self.preprocessing.input_size
 
 
 def build_network(
     spec: NetworkSpec, weights: Mapping[str, Any], factory: Callable[..., Any] | None = None
 ) -> nn.Module:
-    """The network with its weights, in evaluation mode on the CPU.
+    """Build the network and load its weights, in evaluation mode on the CPU.
 
-    `factory(name, num_classes)` builds BASE-BACK's networks; it gets `size` and `img_size` if it takes them. The number
-    of outputs is taken from the weights (first dimension of the last matrix), not from the configuration or the class
-    folders. Raises UserError if the network cannot be built or the weights do not fit; names are never altered.
+    `factory(name, num_classes)` builds BASE-BACK's networks; it also receives `size` and `img_size` if it accepts them.
+    The number of outputs comes from the weights (first dimension of the last matrix), not from the configuration or the
+    class folders. Raises UserError if the network cannot be built or the weights do not fit; tensors are not renamed.
     """
     import torch
 
@@ -119,17 +119,17 @@ def _last_matrix_rows(weights: Mapping[str, Tensor]) -> int | None:
 
 
 def _corrected_outputs(model: nn.Module, weights: Mapping[str, Tensor], n_outputs: int) -> int | None:
-    """The number of outputs if `n_outputs` is wrong: everything fits except tensors with that first dimension."""
+    """The right number of outputs, if only tensors with the first dimension `n_outputs` do not fit; else None."""
     state = model.state_dict()
-    wrong = [name for name in state if name in weights and state[name].shape != weights[name].shape]
-    if not wrong or not all(state[name].ndim and state[name].shape[0] == n_outputs for name in wrong):
+    misfits = [name for name in state if name in weights and state[name].shape != weights[name].shape]
+    if not misfits or not all(state[name].ndim and state[name].shape[0] == n_outputs for name in misfits):
         return None
-    rows = {tuple(weights[name].shape[:1]) for name in wrong if state[name].shape[1:] == weights[name].shape[1:]}
+    rows = {tuple(weights[name].shape[:1]) for name in misfits if state[name].shape[1:] == weights[name].shape[1:]}
     return int(next(iter(rows))[0]) if len(rows) == 1 and () not in rows else None
 
 
 def construct_untrained(spec: NetworkSpec, n_outputs: int, factory: Callable[..., Any] | None) -> nn.Module:
-    """A newly initialised network with that many outputs. Raises UserError if it cannot be built."""
+    """A newly initialised network with `n_outputs` outputs. Raises UserError if it cannot be built."""
     if spec.source == "timm":
         return _construct_timm(spec, n_outputs)
     if factory is None:
@@ -144,7 +144,7 @@ def construct_untrained(spec: NetworkSpec, n_outputs: int, factory: Callable[...
 
 
 def timm_model_name(architecture: str) -> str:
-    """timm's name of an architecture: `resnet18` for `resnet18` and for `resnet18+stages`, a head on all its stages."""
+    """timm's name of an architecture: `resnet18` for `resnet18` and for `resnet18+stages` (a head on all stages)."""
     name: str = base_back.load_bundled("stage_features").timm_name(architecture)
     return name
 
@@ -155,7 +155,7 @@ def _construct_timm(spec: NetworkSpec, n_outputs: int) -> nn.Module:
     from utils.core.errors import did_you_mean
 
     architecture = timm_model_name(spec.architecture)
-    # Names such as hf-hub:... would be downloaded; only models that the installed timm lists are built.
+    # Names such as hf-hub:... would start a download; only models that the installed timm lists are built.
     if not timm.is_model(architecture):
         raise UserError(
             f"{spec.checkpoint}: timm {timm.__version__} has no model {architecture!r}"
@@ -175,7 +175,7 @@ def _construct_timm(spec: NetworkSpec, n_outputs: int) -> nn.Module:
 
 
 def _misfit(spec: NetworkSpec, model: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """Why the weights do not fit the network."""
+    """The reason why the weights do not fit the network."""
     state = model.state_dict()
     common = state.keys() & weights.keys()
     kind = f"{spec.architecture} ({spec.size}, {spec.img_size} px)"
@@ -204,9 +204,9 @@ def _misfit(spec: NetworkSpec, model: nn.Module, weights: Mapping[str, Tensor]) 
 
 
 def evaluation_format(model: nn.Module) -> torch.memory_format:
-    """The memory format in which a network is evaluated: channels last where that is faster, else contiguous.
+    """The memory format for evaluating a network: channels last if that is faster, else contiguous.
 
-    It is faster for networks of timm, and for the bundled ones that CHANNELS_LAST lists.
+    It is faster for timm networks and for the bundled architectures in CHANNELS_LAST.
     """
     import torch
 
@@ -217,11 +217,11 @@ def evaluation_format(model: nn.Module) -> torch.memory_format:
 
 
 def extra_outputs_problem(logits: np.ndarray, n_classes: int) -> str | None:
-    """Why the outputs beyond the first `n_classes` of `logits` (N, C) cannot be removed; None if they can.
+    """The reason why outputs beyond the first `n_classes` of `logits` (N, C) cannot be removed; None if they can.
 
-    They can if they are never predicted, that is, never the largest of a row, and their mean softmax mass is at most
-    twice what a label smoothing of 0.1 leaves on classes without images (the largest of the public base pipeline), or
-    0.001 if that is more.
+    They can be removed if they are never the largest of a row and their mean softmax mass is at most twice the mass
+    that label smoothing of 0.1 (the largest in the public base pipeline) leaves on classes without images, or 0.001 if
+    that is more.
     """
     n_outputs = logits.shape[1]
     predicted = logits.argmax(axis=1)

@@ -1,4 +1,4 @@
-"""A network's logits and embeddings from one forward pass, for any architecture: the embedding is found by probing."""
+"""A network's logits and embeddings from one forward pass, for any architecture; probing locates the embedding."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("disease_pipeline")
 
-TOLERANCE = 1e-4  # between the logits and the linear map of the embedding, relative to the largest logit above 1
+TOLERANCE = 1e-4  # between logits and linear map of the embedding; relative to the largest logit if that is above 1
 MOST_HEADS = 4
 
 
 class Head(NamedTuple):
-    """One call of a linear layer that takes part in the logits."""
+    """One call of a linear layer whose output contributes to the logits."""
 
     layer: nn.Linear
     call: int
-    """Number of the layer's call in one forward pass, from 0."""
+    """Index of the layer's call in a forward pass, from 0."""
 
 
 class EmbeddingExtractor:
     """A network's logits (B, C) and embeddings (B, D) from one forward pass each.
 
-    The embedding is the input of the last linear layer. `probe` finds it on a few images, in one of two ways: by timm's
-    `forward_features`, `forward_head` and `get_classifier`, else as the inputs of those linear layers with C outputs
-    whose outputs, averaged over several layers, equal the logits to 1e-4; these inputs are concatenated in the order
-    of the calls. A network with neither has embeddings of width 0, and a warning says so once. With `checks` the logits
-    of every batch are compared with its embeddings; tracing needs it off. Of a network that averages over views, both
+    The embedding is the input of the last linear layer. `probe` locates it on a few images, in one of two ways: by
+    timm's `forward_features`, `forward_head` and `get_classifier`, else as the inputs of the linear layers with C
+    outputs whose mean output equals the logits to 1e-4, concatenated in the order of the calls. A network with neither
+    has embeddings of width 0 and is logged once with a warning. With `checks`, the logits of every batch are compared
+    with its embeddings; tracing requires `checks=False`. For a network that averages over views, logits and embeddings
     are means over the views.
     """
 
@@ -44,12 +44,12 @@ class EmbeddingExtractor:
         self.name = name
         self.checks = checks
         self.count = 0
-        """Number of logits, known after `probe`."""
+        """Number of logits C, set by `probe`."""
         self._heads: tuple[Head, ...] | None = None
         self._by_methods = False
 
     def probe(self, images: Tensor) -> None:
-        """Find the embedding on a few images (B, 3, H, W). Raises UserError if the network does not return logits."""
+        """Locate the embedding on a few images (B, 3, H, W). Raises UserError if the network does not return logits."""
         calls: list[tuple[nn.Linear, Tensor]] = []
         logits = self._record_calls(images, self._linear_layers(), calls)
         if not hasattr(logits, "ndim") or logits.ndim != 2 or len(logits) != len(images):
@@ -91,7 +91,7 @@ class EmbeddingExtractor:
         return [module for module in self.model.modules() if isinstance(module, nn.Linear)]
 
     def _record_calls(self, images: Tensor, layers: list[nn.Linear], calls: list[tuple[nn.Linear, Tensor]]) -> Tensor:
-        """One forward pass; appends (layer, input) of every call of the layers on rows of features."""
+        """Run a forward pass; appends (layer, input) of every call of the layers with a matrix of features."""
 
         def record(layer: Any, arguments: tuple[Any, ...]) -> None:
             if arguments and arguments[0].ndim == 2 and len(arguments[0]) == len(images):
@@ -111,7 +111,7 @@ class EmbeddingExtractor:
         if not all(hasattr(self.model, name) for name in ("forward_features", "forward_head", "get_classifier")):
             return False
         get_classifier: Any = self.model.get_classifier
-        if not isinstance(get_classifier(), nn.Module):  # two heads come as a pair
+        if not isinstance(get_classifier(), nn.Module):  # networks with two heads return a pair
             return False
         try:
             recomputed, embeddings = logits_and_embeddings(self.model, images)
@@ -122,7 +122,7 @@ class EmbeddingExtractor:
 
 
 def logits_and_embeddings(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, C) and the input of the last layer (B, D) by timm's methods, from one forward pass."""
+    """Logits (B, C) and the input of the last layer (B, D) from one forward pass, with timm's methods."""
     network: Any = model
     embeddings = network.forward_head(network.forward_features(images), pre_logits=True)
     return network.get_classifier()(embeddings), embeddings
@@ -138,11 +138,11 @@ def _numbered(calls: list[tuple[nn.Linear, Tensor]]) -> list[tuple[Head, Tensor]
 
 
 def _heads(calls: list[tuple[nn.Linear, Tensor]], logits: Tensor) -> tuple[Head, ...]:
-    """The fewest calls, later ones first, whose mean output equals the logits; () if there are none."""
+    """The smallest set of calls, later ones preferred, whose mean output equals the logits; () if there is none."""
     numbered = [(head, features) for head, features in _numbered(calls) if head.layer.out_features == logits.shape[1]]
     for size in range(1, min(len(numbered), MOST_HEADS) + 1):
-        for chosen in combinations(reversed(numbered), size):
-            heads, inputs = zip(*reversed(chosen), strict=True)
+        for subset in combinations(reversed(numbered), size):
+            heads, inputs = zip(*reversed(subset), strict=True)
             if _reproduce(heads, list(inputs), logits):
                 return heads
     return ()
@@ -152,7 +152,7 @@ def _reproduce(heads: tuple[Head, ...], inputs: list[Tensor], logits: Tensor) ->
     import torch
     from torch.nn import functional as F
 
-    # From the weights, not from the layer's output, which may have been altered in place since.
+    # Computed from the weights, since the layer's output may have been modified in place.
     outputs = [
         F.linear(features, head.layer.weight, head.layer.bias) for head, features in zip(heads, inputs, strict=True)
     ]
@@ -162,7 +162,7 @@ def _reproduce(heads: tuple[Head, ...], inputs: list[Tensor], logits: Tensor) ->
 def _near(values: Tensor, logits: Tensor) -> bool:
     import torch
 
-    # Half precision rounds the mean of two heads; float32 does not.
+    # In half precision, the mean of two heads has a larger rounding error.
     tolerance = max(TOLERANCE, 4 * torch.finfo(logits.dtype).eps)
     return bool((values - logits).abs().max() <= tolerance * max(1.0, float(logits.abs().max())))
 

@@ -1,8 +1,8 @@
 """A whole ensemble as one network: raw images to class probabilities, with preprocessing and combiner included.
 
-Images are float32 (B, 3, S, S) in [0, 1], one input for each distinct resize rule of the members, or uint8
-(B, H, W, 3) of any size, as decoded, one input for all. Each member's network is held and run once; images are
-normalised once for each distinct preprocessing.
+Images are float32 (B, 3, S, S) in [0, 1], one input for each distinct resize rule of the members, or decoded uint8
+(B, H, W, 3) of any size, one input for all members. Each network is stored and run once; images are normalised once for
+each distinct preprocessing.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from utils.networks.preprocessing import Preprocessing
 
 @dataclass(frozen=True)
 class MemberNetworks:
-    """The networks that answer for one member, in evaluation mode on the CPU."""
+    """The networks of one member, in evaluation mode on the CPU."""
 
     name: str
     networks: Sequence[nn.Module]
-    """One, or the fold networks, whose probabilities are averaged."""
+    """The full network, or the fold networks, whose probabilities are averaged."""
     preprocessing: Preprocessing
     columns: Sequence[int]
-    """Indices of the outputs that are the classes, in the ensemble's order."""
+    """Indices of the outputs of the ensemble's classes, in the ensemble's class order."""
     embedder: nn.Module | None = None
-    """The network that gives the embedding, if it is none of `networks`."""
+    """The network that computes the embedding, if it is not in `networks`."""
 
 
 class MemberModule(nn.Module):
@@ -38,17 +38,17 @@ class MemberModule(nn.Module):
 
     columns: Tensor
 
-    def __init__(self, part: MemberNetworks, *, embeds: bool) -> None:
+    def __init__(self, member: MemberNetworks, *, embeds: bool) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(part.networks)
-        self.embedder = part.embedder
-        self.is_in_order = list(part.columns) == list(range(len(part.columns)))
-        self.register_buffer("columns", torch.tensor(part.columns, dtype=torch.int64))
+        self.networks = nn.ModuleList(member.networks)
+        self.embedder = member.embedder
+        self.is_in_order = list(member.columns) == list(range(len(member.columns)))
+        self.register_buffer("columns", torch.tensor(member.columns, dtype=torch.int64))
         self._outputs: EmbeddingExtractor | None = None
         if embeds:
-            self._outputs = EmbeddingExtractor(self.embedder or self.networks[0], part.name, checks=False)
+            self._outputs = EmbeddingExtractor(self.embedder or self.networks[0], member.name, checks=False)
             with torch.no_grad():
-                side = part.preprocessing.input_size
+                side = member.preprocessing.input_size
                 self._outputs.probe(torch.zeros(2, 3, side, side))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -71,9 +71,9 @@ class MemberModule(nn.Module):
 
 
 def by_resize_rule(preprocessings: Iterable[Preprocessing]) -> list[list[Preprocessing]]:
-    """The distinct preprocessings in groups of equal resize rules, which share an input; small images first."""
+    """Group the distinct preprocessings by resize rule; a group shares one input; small images first."""
     groups: dict[Any, list[Preprocessing]] = {}
-    for preprocessing in sorted(dict.fromkeys(preprocessings), key=lambda each: each.input_size):
+    for preprocessing in sorted(dict.fromkeys(preprocessings), key=lambda preprocessing: preprocessing.input_size):
         groups.setdefault(preprocessing.resizing(), []).append(preprocessing)
     return list(groups.values())
 
@@ -81,12 +81,12 @@ def by_resize_rule(preprocessings: Iterable[Preprocessing]) -> list[list[Preproc
 class EnsembleNetwork(nn.Module):
     """Members and combiner as one module: raw images -> probabilities (B, C) and the other `output_names`.
 
-    `input_names`: `images`, or `images_1`, `images_2`, ... where float images are resized by several rules, in the
-    order of `by_resize_rule`.
+    `input_names`: `images`, or `images_1`, `images_2`, ... for float images with several resize rules, in the order of
+    `by_resize_rule`.
 
     `output_names`: `probabilities`; `logits` (B, C) of a single network without a combiner; `member_probabilities`
-    (B, M, C) on request; `member_logits` (B, M, C) and `member_embeddings` (B, sum of D_m) with `member_outputs`, which
-    the parity check of a discontinuous combiner needs.
+    (B, M, C) with the option of that name; `member_logits` (B, M, C) and `member_embeddings` (B, sum of D_m) with
+    `member_outputs`, which the parity check of a discontinuous combiner needs.
     """
 
     onnx_opset = 17
@@ -133,7 +133,7 @@ class EnsembleNetwork(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor, *others: Tensor) -> Any:
-        """Inputs in the order of `input_names` -> outputs in that of `output_names`, a single one without a tuple."""
+        """Inputs in the order of `input_names` -> outputs in the order of `output_names`, as a tuple unless single."""
         inputs = (images, *others)
         prepared = {
             name: prepare(inputs[index])
@@ -154,13 +154,13 @@ class EnsembleNetwork(nn.Module):
 
 
 def _preparation_name(preprocessing: Preprocessing, number: int) -> str:
-    """Part of the names of buffers: the image size, with a number unless it is the base pipeline's preprocessing."""
+    """Part of the buffer names: the image size, with a number unless it is the base pipeline's preprocessing."""
     size = str(preprocessing.input_size)
     return size if preprocessing.is_base_pipeline else f"{size}_{number}"
 
 
 class CombinerNetwork(nn.Module):
-    """A combiner alone, for imported members: logits (B, M, C) -> probabilities (B, C)."""
+    """Only the combiner, for imported members: logits (B, M, C) -> probabilities (B, C)."""
 
     input_names = ("member_logits",)
     output_names = ("probabilities",)

@@ -1,7 +1,7 @@
-"""Preprocessing inside an exported network: normalisation of prepared images, or all of it, from decoded pixels.
+"""Preprocessing inside an exported network: normalisation of resized images, or all steps from decoded pixels.
 
-Images are float32 (B, 3, S, S) in [0, 1] as the member's resize rule makes them, or uint8 (B, H, W, 3) of any size, as
-decoded. In a trace the batch size stays free, and so do height and width of uint8 images.
+Images are float32 (B, 3, S, S) in [0, 1], resized by the member's rule, or decoded uint8 (B, H, W, 3) of any size. In a
+trace, the batch size and the height and width of uint8 images stay dynamic.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from utils import base_back
 from utils.networks.preprocessing import Preprocessing
 
-TALL_FIRST = 13  # Pillow release that resamples columns first if the height shrinks by more than twice the width
-BITS = 22  # of the fixed-point weights by which Pillow resamples 8-bit images
+TALL_FIRST = (
+    13  # Pillow release from which columns are resampled first if the height shrinks by more than twice the width
+)
+BITS = 22  # precision of the fixed-point weights with which Pillow resamples 8-bit images
 
 
 def _triangle(distance: Tensor) -> Tensor:
@@ -27,7 +29,7 @@ def _triangle(distance: Tensor) -> Tensor:
 
 
 def _cubic(distance: Tensor) -> Tensor:
-    """Of Keys (1981) with a = -1/2."""
+    """Cubic convolution of Keys (1981) with a = -1/2."""
     x = distance.abs()
     inner = (1.5 * x - 2.5) * x * x + 1.0
     outer = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
@@ -54,14 +56,14 @@ KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "hamming": _hamming,
     "lanczos": _lanczos,
 }
-"""Pillow's interpolation -> weight of a pixel at a distance, in pixels of the smaller image.
+"""Pillow's interpolation -> weight of a pixel by its distance, in pixels of the smaller image.
 
-Without `box`: whether a pixel on its edge belongs to it depends on the last bit.
+`box` is missing: whether a pixel on its edge is included depends on the last bit.
 """
 
 
 def resampling_problem(preprocessing: Preprocessing) -> str | None:
-    """Why an exported network cannot resize decoded images by this rule; None where it can."""
+    """The reason why an exported network cannot resize decoded images by this rule; None if it can."""
     if preprocessing.resize == "pad":
         return "pads images"
     if preprocessing.interpolation not in KERNELS:
@@ -72,11 +74,11 @@ def resampling_problem(preprocessing: Preprocessing) -> str | None:
 
 
 class Preparation(nn.Module):
-    """Raw images -> normalised squares (B, 3, S, S), bit for bit as the member's own evaluation transform.
+    """Raw images -> normalised squares (B, 3, S, S), bit-identical to the member's evaluation transform.
 
-    uint8 images are resampled as by the Pillow release that is installed when the network is built: with 22-bit weights
-    along the rows, then along the columns (for some tall images in the other order, from release 13 on), rounded to 8
-    bits after each; float64 represents all of this exactly. Without `resizes` images have their final size already.
+    uint8 images are resampled like in the Pillow release that is installed when the network is built: with 22-bit
+    weights along the rows, then along the columns (from release 13 on in the other order for some tall images), rounded
+    to 8 bits after each; float64 represents all of this exactly. Without `resizes`, images must have their final size.
     """
 
     mean: Tensor
@@ -103,8 +105,8 @@ class Preparation(nn.Module):
         return (images - self.mean) / self.std
 
     def _resize_and_crop(self, planes: Tensor) -> Tensor:
-        """(B, 3, H, W) in float64 -> the centre crop of the resized image, integers (B, 3, S, S)."""
-        shape = torch._shape_as_tensor(planes)  # a tensor, so that a trace keeps sizes free
+        """Resize (B, 3, H, W) in float64 and crop the centre: integers (B, 3, S, S)."""
+        shape = torch._shape_as_tensor(planes)  # a tensor, so that a trace keeps sizes dynamic
         height, width = shape[2:3], shape[3:4]
         side = self.preprocessing.resized
         if self.preprocessing.resize == "squash":
@@ -116,19 +118,19 @@ class Preparation(nn.Module):
         columns = self._weights(planes[0, 0, 0, :], width, wide).transpose(0, 1)
         if not self.tall_first:
             return _rounded(rows @ _rounded(planes @ columns))
-        fewer, narrower = height - tall, width - wide
-        return _by_the_shorter_way()(planes, rows, columns, (fewer > 0) & (fewer > 2 * narrower))
+        removed_rows, removed_columns = height - tall, width - wide
+        return _by_the_shorter_way()(planes, rows, columns, (removed_rows > 0) & (removed_rows > 2 * removed_columns))
 
     def _weights(self, line: Tensor, length: Tensor, resized: Tensor) -> Tensor:
         """Weights (S, length) that resize a `line` of pixels (length,) and crop its centre.
 
-        `length` and `resized` have the shape (1,): the exporter to ONNX takes double scalars for floats.
+        `length` and `resized` have the shape (1,): the ONNX exporter converts double scalars to floats.
         """
         size = self.preprocessing.input_size
-        left = resized - size
-        start = left // 2
-        if self.preprocessing.crop_offset == "round":  # as Python rounds: halves to even
-            start = start + (left % 2) * (left // 2 % 2)
+        margin = resized - size
+        start = margin // 2
+        if self.preprocessing.crop_offset == "round":  # like Python, halves to even
+            start = start + (margin % 2) * (margin // 2 % 2)
         scale = length.double() / resized.double()
         support = torch.clamp(scale, min=1.0)
         crop = torch.arange(size, dtype=torch.float64) + 0.5
@@ -153,9 +155,9 @@ def _by_the_shorter_way() -> Any:
 
 
 def _passes(planes: Tensor, rows: Tensor, columns: Tensor, tall: Tensor) -> Tensor:
-    half, whole = 2097152.0, 4194304.0  # 2 ** (BITS - 1) and 2 ** BITS
+    half, one = 2097152.0, 4194304.0  # 2 ** (BITS - 1) and 2 ** BITS
     if bool(tall):
-        down = torch.clamp(torch.floor((torch.matmul(rows, planes) + half) / whole), 0.0, 255.0)
-        return torch.clamp(torch.floor((torch.matmul(down, columns) + half) / whole), 0.0, 255.0)
-    across = torch.clamp(torch.floor((torch.matmul(planes, columns) + half) / whole), 0.0, 255.0)
-    return torch.clamp(torch.floor((torch.matmul(rows, across) + half) / whole), 0.0, 255.0)
+        down = torch.clamp(torch.floor((torch.matmul(rows, planes) + half) / one), 0.0, 255.0)
+        return torch.clamp(torch.floor((torch.matmul(down, columns) + half) / one), 0.0, 255.0)
+    across = torch.clamp(torch.floor((torch.matmul(planes, columns) + half) / one), 0.0, 255.0)
+    return torch.clamp(torch.floor((torch.matmul(rows, across) + half) / one), 0.0, 255.0)

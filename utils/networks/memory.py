@@ -1,4 +1,4 @@
-"""Memory between networks: recognise that it ran out, and give back what a network held."""
+"""Memory between networks: detects out-of-memory errors and releases the memory of networks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of a forward pass means that memory ran out."""
+    """Whether an exception of a forward pass is an out-of-memory error."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -24,7 +24,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def safe_delete_model(model: nn.Module) -> None:
-    """Free a network's parameters and buffers at once, even if something still refers to it."""
+    """Free a network's parameters and buffers at once, even if references to it exist."""
     import torch
 
     for tensor in (*model.parameters(), *model.buffers()):
@@ -34,18 +34,18 @@ def safe_delete_model(model: nn.Module) -> None:
 def trim_memory() -> None:
     """Return freed memory to the operating system, if the C library can (glibc).
 
-    Batches of one network leave holes that those of the next do not fill: fifteen full networks, one at a time, took
-    1.15 times the memory of the largest three without it, and 1.06 times with it.
+    Batches of different networks fragment the heap: fifteen full networks, one at a time, took 1.15 times the memory of
+    the largest three without trimming, and 1.06 times with it.
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def cleanup_memory(left: Iterable[weakref.ref[nn.Module]] | None = None) -> None:
-    """Collect garbage and release the CUDA cache, between any two networks.
+    """Collect garbage and release the CUDA cache, to be called between networks.
 
-    `left` are networks that should be gone. If they are, and there is no CUDA device, garbage is not collected: that
-    takes longer than a small network runs, and is needed only for reference cycles.
+    `left` are weak references to networks that should have been freed. If they have been, and there is no CUDA device,
+    garbage is not collected: it is needed only for reference cycles, and takes longer than a small network runs.
     """
     import torch
 

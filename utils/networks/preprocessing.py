@@ -1,7 +1,7 @@
-"""Preprocessing of one network's images: resize rule, crop, interpolation and normalisation, as a record says it.
+"""Preprocessing of one network's images, defined by a record: resize rule, crop, interpolation and normalisation.
 
-A record is a JSON dictionary; it stands in the catalog, in checkpoints (`extra["preprocessing"]`) and in exports. The
-pixels are made by the bundled base pipeline's `resizing`, in Pillow's arithmetic.
+A record is a JSON object in the catalog, in checkpoints (`extra["preprocessing"]`) and in exports. The bundled base
+pipeline's `resizing` computes the pixels, with Pillow's arithmetic.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ REMEDY = "Correct the record, or leave it out"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become a network's input. Equal instances give equal inputs; `source` is not compared."""
+    """The transform of images to a network's input. Equal instances give equal inputs; `source` is not compared."""
 
     input_size: int
-    """Side of the square input in px."""
+    """Side length of the square input in px."""
     resize: str
-    """`shorter-side`, `squash` (both sides, without regard to the aspect ratio) or `pad` (longer side, then padded)."""
+    """`shorter-side`, `squash` (both sides, ignoring the aspect ratio) or `pad` (longer side, then padding)."""
     resized: int
-    """What that side is resized to, in px; the centre square of `input_size` is then cut."""
+    """Length of that side after resizing, in px; the centre square of `input_size` is then cropped."""
     interpolation: str
-    """Pillow's name."""
+    """Pillow's name of the interpolation."""
     crop_offset: str
-    """Of half pixels: `round` (to even) or `floor`."""
+    """Rounding of half pixels: `round` (to even) or `floor`."""
     mean: tuple[float, float, float]
-    """Of values in `value_range`, in the order of `channels`."""
+    """Mean of values in `value_range`, in the order of `channels`."""
     std: tuple[float, float, float]
     channels: str
     """`RGB` or `BGR`"""
     value_range: tuple[float, float]
-    """What 0 and 255 become before mean and standard deviation."""
+    """Values of 0 and 255 after rescaling, before mean and standard deviation are applied."""
     exif: str
     """Whether the EXIF orientation is applied: `apply` or `ignore`."""
     source: str = field(compare=False)
-    """Where the record comes from."""
+    """Origin of the record."""
 
     @classmethod
     def of_base_pipeline(cls, img_size: int) -> Preprocessing:
@@ -55,7 +55,7 @@ class Preprocessing:
 
     @classmethod
     def from_record(cls, record: Any, where: str, *, remedy: str = REMEDY) -> Preprocessing:
-        """The preprocessing of a record. Raises UserError, which begins with `where`, for another form."""
+        """Create it from a record. Raises UserError, whose message starts with `where`, for an invalid record."""
         names = [entry.name for entry in fields(cls)]
         if not isinstance(record, Mapping):
             raise UserError(f"{where}: {str(record)[:40]!r}; expected a dictionary of {', '.join(names)}. {remedy}")
@@ -90,29 +90,29 @@ class Preprocessing:
 
     @property
     def is_base_pipeline(self) -> bool:
-        """Whether it is the base pipeline's evaluation transform."""
+        """Whether it equals the base pipeline's evaluation transform."""
         return self == Preprocessing.of_base_pipeline(self.input_size)
 
     def as_record(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The record, JSON-ready."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def inputs_record(self) -> dict[str, Any]:
-        """The part of the record that decides the network's input, JSON-ready."""
+        """The part of the record that determines the network's input, JSON-ready."""
         record = self.as_record()
         del record["source"]
         return record
 
     def with_source(self, source: str) -> Preprocessing:
-        """The same preprocessing from another source."""
+        """The same preprocessing with another `source`."""
         return replace(self, source=source)
 
     def resizing(self) -> Any:
-        """The base pipeline's `Resizing`, which decides the pixels."""
+        """The base pipeline's `Resizing`, which computes the pixels."""
         return base_back.load_bundled("resizing").resizing_of_record(self.as_record())
 
     def describe(self) -> str:
-        """One line for a reader, such as `224 px of shorter side 248, bicubic, mean 0.5, std 0.5 (timm)`."""
+        """One readable line, such as `224 px of shorter side 248, bicubic, mean 0.5, std 0.5 (timm)`."""
         sides = {"shorter-side": "of shorter side", "squash": "squashed to", "pad": "padded, of longer side"}
         parts = [
             f"{self.input_size} px {sides[self.resize]} {self.resized}",
@@ -126,13 +126,13 @@ class Preprocessing:
 
 
 def _short(values: tuple[float, ...]) -> str:
-    shown = [f"{value:.4g}" for value in values]
-    return shown[0] if len(set(shown)) == 1 else " ".join(shown)
+    texts = [f"{value:.4g}" for value in values]
+    return texts[0] if len(set(texts)) == 1 else " ".join(texts)
 
 
 @dataclass(frozen=True)
 class _Check:
-    """Typed access to the entries of a record of any origin."""
+    """Validated access to the entries of a record of any origin."""
 
     record: Mapping[str, Any]
     where: str

@@ -1,7 +1,6 @@
-"""Checkpoints that hold the head of a network alone and name the checkpoint with its trunk.
+"""Checkpoints with only the head of a network, which refer to the checkpoint with its trunk.
 
-The fold networks of a frozen training share one trunk. Their tensors are those of the whole network, with the fold's
-head in place of its own.
+The fold networks of a frozen training share one trunk: each has the tensors of the whole network, except for its head.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ TRAIN_AGAIN = "Put both files of one training there, or run K-fold for it again"
 
 
 def trunk_of(path: Path, record: Mapping[str, Any]) -> dict[str, str] | None:
-    """`{checkpoint, sha256}` of the trunk that a checkpoint's record names; None for one that holds a whole network.
+    """`{checkpoint, sha256}` of the trunk that a checkpoint's record names; None for a checkpoint of a whole network.
 
-    Raises UserError for an entry of another form.
+    Raises UserError for an invalid entry.
     """
     extra = record.get("extra")
     trunk = extra.get("trunk") if isinstance(extra, dict) else None
@@ -37,9 +36,9 @@ def trunk_of(path: Path, record: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def network_weights(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of the whole network of a checkpoint.
+    """The tensors of a checkpoint's whole network.
 
-    Raises UserError, which names both files, where the trunk is missing, is another than the head was fitted on, or has
+    Raises UserError naming both files if the trunk is missing, differs from the one that the head was fitted on, or has
     other shapes.
     """
     weights = state_dict_of(record)

@@ -1,10 +1,10 @@
-"""Weights of several checkpoints of one architecture as one network: averages, interpolations, BatchNorm statistics.
+"""Averages and interpolations of the weights of several checkpoints of one architecture, with BatchNorm statistics.
 
-Callers choose the checkpoints and judge the result. Checkpoints are opened one at a time and read block by block, so
+Callers select the checkpoints and evaluate the result. Checkpoints are opened one at a time and read block by block, so
 that memory does not grow with their number.
 
-`torch.optim.swa_utils` would give other bytes: `AveragedModel` updates a running mean in the type of the parameters,
-where `weighted_average` sums in float64; `update_bn` puts the whole model into training mode, dropout included.
+`torch.optim.swa_utils` differs: `AveragedModel` updates a running mean in the dtype of the parameters, while
+`weighted_average` sums in float64; `update_bn` puts the whole model into training mode, including dropout.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.core.errors import UserError
 
-BLOCKS = 8  # of a large network's weights; the more, the less memory, and the more often files are opened
-BLOCK = 1 << 24  # bytes that no block falls short of
+BLOCKS = 8  # blocks of a large network's weights; more blocks need less memory, but open files more often
+BLOCK = 1 << 24  # minimum block size in bytes
 COUNTER = "num_batches_tracked"
 STATISTICS = ("running_mean", "running_var", COUNTER)
-MOST_NAMED = 3  # tensors that a message names
+MOST_NAMED = 3  # tensors named in a message
 
 T = TypeVar("T")
 
@@ -35,11 +35,11 @@ class Ingredient:
 
     name: str
     open: Callable[[], Mapping[str, Tensor]]
-    """Returns the state dictionary; each call may read the file again, best as a memory map."""
+    """Returns the state dict; each call may read the file again, preferably as a memory map."""
 
 
 def state_dict_differences(first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
-    """Tensors in which two state dictionaries differ, one line for each: missing, unexpected, shape, type."""
+    """One line for each tensor in which two state dicts differ: missing, unexpected, shape, dtype."""
     lines = [f"{name} is missing" for name in first if name not in other]
     lines += [f"{name} is not in the first" for name in other if name not in first]
     for name in (name for name in first if name in other):
@@ -52,7 +52,7 @@ def state_dict_differences(first: Mapping[str, Tensor], other: Mapping[str, Tens
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values, in the order of the names."""
+    """SHA-256 of names, dtypes, shapes and values, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name]
@@ -62,32 +62,35 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def weight_cosine(first: Ingredient, second: Ingredient) -> float:
-    """Cosine between two networks' weight matrices and kernels, taken as one vector.
+    """Cosine similarity of two networks' weight matrices and kernels, each flattened to one vector.
 
-    It is 1 for equal weights and near 0 for networks with independent random initialisations, however well both were
-    trained; networks with a common initialisation lie between. Biases, scales and running statistics start alike in
-    any two networks and are left out.
+    It is 1 for equal weights and near 0 for trained networks with independent random initialisations; networks with a
+    common initialisation are in between. Biases, scales and running statistics are omitted, since their initial values
+    are the same in any two networks.
     """
     first_weights, second_weights = first.open(), second.open()
     product = first_squares = second_squares = 0.0
     for name, tensor in first_weights.items():
         if tensor.is_floating_point() and tensor.ndim >= 2:
-            left, right = tensor.to(torch.float64).flatten(), second_weights[name].to(torch.float64).flatten()
-            product += float(left @ right)
-            first_squares += float(left @ left)
-            second_squares += float(right @ right)
+            first_vector, second_vector = (
+                tensor.to(torch.float64).flatten(),
+                second_weights[name].to(torch.float64).flatten(),
+            )
+            product += float(first_vector @ second_vector)
+            first_squares += float(first_vector @ first_vector)
+            second_squares += float(second_vector @ second_vector)
     norm = (first_squares * second_squares) ** 0.5
     return product / norm if norm else 0.0
 
 
 def weighted_average(ingredients: Sequence[Ingredient], weights: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """The weighted mean of state dictionaries, tensor by tensor, summed in float64, in the types of the first one.
+    """The weighted mean of state dicts, tensor by tensor, summed in float64, with the dtypes of the first one.
 
-    `weights` are integers of at least 0, not all 0; by default all are 1, which gives the uniform soup (Wortsman et al.
+    `weights` are nonnegative integers, not all 0; by default all are 1, which gives the uniform soup (Wortsman et al.
     2022, Model soups). Two weights give a point on the line between two networks (Frankle et al. 2020; WiSE-FT:
-    Wortsman et al. 2021). The mean of equal tensors is that tensor, bit by bit (for float64 tensors where the weights
-    sum to a power of two). Counters of BatchNorm become the largest one; other integers and booleans must be equal.
-    Raises UserError that names the tensors that differ in name, shape or type.
+    Wortsman et al. 2021). The mean of equal tensors is that tensor, bit for bit (for float64 tensors if the weights sum
+    to a power of two). BatchNorm counters become the largest one; other integers and booleans must be equal. Raises
+    UserError naming the tensors that differ in name, shape or dtype.
     """
     used = [pair for pair in zip(ingredients, weights or [1] * len(ingredients), strict=True) if pair[1]]
     template = {name: tensor.to("meta") for name, tensor in used[0][0].open().items()}
@@ -98,12 +101,12 @@ def weighted_average(ingredients: Sequence[Ingredient], weights: Sequence[int] |
 
 
 def _blocks(template: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names in their order, in parts of about equal size in bytes."""
-    most = max(BLOCK, sum(tensor.nbytes for tensor in template.values()) / BLOCKS)
+    """The names in order, in blocks of about equal size in bytes."""
+    block_bytes = max(BLOCK, sum(tensor.nbytes for tensor in template.values()) / BLOCKS)
     blocks: list[list[str]] = [[]]
     size = 0
     for name, tensor in template.items():
-        if blocks[-1] and size + tensor.nbytes > most:
+        if blocks[-1] and size + tensor.nbytes > block_bytes:
             blocks.append([])
             size = 0
         blocks[-1].append(name)
@@ -114,7 +117,7 @@ def _blocks(template: Mapping[str, Tensor]) -> list[list[str]]:
 def _average_block(
     used: Sequence[tuple[Ingredient, int]], names: Sequence[str], template: Mapping[str, Tensor], *, check: bool
 ) -> dict[str, Tensor]:
-    """The named tensors of the mean; `check` compares the names, shapes and types of all tensors first."""
+    """The named tensors of the mean; `check` first compares the names, shapes and dtypes of all tensors."""
     sums: dict[str, Tensor] = {}
     for ingredient, weight in used:
         state = ingredient.open()
@@ -127,7 +130,7 @@ def _average_block(
         for name in names:
             tensor = state[name]
             if name not in sums:
-                # Multiplied, not added to zeros, which would turn -0.0 into 0.0.
+                # Not added to zeros, which would turn -0.0 into 0.0.
                 sums[name] = tensor.to(torch.float64) * weight if tensor.is_floating_point() else tensor.clone()
             elif tensor.is_floating_point():
                 sums[name].add_(tensor, alpha=weight)
@@ -146,19 +149,19 @@ def _average_block(
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The layers of a network that keep running means and variances."""
+    """The layers of a network with running means and variances."""
     return [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
 
 
 def recompute_bn_statistics(
     model: nn.Module, train_loader: Iterable[tuple[Tensor, Any]], num_batches: int = 100
 ) -> int:
-    """Recompute the statistics of all BatchNorm layers from the first batches of (images, labels); returns how many.
+    """Recompute the statistics of all BatchNorm layers from the first `num_batches` batches of (images, labels).
 
-    The activations of averaged weights are not the averages of the activations. Every statistic is the plain mean over
-    the batches (Izmailov et al. 2018, SWA). Only the BatchNorm layers are in training mode meanwhile, since dropout and
-    stochastic depth are off at inference. Batches should be shuffled and of one size. The model is left in evaluation
-    mode. Raises UserError when the loader gives no batch.
+    Averaged weights need new statistics, since their activations are not averages of the networks' activations. Each
+    statistic is the mean over the batches (Izmailov et al. 2018, SWA). Only the BatchNorm layers are in training mode,
+    since dropout and stochastic depth are off at inference. Batches should be shuffled and of equal size. The model is
+    left in evaluation mode. Returns the number of batches used. Raises UserError if the loader yields no batch.
     """
     model.eval()
     layers = batch_norms(model)
@@ -170,7 +173,7 @@ def recompute_bn_statistics(
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None
-        layer.training = True  # not train(), which reaches a dropout inside the layer
+        layer.training = True  # not train(), which would also enable dropout inside the layer
     try:
         with torch.no_grad():
             for images, _ in train_loader:
@@ -188,16 +191,16 @@ def recompute_bn_statistics(
 
 
 def statistics_of(model: nn.Module) -> dict[str, Tensor]:
-    """The running means, variances and counters among a network's state, on the CPU."""
+    """The running means, variances and counters in a network's state dict, on the CPU."""
     state = model.state_dict()
     return {name: tensor.cpu() for name, tensor in state.items() if name.rpartition(".")[2] in STATISTICS}
 
 
 def error_barrier(first: float, second: float, midpoint: float) -> float:
-    """How far the error or loss in the middle of the line between two networks lies above the mean of its ends.
+    """Error or loss at the midpoint between two networks' weights minus the mean of the two networks' errors or losses.
 
-    Two networks with a barrier above 0 by more than noise are not linearly connected, and their average is worse than
-    either (Frankle et al. 2020, Linear mode connectivity).
+    Two networks with a barrier significantly above 0 are not linearly connected, and their average is worse than either
+    (Frankle et al. 2020, Linear mode connectivity).
     """
     return midpoint - (first + second) / 2
 
@@ -205,8 +208,8 @@ def error_barrier(first: float, second: float, midpoint: float) -> float:
 def greedy_soup(ordered: Sequence[T], score: Callable[[tuple[T, ...]], Any]) -> list[tuple[T, Any, bool]]:
     """The greedy soup (Wortsman et al. 2022): each ingredient, best first, is added unless the score falls.
 
-    `score(ingredients)` is better when higher; the first ingredient is always added. Returns (ingredient, score of the
-    soup with it, whether it was added) in the order in which they were tried.
+    Higher values of `score(ingredients)` are better; the first ingredient is always added. Returns (ingredient, score
+    of the soup with it, whether it was added) in the order of the trials.
     """
     soup: tuple[T, ...] = (ordered[0],)
     best = score(soup)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-FRACTION = 0.5  # of the memory that there is; the rest is for images, other arrays and other processes
-COPIES = 4  # of the weights: themselves, their gradients and the two moments of AdamW
+FRACTION = 0.5  # of the total memory; the rest is for images, other arrays and other processes
+COPIES = 4  # of the weights: parameters, gradients and the two moments of AdamW
 CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def memory_budget(device: str) -> int:
     """Bytes that training may use: a fraction of the total memory of the device, the machine or its control group.
 
-    Free memory is not a basis: it changes from run to run, and an interrupted training would resume differently.
+    It does not depend on free memory, which changes from run to run, so that a resumed training behaves the same.
     """
     if torch.device(device).type == "cuda":
         return int(FRACTION * torch.cuda.get_device_properties(device).total_memory)
@@ -37,8 +37,8 @@ def training_state_bytes(model: nn.Module) -> int:
 def activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes of the tensors that one forward pass saves for its backward pass, each storage counted once.
 
-    `forward` runs the model and returns what is differentiated; parameters are not counted. Buffers and random number
-    generators are restored.
+    `forward` runs the model and returns the tensor to differentiate; parameters are not counted. Buffers and random
+    number generators are restored.
     """
     saved: dict[int, int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -50,14 +50,14 @@ def activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         return tensor
 
     with _restored(model), torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        result = forward()  # held until all is counted, so that no address is freed and used for another storage
+        result = forward()  # kept alive until all storages are counted, so that no address is reused
         n_bytes = sum(saved.values())
         del result
     return n_bytes
 
 
 def checkpointable_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that can be recomputed: members with submodules of the outermost sequences of the network."""
+    """The modules that can be recomputed: the elements with submodules of the network's outermost sequences."""
     blocks: list[nn.Module] = []
     queue = [model]
     while queue:
@@ -75,17 +75,17 @@ def checkpointable_blocks(model: nn.Module) -> list[nn.Module]:
 def activation_checkpointing(model: nn.Module) -> Iterator[int]:
     """Activation checkpointing of the model's `checkpointable_blocks` (Chen et al. 2016) within the context.
 
-    Each block saves its inputs alone and is computed again in the backward pass. Gradients, BatchNorm's statistics and
-    dropout are those of a plain step. Yields the number of blocks.
+    Each block saves only its inputs and is recomputed in the backward pass. Gradients, BatchNorm statistics and dropout
+    are those of a step without checkpointing. Yields the number of blocks.
     """
     blocks = checkpointable_blocks(model)
     for block in blocks:
-        block.forward = _checkpointed(block)  # removed again below
+        block.forward = _checkpointed(block)  # removed below
     try:
         yield len(blocks)
     finally:
         for block in blocks:
-            del block.forward  # uncovers the method of the class
+            del block.forward  # restores the method of the class
 
 
 def _checkpointed(block: nn.Module) -> Callable[..., Tensor]:
@@ -104,7 +104,7 @@ def _checkpointed(block: nn.Module) -> Callable[..., Tensor]:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """At the end, restore the model's buffers, which a forward pass in training mode updates, and random generators."""
+    """On exit, restore the random generators and the model's buffers, which forward passes in training mode update."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     try:
@@ -112,4 +112,4 @@ def _restored(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for name, buffer in model.named_buffers():
-            buffer.data.copy_(before[name])  # unseen by the check for changes since the forward pass
+            buffer.data.copy_(before[name])  # through `data`, which bypasses autograd's check for in-place changes

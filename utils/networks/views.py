@@ -1,8 +1,8 @@
-"""Test-time augmentation as a module: one network over several views of each image, its logits averaged.
+"""Test-time augmentation as a module: a network whose logits are averaged over several views of each image.
 
-The mean of logits followed by softmax is the normalised geometric mean of the views' probabilities, and a linear head's
-mean logits are its logits of the mean embedding. Views are made from prepared images (B, 3, S, S) and have their size,
-so that they suit networks that are bound to one size.
+Softmax of mean logits is the normalised geometric mean of the views' probabilities, and a linear head's mean logits are
+its logits of the mean embedding. Views are computed from preprocessed images (B, 3, S, S) and keep their size, as
+networks with a fixed input size require.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from torch.nn import functional as F
 
 from utils.core.errors import UserError
 
-CROP = 0.875  # of the side, that each of the five crops keeps
-SCALES = (0.8, 1.25)  # an image within a reflected margin, and the centre of an enlarged one
+CROP = 0.875  # side of each of the five crops, relative to the image's
+SCALES = (0.8, 1.25)  # a reduced image with reflection padding, and the centre of an enlarged one
 
 
 class ViewAverage(nn.Module):
-    """A network whose logits (B, C) are the mean over the views of prepared images (B, 3, S, S).
+    """A network whose logits (B, C) are the mean over the views of preprocessed images (B, 3, S, S).
 
     `groups` are names of `VIEW_GROUPS`; the image itself is a view too unless `with_original` is false. Raises
-    UserError for images of another shape than the square of `side` pixels.
+    UserError for images that are not squares of `side` pixels.
     """
 
     def __init__(self, network: nn.Module, groups: Sequence[str], side: int, *, with_original: bool = True) -> None:
         super().__init__()
         self.network = network
         self.groups, self.side, self.with_original = tuple(groups), side, with_original
-        # By which the memory layout is chosen.
+        # They determine the memory layout.
         self.architecture, self.size = (getattr(network, name, None) for name in ("architecture", "size"))
 
     def views(self, images: Tensor) -> list[Tensor]:
-        """The views of images, each (B, 3, S, S)."""
+        """The views of images (B, 3, S, S), each (B, 3, S, S)."""
         if not torch.jit.is_tracing() and images.shape[2:] != (self.side, self.side):
             height, width = images.shape[2:]
             raise UserError(
@@ -47,17 +47,17 @@ class ViewAverage(nn.Module):
         return views
 
     def forward(self, images: Tensor) -> Tensor:
-        """Mean logits (B, C); the network runs once for each view."""
+        """Mean logits (B, C); the network runs once per view."""
         return torch.stack([self.network(view) for view in self.views(images)]).mean(dim=0)
 
 
 def _flip(images: Tensor, side: int) -> list[Tensor]:
-    """Mirrored from left to right."""
+    """Horizontal flip."""
     return [images.flip(3)]
 
 
 def _five_crop(images: Tensor, side: int) -> list[Tensor]:
-    """The corners and the centre (Krizhevsky et al. 2012), enlarged to the side."""
+    """Corner and centre crops (Krizhevsky et al. 2012), enlarged to the side."""
     crop = max(1, round(CROP * side))
     far, middle = side - crop, (side - crop) // 2
     corners = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
@@ -65,12 +65,12 @@ def _five_crop(images: Tensor, side: int) -> list[Tensor]:
 
 
 def _rotations(images: Tensor, side: int) -> list[Tensor]:
-    """By 90, 180 and 270 degrees, which need no interpolation."""
+    """Rotations by 90, 180 and 270 degrees, which need no interpolation."""
     return [images.transpose(2, 3).flip(2), images.flip(2).flip(3), images.transpose(2, 3).flip(3)]
 
 
 def _multi_scale(images: Tensor, side: int) -> list[Tensor]:
-    """Made smaller within a reflected margin, and larger with the margin cut."""
+    """A reduced image with reflection padding, and the centre of an enlarged image."""
     small, large = (max(1, round(scale * side)) for scale in SCALES)
     before = (side - small) // 2
     after = side - small - before

@@ -22,10 +22,10 @@ from utils.predictions import catalog_records
 logger = logging.getLogger("disease_pipeline")
 
 SCHEMA = 1
-STAGES = ("final", "finetune_best", "head_best")  # the first that exists is the member
-MADE = r"uniform_soup|greedy_soup|wise_ft|distilled"  # roles of files that this project derives from other members
-END_TO_END = "end_to_end"  # stage of a network that a fusion has fine-tuned
-CHOSEN = re.compile(rf"{MADE}|{END_TO_END}")  # stages of networks that val rows have chosen
+STAGES = ("final", "finetune_best", "head_best")  # the member is the first that exists
+MADE = r"uniform_soup|greedy_soup|wise_ft|distilled"  # roles of checkpoints derived from other members
+END_TO_END = "end_to_end"  # stage of a network fine-tuned with a fusion
+CHOSEN = re.compile(rf"{MADE}|{END_TO_END}")  # stages of networks that were selected on val rows
 DERIVED = rf"snapshot\d+|{MADE}"
 CHECKPOINT_NAME = re.compile(
     rf"(?P<name>.+)_(?P<role>final|finetune_best|head_best|fold\d+|(?:head|finetune)_epoch\d+|{DERIVED})\.pth"
@@ -33,9 +33,9 @@ CHECKPOINT_NAME = re.compile(
 IMPORTED = "imported"
 LAST_EPOCH, BEST_ON_VAL = "last", "val"
 """Values of `Member.selection`."""
-TIMM = "timm:"  # prefix of the architecture of a member that is built by timm, not by BASE-BACK
+TIMM = "timm:"  # prefix of architectures that timm builds, not BASE-BACK
 DISCOVER = ("python", "ensemble_orchestrator.py", "discover")
-"""Words of the command"""
+"""Words of the command `discover`"""
 VERIFY = " ".join([*DISCOVER, "--verify"])
 RUN_DISCOVER = "Run `python ensemble_orchestrator.py discover` first"
 
@@ -46,7 +46,7 @@ class Problem:
 
     code: str
     severity: str
-    """`error`: the member cannot be used; `warning`: it can, but its figures or files need attention; `info`."""
+    """`error`: the member cannot be used; `warning`: it can, but its metrics or files need attention; or `info`."""
     member: str | None
     message: str
     remedy: str
@@ -60,18 +60,18 @@ class Member:
     architecture: str
     size: str
     img_size: int | None
-    """In pixels; None for an imported member, whose architecture and size are `unknown`."""
+    """Image size in pixels; None for an imported member, whose architecture and size are `unknown`."""
     classes: tuple[str, ...]
-    """In the order of the network's outputs."""
+    """Class names in the order of the network's outputs."""
     checkpoints: tuple[dict[str, str], ...]
-    """{path, stage, sha256}, the member itself first; empty for an imported member"""
+    """{path, stage, sha256}, the member's own checkpoint first; empty for an imported member"""
     exports: tuple[str, ...]
     metrics: str | None
     oof: dict[str, Any] | None
     """{path, rows, folds, accuracy, sha256}"""
     recorded_accuracy: float | None
     digest: str
-    """Of the weights and what is needed to run them; for an imported member, of its predictions"""
+    """Digest of the weights and everything needed to run them; for an imported member, of its predictions"""
     usable: bool = True
     source: str = "trained"
     """`trained`; `derived` from other members' weights or outputs; `imported`: predictions without a network"""
@@ -80,22 +80,22 @@ class Member:
     trained_on: str = "train"
     """Images of the workspace that the weights were trained on: one of `training_data.STATEMENTS`"""
     training_list: dict[str, Any] | None = None
-    """Of the list of a `file` statement: {digest, rows: {split: n}, unmatched, lines, unmatched_line}, the last two
-    since there is a warning about lines that match no image"""
+    """The list of a `file` statement: {digest, rows: {split: n}, unmatched, lines, unmatched_line}; catalogs of earlier
+    versions lack the last two"""
     pretrained_on: str = "none"
-    """The same of the weights that its training, and that of its fold networks, started from; `none` for new weights"""
+    """The same for the initial weights of its training and of that of its fold networks; `none` for random weights"""
     trunk: dict[str, str] | None = None
-    """{checkpoint, sha256} of the frozen trunk that its fold networks share with it; None without one"""
+    """{checkpoint, sha256} of the frozen trunk shared with its fold networks; None without one"""
     preprocessing: dict[str, Any] | None = None
-    """Record of its preprocessing; None: the base pipeline's evaluation transform at `img_size`."""
+    """Preprocessing record; None: the base pipeline's evaluation transform at `img_size`."""
     selection: str = BEST_ON_VAL
-    """The epoch that its networks hold: `last`, or the best one on `val`, which is assumed where no file names it"""
+    """The epoch of its networks: `last`, or the best one on `val`, which is assumed if no file records it"""
     views: tuple[str, ...] = ()
-    """Groups of views that its networks' logits are averaged over (test-time augmentation)"""
+    """Groups of views over which its networks' logits are averaged (test-time augmentation)"""
 
     @property
     def image_preprocessing(self) -> Preprocessing:
-        """How images become its input. Raises UserError for an imported member, which takes none."""
+        """Its preprocessing. Raises UserError for an imported member, which takes no images."""
         if self.img_size is None:
             raise UserError(f"{self.name}: imported predictions; there is no network that takes images")
         if self.preprocessing is None:
@@ -103,7 +103,7 @@ class Member:
         return Preprocessing.from_record(self.preprocessing, f"{self.name}: preprocessing", remedy=RUN_DISCOVER)
 
     def network(self, workspace: Workspace, stage: str | None = None) -> NetworkSpec:
-        """How to build and run the member's network, or that of another of its stages, such as `fold0`.
+        """The specification of the member's network, or of another of its stages, such as `fold0`.
 
         Raises UserError for an imported member.
         """
@@ -120,9 +120,9 @@ class Member:
 def network_digest(
     sha256: str, architecture: str, size: str, classes: Sequence[str], preprocessing: Preprocessing
 ) -> str:
-    """A member's digest: of its weights, whose file has the digest `sha256`, and of what is needed to run them.
+    """A member's digest: of its weights, whose file has the digest `sha256`, and of everything needed to run them.
 
-    The base pipeline's evaluation transform follows from the image size.
+    The base pipeline's evaluation transform enters only by the image size.
     """
     identity: dict[str, Any] = {
         "architecture": architecture,
@@ -136,34 +136,34 @@ def network_digest(
 
 
 def preprocessing_entry(architecture: str, preprocessing: Preprocessing) -> dict[str, Any]:
-    """The entry of a derived checkpoint's `extra`; none where it is the default."""
+    """The entry in a derived checkpoint's `extra`; empty for the default preprocessing."""
     is_default = preprocessing.is_base_pipeline and not architecture.startswith(TIMM)
     return {} if is_default else {"preprocessing": preprocessing.as_record()}
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """The result of discovery, as `ensemble_catalog.json` holds it."""
+    """The result of discovery, stored in `ensemble_catalog.json`."""
 
     base_back: dict[str, str]
     classes: tuple[str, ...]
     splits: dict[str, dict[str, Any]]
-    """{split: {n, digest}}, with `images: false` where the rows come from imported predictions alone"""
+    """{split: {n, digest}}, with `images: false` if the rows come only from imported predictions"""
     members: dict[str, Member]
     problems: tuple[Problem, ...] = field(default=())
 
     @property
     def has_images(self) -> bool:
-        """Whether the splits are folders of images."""
+        """Whether the splits are folders of images, not rows of imported predictions."""
         return all(facts.get("images", True) for facts in self.splits.values())
 
     def imported(self) -> dict[str, Member]:
-        """{name: member} of the imported members."""
+        """{name: imported member}."""
         return {name: member for name, member in self.members.items() if member.source == IMPORTED}
 
     def as_record(self) -> dict[str, Any]:
-        """JSON-ready."""
-        # Sorted, so that the order does not depend on whether a scan or a build has added a member.
+        """The record of the catalog, JSON-ready."""
+        # Sorted, so that the order does not depend on whether a scan or a build added a member.
         problems = sorted(self.problems, key=lambda problem: (problem.member or "", problem.code, problem.message))
         record = asdict(replace(self, problems=tuple(problems))) | {"schema": SCHEMA}
         for member in record["members"].values():
@@ -174,13 +174,13 @@ class Catalog:
         return record
 
     def with_problems(self, new: Sequence[Problem], *, members: Collection[str], codes: Collection[str]) -> Catalog:
-        """The catalog with the problems `new` in place of all that have these members and codes."""
+        """The catalog with all problems of these members and codes replaced by `new`."""
         remaining = [p for p in self.problems if p.member not in members or p.code not in codes]
         return replace(self, problems=(*remaining, *new))
 
 
 def checkpoint_files(workspace: Workspace) -> dict[str, dict[str, Path]]:
-    """{backbone: {role: file}} of every file in the checkpoint folders that follows the naming scheme."""
+    """{backbone: {role: file}} of all files in the checkpoint folders that follow the naming scheme."""
     files: dict[str, dict[str, Path]] = {}
     # Derived checkpoints come last and take precedence.
     for folder in dict.fromkeys((workspace.checkpoints, workspace.derived_checkpoints)):
@@ -192,7 +192,7 @@ def checkpoint_files(workspace: Workspace) -> dict[str, dict[str, Path]]:
 
 
 def is_declared(workspace: Workspace, member: Member) -> bool:
-    """Whether it is a network of timm that was declared with --add, not one that the base pipeline has trained."""
+    """Whether it is a timm network declared with --add, not one trained by the base pipeline."""
     if not member.architecture.startswith(TIMM) or member.source != "trained":
         return False
     path = workspace.base / member.checkpoints[0]["path"]
@@ -201,24 +201,24 @@ def is_declared(workspace: Workspace, member: Member) -> bool:
 
 
 def is_chosen_on_val(catalog: Catalog, names: Iterable[str]) -> bool:
-    """Whether val rows decided what one of these members is: a soup, a student, or a network trained with a head.
+    """Whether one of these members was selected on val rows: a soup, a student, or an end-to-end fine-tuned network.
 
-    Snapshots are derived as well, and nothing has chosen them.
+    Snapshots are derived too, but are not selected.
     """
     members = [catalog.members[name] for name in names if name in catalog.members]
     return any(CHOSEN.fullmatch(entry["stage"]) for member in members for entry in member.checkpoints[:1])
 
 
 def end_to_end_member_name(ensemble: str, member: str) -> str:
-    """Name of the member that the end-to-end training of an ensemble derives from another; the names sort alike."""
+    """Name of the member derived from another by end-to-end training of an ensemble; names sort like the originals."""
     return f"{ensemble}_{member}"
 
 
 def kfold_command(workspace: Workspace, members: Sequence[Member]) -> str:
-    """The commands that make out-of-fold predictions, with the bundled BASE-BACK or an external one; `; ` between them.
+    """The commands that make out-of-fold predictions, with the bundled BASE-BACK or an external one, joined by `; `.
 
-    Members of the base pipeline get fold networks. Nobody but its author can repeat the training of a declared network,
-    so its architecture is trained as another member, `<name>_kfold`, on timm's pretrained weights.
+    Members of the base pipeline get fold networks. The training of a declared network cannot be repeated here, so its
+    architecture is trained as another member, `<name>_kfold`, from timm's pretrained weights.
     """
     script, base_back_dir = base_back.BUNDLED / "src" / "main.py", base_back.locate()
     shown_script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
@@ -232,7 +232,7 @@ def kfold_command(workspace: Workspace, members: Sequence[Member]) -> str:
 
 
 def kfold_remedy(workspace: Workspace, member: Member) -> str:
-    """How to make new out-of-fold predictions of a member, as a sentence without a full stop."""
+    """A sentence, without a full stop, that tells how to make new out-of-fold predictions of a member."""
     command = kfold_command(workspace, [member])
     if is_declared(workspace, member):
         return f"Train its architecture here, as a member with out-of-fold predictions: {command}"
@@ -240,7 +240,7 @@ def kfold_remedy(workspace: Workspace, member: Member) -> str:
 
 
 def mounted_base_back() -> dict[str, str]:
-    """The BASE-BACK that is mounted, as a catalog records it."""
+    """The catalog's record of the mounted BASE-BACK."""
     path = base_back.locate()
     return {"path": str(path), "kind": base_back.kind(path), "digest": base_back.source_digest(path)}
 
@@ -251,7 +251,7 @@ def save(workspace: Workspace, catalog: Catalog) -> None:
 
 
 def load(workspace: Workspace) -> Catalog:
-    """The catalog on disk, with a warning if files are newer than it.
+    """Read the catalog, with a warning if files are newer.
 
     Raises UserError, with the specification's message, if there is none.
     """
@@ -267,7 +267,7 @@ def load(workspace: Workspace) -> Catalog:
 
 
 def read(workspace: Workspace) -> Catalog:
-    """The catalog on disk. Raises UserError if there is none, or it is damaged."""
+    """Read the catalog. Raises UserError if there is none, or it is damaged."""
     record = read_json(workspace.catalog, remedy=RUN_DISCOVER)
     if record is None:
         hint = workspace_hints.elsewhere(workspace.base)
@@ -292,7 +292,7 @@ def read(workspace: Workspace) -> Catalog:
 def stale_files(workspace: Workspace, catalog: Catalog) -> list[str]:
     """Sorted names of checkpoints, out-of-fold and metrics files that are newer than the catalog or not in it.
 
-    Only modification times are compared; digests are compared when a member is used.
+    Compares only modification times; digests are compared when a member is used.
     """
     written = workspace.catalog.stat().st_mtime_ns
     listed = {entry["path"] for member in catalog.members.values() for entry in member.checkpoints}
@@ -311,12 +311,12 @@ def stale_files(workspace: Workspace, catalog: Catalog) -> list[str]:
 def _member_of_record(name: str, entry: dict[str, Any]) -> Member:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     if entry["source"] == "trained" and entry["architecture"].startswith(TIMM):
-        values.setdefault("trained_on", "unknown")  # a catalog of before that was asked
+        values.setdefault("trained_on", "unknown")  # missing in catalogs of earlier versions
     return Member(name=name, **values)
 
 
 def check_current(workspace: Workspace, member: Member, digests: FileDigests, stage: str | None = None) -> None:
-    """Raise UserError if a member's checkpoint, or that of another of its stages, has changed since discovery."""
+    """Raise UserError if a member's checkpoint, or that of the given stage, has changed since discovery."""
     entry = next(entry for entry in member.checkpoints if stage in (None, entry["stage"]))
     path = workspace.base / entry["path"]
     try:
@@ -328,7 +328,7 @@ def check_current(workspace: Workspace, member: Member, digests: FileDigests, st
 
 
 def problem_lines(problems: Sequence[Problem]) -> list[str]:
-    """One line for each problem; members with the same problem share a line and, where it names one, a command."""
+    """One line per problem; members with the same problem share a line and, if it names one, a command."""
     members: dict[tuple[str, str, str], list[str]] = {}
     for problem in problems:
         remedy = re.sub(rf"(?<=--backbones ){re.escape(problem.member or '')}(?= )", "{names}", problem.remedy)

@@ -1,4 +1,4 @@
-"""The schema of a catalog on disk, validated in full on reading: the file may be of any origin and names files."""
+"""The schema of the catalog file, validated on reading, since the file may be of any origin and contains paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_PROBLEMS = 3
 
 
 def _plain(name: str) -> str:
-    """Names of members become names of folders, so a name must not lead out of the workspace."""
+    """Member names become folder names, so they must not lead out of the workspace."""
     if not is_name(name):
         raise ValueError("expected a name without slashes that does not begin with a dot")
     return name
@@ -118,7 +118,7 @@ class _Form(_Part):
 
 
 def check(record: Any) -> None:
-    """Raise ValueError that names the entries of a catalog that do not match the schema."""
+    """Raise ValueError naming the entries of a catalog that do not match the schema."""
     try:
         form = _Form.model_validate(record)
     except ValidationError as error:

@@ -1,6 +1,6 @@
-"""Extraction: members' networks run over splits, and their logits and embeddings written into the prediction store.
+"""Extraction: runs members' networks on splits and writes their logits and embeddings to the prediction store.
 
-What is missing is streamed, one member at a time, all requested splits in one pass.
+Missing predictions are computed for one member at a time, all requested splits in one pass.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from utils.predictions.store import Store
 logger = logging.getLogger("disease_pipeline")
 
 STREAMED_SPLITS = ("val", "test")
-"""What a member is run over in one pass, which serves the out-of-sample rows and the evaluation that follows."""
-FLOAT_BYTES = 4  # of a parameter in a checkpoint
-GPU_SHARE = 0.5  # of a GPU per member on a cluster: one reads its weights while the other runs
+"""Splits that one pass of a member covers: for the out-of-sample rows and the later evaluation."""
+FLOAT_BYTES = 4  # bytes of a parameter in a checkpoint
+GPU_SHARE = 0.5  # share of a GPU per member on a cluster: one member loads weights while another runs
 
 
 def ensure(store: Store, members: Sequence[Member], splits: Sequence[str]) -> None:
-    """Run the members' networks over those splits whose predictions the store lacks.
+    """Run the members' networks on those splits whose predictions the store lacks.
 
-    With val come the train images for members that answer some of them out of sample (`training_data`). Val logits
-    that are computed on the way are judged, and the store's catalog then holds the problems found. Imported
-    members have no network and are passed over: `Store.rows` reports what they lack. Raises UserError for a network
-    that cannot be run, and for one that its val logits show to be unusable.
+    With val, train images are included for members whose predictions on some of them are out of sample
+    (`training_data`). New val logits are checked, and the problems are added to the store's catalog. Imported members
+    have no network and are skipped: `Store.rows` reports what they lack. Raises UserError for a network that cannot be
+    run, and for one whose val logits show that it is unusable.
     """
     networks = [member for member in members if member.source != IMPORTED]
     missing = [(m, gaps) for m in networks if (gaps := _gaps(store, m, splits))]
@@ -55,8 +55,10 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str]) -> No
         gpu=GPU_SHARE if device != "cpu" else 0.0,
     )
     for number, ((member, gaps), _) in enumerate(zip(missing, finished, strict=True), start=1):
-        left = (time.monotonic() - start) / number * (len(missing) - number)
-        logger.info("[%d/%d] streamed %s over %s; about %.0f s left", number, len(missing), member.name, gaps, left)
+        seconds_left = (time.monotonic() - start) / number * (len(missing) - number)
+        logger.info(
+            "[%d/%d] streamed %s over %s; about %.0f s left", number, len(missing), member.name, gaps, seconds_left
+        )
     val_rows = {member.name: store.rows(member, "val") for member, gaps in missing if "val" in gaps}
     outputs = {name: (rows.logits, rows.labels) for name, rows in val_rows.items()}
     rule = store.config.dataset.group_regex
@@ -69,13 +71,13 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str]) -> No
 
 
 def _gaps(store: Store, member: Member, splits: Sequence[str]) -> list[str]:
-    """The splits that are not stored for a member, of those requested and those of its out-of-sample rows."""
+    """The requested splits, and train if it has out-of-sample rows, that are not stored for a member."""
     of_train = ["train"] if "val" in splits and training_data.predicts_unseen_train_rows(store, member) else []
     return [split for split in dict.fromkeys([*splits, *of_train]) if not store.is_stored(member, split)]
 
 
 def job_threads(store: Store, members: Sequence[Member], device: str) -> int | None:
-    """Threads of the largest network, so that a cluster gives each job as many cores; None on a GPU."""
+    """Number of threads of the largest network, which is the number of cores per job on a cluster; None on a GPU."""
     if device != "cpu":
         return None
     rule, numbers = base_back.load_bundled("threads"), [1]
@@ -88,7 +90,7 @@ def job_threads(store: Store, members: Sequence[Member], device: str) -> int | N
 
 
 def _prepare(store: Store, missing: Sequence[tuple[Member, list[str]]], device: str, threads: int) -> None:
-    """Decode the images that the members need, and log how long the pass is expected to take."""
+    """Decode the images that the members need and log the estimated duration of the pass."""
     config, workspace = store.config, store.workspace
     sizes = {member.img_size for member, _ in missing if member.img_size is not None}
     if sizes != {config.dataset.img_size} and not sizes <= store.warned_sizes:
@@ -114,7 +116,7 @@ def _prepare(store: Store, missing: Sequence[tuple[Member, list[str]]], device: 
 
 
 def _extract_member(store: Store, device: str, threads: int, job: tuple[Member, Sequence[str], Path | None]) -> None:
-    """Run one member over the splits that it lacks; `next_file`, if any, is read into the file cache meanwhile."""
+    """Run one member on its missing splits, while `next_file`, if any, is read into the page cache."""
     member, splits, next_file = job
     catalog.check_current(store.workspace, member, store.digests)
     images = [store.images(split) for split in splits]

@@ -1,6 +1,6 @@
-"""Heads of fold networks that share the trunk of their full network: their outputs follow from stored embeddings.
+"""Fold networks that share the trunk of their full network: their outputs are computed from stored embeddings.
 
-One pass of the full network serves all folds.
+One pass of the full network suffices for all folds.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from utils.networks.checkpoints import read_checkpoint, state_dict_of
 from utils.networks.shared_trunks import network_weights, trunk_of
 from utils.predictions.catalog import Member
 
-AGREES = 0.02  # of the largest logit: on CUDA networks run in bfloat16, with a precision of eight bits
+AGREES = 0.02  # relative to the largest logit: on CUDA, networks run in bfloat16 with eight bits of precision
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Logits of embeddings (N, D) are `embeddings @ weight.T + bias`."""
+    """A linear classifier: the logits of embeddings (N, D) are `embeddings @ weight.T + bias`."""
 
     weight: np.ndarray
     """float32 (C, D)"""
@@ -29,14 +29,14 @@ class LinearHead:
     """float32 (C,)"""
 
     def logits(self, embeddings: np.ndarray) -> np.ndarray:
-        """float32 (N, C)"""
+        """Logits, float32 (N, C), of embeddings (N, D)."""
         return np.asarray(embeddings, dtype=np.float32) @ self.weight.T + self.bias
 
 
 def read(workspace: Workspace, member: Member, stages: tuple[str, ...]) -> tuple[LinearHead, list[LinearHead]] | None:
-    """The full network's head and those of its fold networks; None where a head is more than one linear layer.
+    """Read the heads of the full network and of its fold networks; None if a head is not a single linear layer.
 
-    Outputs are in the network's order. Raises UserError where a fold's trunk is not the full network's.
+    Outputs are in the network's order. Raises UserError if a fold's trunk differs from the full network's.
     """
     full = state_dict_of(read_checkpoint(member.network(workspace).checkpoint))
     heads = []
@@ -44,7 +44,7 @@ def read(workspace: Workspace, member: Member, stages: tuple[str, ...]) -> tuple
         path = member.network(workspace, stage=stage).checkpoint
         record = read_checkpoint(path)
         if stage == stages[0] or trunk_of(path, record) != member.trunk:
-            network_weights(path, record)  # raises for another trunk than the full network's
+            network_weights(path, record)  # raises if the trunk differs from the full network's
         head = _linear(state_dict_of(record))
         if head is None:
             return None
@@ -54,7 +54,7 @@ def read(workspace: Workspace, member: Member, stages: tuple[str, ...]) -> tuple
 
 
 def _linear(tensors: Mapping[str, Any]) -> LinearHead | None:
-    """The one linear layer that these tensors are; None if they are anything else."""
+    """The linear layer with these tensors; None if they are not those of one linear layer."""
     parts = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
     if len(tensors) != 2 or parts.keys() != {"weight", "bias"} or parts["weight"].ndim != 2:
         return None
@@ -62,7 +62,7 @@ def _linear(tensors: Mapping[str, Any]) -> LinearHead | None:
 
 
 def explains(head: LinearHead, logits: np.ndarray, embeddings: np.ndarray, columns: list[int]) -> bool:
-    """Whether a head gives the logits (N, C) from the embeddings (N, D); `columns` are the classes' outputs."""
+    """Whether the head's logits of the embeddings (N, D) equal `logits` (N, C); `columns` are the classes' outputs."""
     if embeddings.shape[1] != head.weight.shape[1]:
         return False
     logits = np.asarray(logits)

@@ -1,6 +1,6 @@
-"""Fold networks: the mean of their probabilities may answer for a member in place of its full network.
+"""Fold networks: the mean of their probabilities can replace the predictions of a member's full network.
 
-Out-of-fold rows describe the fold networks. Their mean is stored with the full network's arrays, as log-probabilities.
+Out-of-fold rows describe the fold networks. The mean is stored with the full network's arrays, as log-probabilities.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from utils.predictions.store import AGAIN, Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same weights and images would give other arrays
+VERSION = 1  # incremented whenever the arrays for the same weights and images change
 FULL, FOLDS = "full", "folds"
-"""What answers at inference: the member's own checkpoint, or the mean of its fold networks."""
+"""Networks used at inference: the member's full network, or the mean of its fold networks."""
 
 
 class BuiltEnsemble(Protocol):
-    """What a saved ensemble records of the networks that it was built from."""
+    """The record of a saved ensemble on the networks that it was built from."""
 
     @property
     def members(self) -> Sequence[str]:
-        """Names of the members that answer."""
+        """Names of the members that it uses."""
 
     @property
     def member_digests(self) -> Mapping[str, str]:
-        """{member: `digest` of its networks when the ensemble was built}."""
+        """{member: `digest` of its networks at the time of building}."""
 
     @property
     def inference(self) -> str:
@@ -47,7 +47,7 @@ class BuiltEnsemble(Protocol):
 
 
 def stages(member: Member) -> tuple[str, ...]:
-    """`fold0`, `fold1`...: the networks that made its out-of-fold predictions; empty unless all of them exist."""
+    """`fold0`, `fold1`...: the networks of its out-of-fold predictions; empty unless all of them exist."""
     folds = [entry["stage"] for entry in member.checkpoints if entry["stage"].startswith("fold")]
     if member.oof is None or len(folds) != member.oof["folds"]:
         return ()
@@ -55,9 +55,9 @@ def stages(member: Member) -> tuple[str, ...]:
 
 
 def answering(member: Member, inference: str, *, embeddings: bool = False) -> tuple[str | None, ...]:
-    """Stages of the networks that answer for a member, in the order in which they run; None is its own checkpoint.
+    """Stages of the networks to run for a member, in order; None stands for its full network.
 
-    With `embeddings` the full network is among them, and first: fold networks have no embedding space in common.
+    With `embeddings`, the full network is the first of them: fold networks have no common embedding space.
     """
     if inference == FULL:
         return (None,)
@@ -65,9 +65,9 @@ def answering(member: Member, inference: str, *, embeddings: bool = False) -> tu
 
 
 def missing_and_changed(members: Mapping[str, Member], ensemble: BuiltEnsemble) -> tuple[list[str], list[str]]:
-    """Names of an ensemble's members that the catalog no longer has, and of those that answer with other networks now.
+    """Names of an ensemble's members that the catalog no longer has, and of those whose networks have changed.
 
-    `members` are those of the catalog. An imported member has changed when its predictions are others.
+    `members` are those of the catalog. An imported member has changed if its predictions have.
     """
     missing = [name for name in ensemble.members if name not in members]
     changed = [
@@ -90,12 +90,12 @@ class FoldMean:
         np.logaddexp(rows, log_softmax(logits), out=rows)
 
     def mean(self, n_networks: int) -> np.ndarray:
-        """float32 (N, C), once all rows of that many networks have been added."""
+        """The mean as log-probabilities, float32 (N, C), after all rows of `n_networks` networks have been added."""
         return (self._total - np.log(n_networks)).astype(np.float32)
 
 
 def digest(member: Member, inference: str) -> str:
-    """Digest of the networks that answer and of what is needed to run them."""
+    """Digest of the networks that `inference` selects and of everything needed to run them."""
     if inference == FULL:
         return member.digest
     weights = {entry["stage"]: entry["sha256"] for entry in member.checkpoints}
@@ -103,14 +103,14 @@ def digest(member: Member, inference: str) -> str:
 
 
 def key(store: Store, member: Member, split: str, inference: str) -> str:
-    """What the stored rows of a member and split depend on."""
+    """Digest of everything that the stored rows of a member and split depend on."""
     if inference == FULL:
         return store.key(member, split)
     return digest_of([digest(member, FOLDS), store.key(member, split)])
 
 
 def ensure(store: Store, members: Sequence[Member], splits: Sequence[str], inference: str) -> None:
-    """Run the networks that answer over the splits that the store lacks; one network is in memory at a time."""
+    """Run the networks that `inference` selects on the splits that the store lacks, one network in memory at a time."""
     extraction.ensure(store, members, splits)
     if inference == FULL:
         return
@@ -133,7 +133,7 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str], infer
 def rows(store: Store, member: Member, split: str, inference: str, *, embeddings: bool = False) -> MemberRows:
     """One member's stored rows of a split, memory-mapped; `ensure` must have run.
 
-    Embeddings are always those of the full network: fold networks have no embedding space in common.
+    Embeddings are always those of the full network: fold networks have no common embedding space.
     """
     full = store.rows(member, split, embeddings=embeddings)
     if inference == FULL:
@@ -148,9 +148,9 @@ def aligned(store: Store, members: Sequence[Member], split: str, inference: str,
 
 
 def out_of_sample(store: Store, members: Sequence[Member], inference: str) -> Rows:
-    """Several members' out-of-sample rows, aligned: out-of-fold on train if all have them, these networks' on val.
+    """Several members' out-of-sample rows, aligned: out-of-fold on train if all have them, and those of val.
 
-    Raises LeakageError where no row is out of sample for all of them.
+    Rows of val are by the networks that `inference` selects. Raises LeakageError if no row is out of sample for all.
     """
     parts = store.out_of_sample_parts(members)
     training_data.require_shared_splits(store.catalog, parts)
@@ -159,14 +159,14 @@ def out_of_sample(store: Store, members: Sequence[Member], inference: str) -> Ro
     return replace(align(parts, store.catalog.classes), inference=inference)
 
 
-def _by_fold_networks(store: Store, member: Member, part: MemberRows) -> MemberRows:
-    """The same rows of val by the member's fold networks; rows of train are theirs already."""
-    if part.split != "val":
-        return part
+def _by_fold_networks(store: Store, member: Member, member_rows: MemberRows) -> MemberRows:
+    """Rows of val, predicted by the member's fold networks; rows of train are returned unchanged."""
+    if member_rows.split != "val":
+        return member_rows
     of_folds = rows(store, member, "val", FOLDS)
-    if len(part.sample_ids) == len(of_folds.sample_ids):
+    if len(member_rows.sample_ids) == len(of_folds.sample_ids):
         return of_folds
-    return of_folds.take(np.isin(of_folds.sample_ids, part.sample_ids))
+    return of_folds.take(np.isin(of_folds.sample_ids, member_rows.sample_ids))
 
 
 def _is_stored(store: Store, member: Member, split: str) -> bool:
@@ -178,7 +178,7 @@ def _is_stored(store: Store, member: Member, split: str) -> bool:
 def _stream(store: Store, device: str, job: tuple[Member, Sequence[str]]) -> None:
     """Run a member's fold networks one after another; one `FoldMean` per split stays in memory.
 
-    Fold networks that share the full network's trunk need no pass: their logits follow from its stored embeddings.
+    Fold networks that share the full network's trunk need no pass: their logits are computed from stored embeddings.
     """
     member, splits = job
     for stage in stages(member):
@@ -207,7 +207,7 @@ def _stream(store: Store, device: str, job: tuple[Member, Sequence[str]]) -> Non
 
 
 def _by_heads(store: Store, member: Member, splits: Sequence[str]) -> bool:
-    """Write the means of a member's fold heads on the full network's embeddings; False where these do not suffice."""
+    """Write the means of a member's fold heads on the full network's embeddings; False if these do not suffice."""
     heads = fold_heads.read(store.workspace, member, stages(member))
     if heads is None or store.lacks_embeddings(member):
         return False
@@ -229,7 +229,7 @@ def _by_heads(store: Store, member: Member, splits: Sequence[str]) -> bool:
 
 
 def _write(store: Store, member: Member, split: str, mean: np.ndarray) -> None:
-    """Store the mean of a member's fold networks on a split; the record comes last."""
+    """Store the mean of a member's fold networks on a split; the record is written last."""
     path = store.workspace.fold_predictions(member.name, split)
     remove_file(path.with_suffix(".json"))
     write_array(path, mean)

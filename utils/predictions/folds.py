@@ -1,4 +1,4 @@
-"""The workspace's cross-fitting folds: one assignment of the out-of-sample rows, made once and stored."""
+"""The cross-fitting folds of a workspace: one stored assignment of the out-of-sample rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.predictions import grouping
 from utils.predictions.rows import Samples
 from utils.predictions.store import AGAIN, Store
 
-VERSION = 3  # raised whenever the same rows would be assigned to other folds
+VERSION = 3  # incremented whenever the assignment of the same rows changes
 CROSSFIT_FOLDS = 5
 
 
@@ -22,8 +22,8 @@ def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
     """{(split, sample id): fold} over the train and val rows, which all combiners share.
 
     Stratified and seeded; rows of one group (`dataset.group_regex`, or recorded by the split) or of equal images share
-    a fold. There are five folds, or one per group where there are fewer groups; a class may be absent from a fold, and
-    from all folds but one. The stored assignment is replaced when images, seed, group rule or recorded groups change.
+    a fold. There are five folds, or one per group if there are fewer groups; a class may occur in only some of the
+    folds, even in only one. The stored assignment is replaced when images, seed, group rule or recorded groups change.
     Raises UserError if all rows are of one group.
     """
     rule, seed = store.config.dataset.group_regex, store.config.seed
@@ -59,7 +59,7 @@ def crossfit_folds(store: Store) -> dict[tuple[str, str], int]:
 
 
 def _assigned(samples_module: Any, labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
-    """The fold of each row, int64 (N,), of more groups than folds."""
+    """The fold of each row, int64 (N,), for more groups than folds."""
     fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
     folds: np.ndarray = samples_module.stratified_bins(
         labels, groups, [1 / CROSSFIT_FOLDS] * CROSSFIT_FOLDS, seed, rare=fewest < CROSSFIT_FOLDS
@@ -68,7 +68,7 @@ def _assigned(samples_module: Any, labels: np.ndarray, groups: np.ndarray, seed:
 
 
 def _names(samples: Samples) -> list[str]:
-    """Names in place of contents where there are no images: all samples count as different."""
+    """Names that replace contents if there are no images: all samples count as different."""
     return [f"{samples.split}/{sample_id}" for sample_id in samples.sample_ids]
 
 

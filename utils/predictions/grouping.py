@@ -1,4 +1,4 @@
-"""Groups of samples that never part: in cross-fitting folds, and in the bootstrap samples of an evaluation."""
+"""Groups of samples that stay together in cross-fitting folds and in the bootstrap samples of an evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def group_indices(
 ) -> np.ndarray:
     """Group index of each sample (N,), by `dataset.group_regex`, the recorded `names` of groups and equal `contents`.
 
-    Raises ConfigError for an expression whose search does not end.
+    Raises ConfigError for an expression that takes too long to match.
     """
     samples = base_back.load_bundled("samples")
     try:

@@ -1,4 +1,4 @@
-"""The images of a split: ids, labels and contents; decoded once into a cache for networks of every preprocessing."""
+"""The images of a split: ids, labels and contents; decoded once into a cache for all preprocessings."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class ImageSplit:
     contents: tuple[str, ...]
     """SHA-256 of each file"""
     digest: str
-    """Of ids, labels and contents"""
+    """Digest of ids, labels and contents"""
 
     def take(self, rows: Sequence[int] | np.ndarray) -> ImageSplit:
-        """The images at `rows`, in that order; the digest remains that of the whole split."""
+        """The images at indices `rows`, in that order; the digest remains that of the whole split."""
         return replace(
             self,
             sample_ids=tuple(self.sample_ids[row] for row in rows),
@@ -51,7 +51,7 @@ class ImageSplit:
 
 
 def list_images(split_dir: Path, split: str, digests: FileDigests) -> ImageSplit:
-    """The images of one split, with content digests. Raises UserError for a missing split or an empty class."""
+    """List the images of one split, with content digests. Raises UserError for a missing split or an empty class."""
     samples_module = base_back.load_bundled("samples")
     try:
         classes, samples = samples_module.scan(split_dir / split)
@@ -80,9 +80,9 @@ def _shown(path: Path) -> str:
 def decode(
     splits: Sequence[ImageSplit], preprocessings: Iterable[Preprocessing], *, image_cache: Path, threads: int = 1
 ) -> None:
-    """Decode the images that the cache lacks, each file once, for networks of all the preprocessings.
+    """Decode the images that the cache lacks, each file once for all preprocessings.
 
-    Raises UserError that names the unreadable files, after all readable ones were cached.
+    Raises UserError naming the unreadable files, after all readable ones are cached.
     """
     rules = _rules(preprocessings)
     for images in splits:
@@ -93,7 +93,7 @@ def decode(
 def decode_readable(
     images: ImageSplit, preprocessings: Iterable[Preprocessing], *, image_cache: Path, threads: int = 1
 ) -> dict[Path, str]:
-    """Decode like `decode`, but return {unreadable file: reason} instead of raising."""
+    """Like `decode`, but return {unreadable file: reason} instead of raising."""
     error: Any = _decoded(images, _rules(preprocessings), image_cache, threads)
     return dict(error.problems) if error else {}
 
@@ -105,7 +105,7 @@ def _rules(preprocessings: Iterable[Preprocessing]) -> list[Any]:
 
 
 def _decoded(images: ImageSplit, rules: Sequence[Any], image_cache: Path, threads: int) -> Exception | None:
-    """Cache all readable images; returns the error that names the others."""
+    """Cache all readable images; returns the error that names the unreadable ones, or None."""
     decoder = base_back.load_bundled("image_cache")
     require_unlinked(image_cache / "pack")
     try:
@@ -116,10 +116,10 @@ def _decoded(images: ImageSplit, rules: Sequence[Any], image_cache: Path, thread
 
 
 def open_images(images: ImageSplit, preprocessing: Preprocessing, *, image_cache: Path, threads: int) -> Any:
-    """Decoded pixels of a split for networks of one preprocessing; images that the cache lacks are decoded first.
+    """Decoded pixels of a split for one preprocessing; images that the cache lacks are decoded first.
 
-    `.crops(rows)` are the networks' squares, uint8 (B, S, S, 3), which `normalise` takes; `.image(row)` is one whole
-    resized image.
+    `.crops(rows)` returns the centre squares, uint8 (B, S, S, 3), the input of `normalise`; `.image(row)` returns one
+    whole resized image.
     """
     decoder = base_back.load_bundled("image_cache")
     require_unlinked(image_cache / "pack")
@@ -135,11 +135,11 @@ def _unreadable(error: Exception) -> UserError:
 
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing, *, layout: Any = None, out: Tensor | None = None) -> Tensor:
-    """RGB uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in the preprocessing's channel order, range, mean and deviation.
+    """RGB uint8 (B, H, W, 3) -> float32 (B, 3, H, W) with the preprocessing's channel order, range, mean and deviation.
 
     Equals the base pipeline's evaluation transform, and torchvision's and timm's, bit for bit. One copy converts the
-    bytes to floats in the requested memory layout (contiguous by default), into `out` if given; the arithmetic is done
-    in place.
+    bytes to floats in the requested memory format (contiguous by default), into `out` if given; the arithmetic is in
+    place.
     """
     import torch
 
@@ -151,7 +151,7 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing, *, layout: Any = Non
 
 
 def standardise(values: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """RGB float32 (B, 3, H, W) in [0, 1] -> the preprocessing's channel order, range, mean and deviation.
+    """RGB float32 (B, 3, H, W) in [0, 1] -> the same with the preprocessing's channel order, range, mean, deviation.
 
     `values` may be overwritten.
     """
@@ -163,7 +163,7 @@ def _in_channel_order(planes: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def _standardised(values: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """In place, from [0, 1]."""
+    """Rescale and standardise values in [0, 1], in place."""
     low, high = preprocessing.value_range
     if (low, high) != (0, 1):
         values = values.mul_(high - low).add_(low)
@@ -173,10 +173,10 @@ def _standardised(values: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 @lru_cache(maxsize=64)
 def channel_constants(parameters: tuple[float, ...], device: str) -> Tensor:
-    """Parameters (1, 3, 1, 1) on a device; kept, since a GPU would have to be waited for in every batch."""
+    """Parameters (1, 3, 1, 1) on a device; cached, since creating them synchronises with a GPU in every batch."""
     import torch
 
-    with torch.inference_mode(mode=False):  # what is made in inference mode may be of no use in a training
+    with torch.inference_mode(mode=False):  # inference tensors cannot be used in training
         return torch.tensor(parameters, device=device).view(1, 3, 1, 1)
 
 

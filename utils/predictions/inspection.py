@@ -1,7 +1,7 @@
-"""What the stored results of running a member show: recorded accuracy, order of the classes, origin of predictions.
+"""Evaluates stored results of running a member: recorded accuracy, class order, origin of predictions.
 
 `verification` runs the members. Results are stored under digests of weights, images and predictions, so that later
-scans, which run no network, can use them. A result holds for these digests only: other weights or files have others.
+scans, which run no network, can use them. A result is valid only for these digests.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from utils.predictions.training_evidence import Scores
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same files would be judged differently
-TOLERATED = 0.005  # half a point between recorded and measured accuracy
-TOLERATED_ROWS = 1.5  # and always one row, which another decoder or processor may change
-SWAPPED = 0.3  # gain of accuracy by another order of the classes from which on the order is reported as wrong
-MOST_MATCHED = 2_000  # classes; the assignment of 2,000 takes seconds and 32 MB
-FEWEST_ROWS = 20  # on fewer rows some order of the classes fits by chance
+VERSION = 1  # incremented whenever the results for the same files change
+TOLERATED = 0.005  # largest difference between recorded and measured accuracy, half a percentage point
+TOLERATED_ROWS = 1.5  # but at least one row, which another decoder or processor may change
+SWAPPED = 0.3  # minimum gain of accuracy by a permutation of the classes for which the order is reported as wrong
+MOST_MATCHED = 2_000  # classes; the assignment for 2,000 takes seconds and 32 MB
+FEWEST_ROWS = 20  # with fewer rows, some permutation of the classes fits by chance
 MEASURED_CODES = ("accuracy_differs", "class_order_measured", "does_not_run", "oof_suspected")
 REFUSING = ("oof_in_sample", "oof_fold_disagrees")
 NOT_USED = "It is used without them"
@@ -47,7 +47,7 @@ class Inspector:
     """The inputs of one verification."""
 
     store: Store
-    """Of the scanned members; keeps what they give for whole splits, so that nothing runs over these again."""
+    """Prediction store of the scanned members; it keeps their outputs on whole splits, which are not computed again."""
     base_back: str
     """Digest of the mounted BASE-BACK: a network that failed with another one may run with this one."""
     device: str = "cpu"
@@ -70,15 +70,15 @@ class Inspector:
 
     @property
     def digests(self) -> FileDigests:
-        """Where results are stored."""
+        """The file in which results are stored."""
         return self.store.digests
 
     def groups(self, images: ImageSplit) -> np.ndarray | None:
-        """Group index (N,) of images of one split, by `row_groups`; None where every image is one."""
+        """Group index (N,) of the images of one split, by `row_groups`; None if every image is a group."""
         return row_groups_of(self.workspace, self.config.dataset.group_regex, images)
 
     def units(self, split: str) -> int | None:
-        """Number of groups of a split; None where every image is one."""
+        """Number of groups of a split; None if every image is a group."""
         return count_groups(self.workspace, self.config.dataset.group_regex, self.store.images(split))
 
     def measured(self, member: Member) -> dict[str, Any] | None:
@@ -87,7 +87,7 @@ class Inspector:
         return None if facts and "error" in facts and facts.get("base_back") != self.base_back else facts
 
     def leakage_check(self, member: Member) -> dict[str, Any] | None:
-        """The stored comparison of out-of-fold predictions, without folds that another BASE-BACK failed to run."""
+        """The stored comparison of out-of-fold predictions, without folds that failed with another BASE-BACK."""
         facts = self.digests.facts(self.leakage_key(member)) if member.oof is not None else None
         return facts | {"unreadable": []} if facts and facts.get("base_back") != self.base_back else facts
 
@@ -104,12 +104,12 @@ class Inspector:
 
 
 def measured_key(member: Member, split_digest: str, classes: tuple[str, ...]) -> str:
-    """Digest of everything that a measurement on a split depends on: weights, images, order of the classes."""
+    """Digest of everything that a measurement on a split depends on: weights, images, class order."""
     return digest_of(["measured", VERSION, member.digest, split_digest, list(classes)])
 
 
 def training_problems(inspector: Inspector, member: Member) -> list[Problem]:
-    """Contradictions between the stored results of running a member and the statement on its training data."""
+    """Contradictions between a member's stored results and the statement on its training data."""
     unseen = {}
     for split in training_data.unseen_splits(member):
         facts = inspector.digests.facts(inspector.measured_key(member, split)) or {}
@@ -126,8 +126,8 @@ def training_problems(inspector: Inspector, member: Member) -> list[Problem]:
 def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Accuracy of logits (N, C) for labels (N,), and the accuracy under the best permutation of the classes.
 
-    `{n, accuracy, matched, order}`: in the permutation the output `order[c]` is class c. Of more than `MOST_MATCHED`
-    classes, whose pairs would take gigabytes, no other order is tried.
+    Returns `{n, accuracy, matched, order}`: in the best permutation, output `order[c]` is class c. With more than
+    `MOST_MATCHED` classes, which would need gigabytes, permutations are not tried.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -148,9 +148,9 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def measured_problems(classes: Sequence[str], member: Member, facts: Mapping[str, Any]) -> list[Problem]:
-    """The problems that a measurement on val shows: a network that fails, another accuracy, another class order.
+    """The problems in a measurement on val: a network that fails, another accuracy, another class order.
 
-    A recorded accuracy is contradicted if it is off by more than half a point and by more than one row.
+    A recorded accuracy is contradicted if it is off by more than half a percentage point and by more than one row.
     """
     name = member.name
     if "error" in facts:
@@ -178,10 +178,10 @@ def measured_problems(classes: Sequence[str], member: Member, facts: Mapping[str
 def with_extra_outputs_checked(
     problems: Sequence[Problem], measured: Mapping[str, Mapping[str, Any] | None]
 ) -> list[Problem]:
-    """The problems, after the extra outputs of members that have been run were checked.
+    """The problems, updated by the check of the extra outputs of members that have been run.
 
-    `measured` is {member: facts of `measure`}. The warning becomes an info if the extra outputs are never predicted;
-    if they are, the member has an error of the same code, which replaces the warning.
+    `measured` is {member: result of `measure`}. The warning becomes an info if the extra outputs are never predicted;
+    otherwise the member has an error of the same code, which replaces the warning.
     """
     updated = []
     for problem in problems:
@@ -200,7 +200,7 @@ def oof_accuracy_problems(
 ) -> list[Problem]:
     """A warning if out-of-fold accuracy exceeds val accuracy significantly, one-sided at 0.001.
 
-    `groups` holds the number of groups of train and val; None where every image is a group of its own.
+    `groups` holds the number of groups of train and val; None if every image is a group by itself.
     """
     if "error" in facts or member.oof is None:
         return []
@@ -220,7 +220,7 @@ def oof_accuracy_problems(
 
 
 def leakage_problems(workspace: Workspace, member: Member, facts: Mapping[str, Any]) -> list[Problem]:
-    """The problems that the comparison on a sample of train rows shows; a warning means that they are refused."""
+    """The problems in the comparison on a sample of train rows; with a warning, the predictions are refused."""
     problems = []
     refused = f"{NOT_USED}. {catalog.kfold_remedy(workspace, member)}"
     tolerated = out_of_fold.SAME_NETWORK_FRACTION
@@ -250,12 +250,12 @@ def record_val_measurements(
     outputs: Mapping[str, tuple[np.ndarray, np.ndarray]],
     groups: Mapping[str, int | None],
 ) -> Catalog:
-    """Measure members by val logits that were computed for another purpose; writes and returns the updated catalog.
+    """Measure members with val logits that were computed for another purpose; writes and returns the updated catalog.
 
     `outputs` is {member: (logits (N, C) in the catalog's class order, labels (N,))} over all val rows, `groups` the
-    number of groups of train and val, or None where every image is a group of its own. New problems are
-    logged as warnings; those of an earlier measurement are replaced. The caller saves `digests`. Raises UserError for a
-    member that cannot be used, after the catalog is written.
+    number of groups of train and val, or None if every image is a group by itself. New problems are logged as warnings
+    and replace those of an earlier measurement. The caller saves `digests`. Raises UserError for a member that cannot
+    be used, after the catalog is written.
     """
     problems: list[Problem] = []
     measured = {name: measure(logits, labels) for name, (logits, labels) in sorted(outputs.items())}

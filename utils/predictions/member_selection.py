@@ -20,14 +20,14 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
     """The members that the configuration selects, sorted by name.
 
     Imported members are selected by name, or all of them if `include` has its default value. `all` selects every member
-    that is not derived and whose training data is known; a message names the others. A backbone that is listed but was
-    never trained is skipped with a warning; an unknown name is an error. With `tta.enable`, members with views take the
-    place of those that they are derived from. Raises UserError if none is left, and
-    LeakageError where `all` leaves none since the training data of no member is stated.
+    that is not derived and whose training data is known; a message names the others. A listed backbone that was never
+    trained is skipped with a warning; an unknown name is an error. With `tta.enable`, members with views replace those
+    that they are derived from. Raises UserError if no member is selected, and LeakageError if `all` selects none
+    because the training data of no member is stated.
     """
     include, exclude = config.backbones.include, config.backbones.exclude
     settings = base_back.settings()
-    # A mounted BASE-BACK may have fewer backbones than the specification, whose names are always accepted.
+    # A mounted BASE-BACK may lack backbones of the specification, but the specification's names are always accepted.
     default = type(config.backbones).model_fields["include"].default
     available = {*getattr(settings, "ALL_BACKBONES", settings.BACKBONES), *default, *catalog.members}
     named = [*(include if include != ALL else ()), *exclude]
@@ -53,7 +53,7 @@ def select(catalog: Catalog, config: Config) -> list[Member]:
 
 
 def _unusable(catalog: Catalog, names: Sequence[str]) -> str:
-    """Why the named members cannot be used, by the first of their errors, and what to do."""
+    """The reason why the named members cannot be used, from the first of their errors, and the remedy."""
     errors = [problem for problem in catalog.problems if problem.severity == "error" and problem.member in names]
     reason = f": {errors[0].member}: {errors[0].message} ({errors[0].remedy})" if errors else ""
     others = ", ".join(sorted(name for name, member in catalog.members.items() if member.usable))

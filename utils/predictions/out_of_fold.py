@@ -1,4 +1,4 @@
-"""Out-of-fold predictions: read from a file, matched with the train rows, compared with in-sample predictions."""
+"""Out-of-fold predictions: reading, matching with the train rows, and comparison with in-sample predictions."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from utils.core.errors import UserError
 from utils.predictions import prediction_files
 from utils.predictions.image_splits import ImageSplit
 
-EQUAL = 1e-5  # logits closer than this, relative where they are above 1, come from the same network
+EQUAL = 1e-5  # logits closer than this (relative if they are above 1) come from the same network
 SAME_NETWORK_FRACTION = 0.01  # a larger fraction of equal rows means that the network is the same
-SUM_TOLERANCE = 0.01  # training on CUDA leaves probabilities of half precision
-BEYOND_CHANCE = 0.001  # p value below which out-of-fold rows are suspiciously better than val rows
+SUM_TOLERANCE = 0.01  # for half-precision probabilities from training on CUDA
+BEYOND_CHANCE = 0.001  # p value below which out-of-fold accuracy is suspiciously higher than val accuracy
 FLOOR = {"probabilities": 1e-11, "half-precision probabilities": 1e-3}
-"""Smaller values are results of rounding and clipping, not of the network."""
+"""Smaller probabilities are artefacts of rounding and clipping."""
 ROUNDING = {"probabilities": 1e-4, "half-precision probabilities": 3e-3}
-"""Largest error of log-probabilities above the floor by rounding alone."""
+"""Largest rounding error of log-probabilities above the floor."""
 
 
 @dataclass(frozen=True)
 class OutOfFoldPredictions:
-    """Predictions for train rows by networks that were trained on the other folds."""
+    """Predictions on train rows by networks trained on the other folds."""
 
     logits: np.ndarray
     """float32 (N, C), columns in the workspace's class order"""
@@ -34,12 +34,12 @@ class OutOfFoldPredictions:
     sample_ids: np.ndarray
     """unicode (N,)"""
     fold: np.ndarray
-    """int64 (N,)"""
+    """int64 (N,), fold in which each row was held out"""
     kind: str
-    """What the file held: logits, probabilities or half-precision probabilities."""
+    """Contents of the file: logits, probabilities or half-precision probabilities."""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays that the store keeps."""
+        """The arrays to be stored."""
         return {"logits": self.logits, "labels": self.labels, "sample_ids": self.sample_ids, "fold": self.fold}
 
     @property
@@ -49,10 +49,10 @@ class OutOfFoldPredictions:
 
 
 def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...], *, remedy: str) -> OutOfFoldPredictions:
-    """The out-of-fold predictions of member `name`, columns in the order of `classes`.
+    """Read the out-of-fold predictions of member `name`, columns in the order of `classes`.
 
-    Raises UserError, with `remedy`, for whatever `prediction_files.read` refuses, for other classes, rows outside the
-    train split, and labels that differ from the class folders.
+    Raises UserError, with `remedy`, for everything that `prediction_files.read` refuses, for other classes, rows
+    outside the train split, and labels that differ from the class folders.
     """
     what = f"out-of-fold predictions of {name}"
     needs = ("labels", "fold")
@@ -80,7 +80,7 @@ def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...], *, 
 
 
 def duplicates_across_folds(predictions: OutOfFoldPredictions, train: ImageSplit) -> list[str]:
-    """Sample ids whose image is also in another fold under another name, so that its fold network has trained on it."""
+    """Sample ids of images with a copy in another fold, so that their fold network was trained on the copy."""
     contents = np.array(train.contents)[_positions(predictions.sample_ids, train.sample_ids)]
     _, group = np.unique(contents, return_inverse=True)
     order = np.lexsort((predictions.fold, group))
@@ -96,11 +96,11 @@ def _positions(sample_ids: np.ndarray, all_ids: tuple[str, ...]) -> np.ndarray:
 
 
 def count_equal_rows(kind: str, stored: np.ndarray, logits: np.ndarray, *, tolerance: float) -> tuple[int, int]:
-    """How many rows of a network's `logits` (N, C) equal the `stored` ones, and how many rows can be compared.
+    """Number of rows of a network's `logits` (N, C) equal to `stored` (N, C), and number of comparable rows.
 
-    `tolerance` is absolute, and relative to the largest logit of a row if that is above 1. Probabilities are compared
-    as log-probabilities; rows in which one class has a probability of about 1 are left out, since every confident
-    network gives them.
+    `tolerance` is absolute, or relative to the largest logit of a row if that is above 1. Probabilities are compared
+    as log-probabilities; rows in which one class has a probability of about 1 are excluded, since any confident network
+    predicts them.
     """
     if kind == "logits":
         scale = np.maximum(1.0, np.abs(logits).max(axis=1))
@@ -117,7 +117,7 @@ def higher_accuracy_p_value(better: Mapping[str, float], other: Mapping[str, flo
     """One-sided p value of the hypothesis that `better` and `other`, each {accuracy, n}, have equal accuracies.
 
     Two-proportion z test with the pooled proportion; 1 if all rows are right or all are wrong. `n` is the number of
-    independent observations: of groups, where rows come in groups, as if all rows of a group were right or wrong
+    independent observations; if rows form groups, the number of groups, as if all rows of a group were right or wrong
     together.
     """
     n, m = better["n"], other["n"]

@@ -1,4 +1,4 @@
-"""Outputs of members' networks, written into the prediction store while they are computed."""
+"""Writes the outputs of members' networks to the prediction store while they are computed."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def stream_member(
     threads: int,
     stage: str | None = None,
 ) -> Iterator[OutputBatch]:
-    """`streaming.stream` of a member, or of another of its stages; outputs for the splits `kept` go into the store.
+    """`streaming.stream` of a member, or of another of its stages; outputs for the splits `kept` are stored.
 
-    `kept` are those of `images` that are whole splits. Their arrays grow on disk under temporary names and appear when
-    a split is complete; those of an iterator that is not exhausted do not appear. `threads` decode images.
+    `kept` are those of `images` that are whole splits. Their arrays are written to temporary files, which are renamed
+    when a split is complete; an iterator that is not exhausted leaves none. `threads`: number of decoding threads.
     """
     batches = streaming.stream(
         member.network(store.workspace, stage),
@@ -60,12 +60,12 @@ def _stored_split(
     embeddings_path = store.workspace.embeddings(member.name, embeddings_name(member, images.split))
     remove_file(folder / "record.json")
     remove_file(embeddings_path)
-    first = next(batches)
-    width = first.embeddings.shape[1]
+    first_batch = next(batches)
+    width = first_batch.embeddings.shape[1]
     with ExitStack() as stack:
         logits = _growing_array(stack, folder / "logits.npy", (n, len(order)))
         embeddings = _growing_array(stack, embeddings_path, (n, width)) if width else None
-        for batch in itertools.chain([first], batches):
+        for batch in itertools.chain([first_batch], batches):
             rows = slice(batch.start, batch.start + len(batch.logits))
             logits[rows] = batch.logits[:, order]
             if embeddings is not None:
@@ -76,7 +76,7 @@ def _stored_split(
             embeddings.flush()
     facts = {
         "device": device,
-        "threads": first.threads,
+        "threads": first_batch.threads,
         "batch_size": batch.batch_size,
         "seconds": round(time.monotonic() - start, 3),
         "width": width,
@@ -85,7 +85,7 @@ def _stored_split(
 
 
 def _growing_array(stack: ExitStack, path: Path, shape: tuple[int, int]) -> np.memmap:
-    """A float32 array that is filled on disk and takes its name when the stack ends well."""
+    """A float32 array on disk in a temporary file, which is renamed to `path` when the stack exits without an error."""
     temporary = stack.enter_context(replacing(path))
     array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
     preallocate(temporary, array.offset)

@@ -4,7 +4,7 @@ logits float32 (N, C) or probabilities (N, C)    one column per class
 sample_ids unicode (N,)                          path below the split's folder, with `/`
 labels int64 (N,)                                indices of the file's columns, -1 where unknown; may be absent
 classes unicode (C,)                             names of the columns; may be absent
-fold int64 (N,), embeddings float16/32 (N, D)    where they apply
+fold int64 (N,), embeddings float16/32 (N, D)    may be absent
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ KINDS = {
     "sample_ids": "U",
     "classes": "U" + WHOLE_NUMBERS,
 }
-"""The kinds of values that each array may hold, as NumPy's `dtype.kind`."""
+"""The allowed values of NumPy's `dtype.kind` for each array."""
 MAX_COLUMNS = 32_768  # ImageNet-21k has 21,841 classes
-MAX_TEXT = 4096  # characters of a sample id or a class, as of a path
-MAX_EMBEDDING = 65_536  # numbers of an embedding
-MEMORY_FRACTION = 4  # one file may take a quarter of the machine's memory, with the copies that are made of it
+MAX_TEXT = 4096  # characters of a sample id or a class, the maximum length of a path
+MAX_EMBEDDING = 65_536  # width of an embedding
+MEMORY_FRACTION = 4  # one file may use a quarter of the machine's memory, including working copies
 
 
 class _InvalidArraysError(Exception):
@@ -44,7 +44,7 @@ class Predictions:
     """The contents of one file, in the file's order of rows and columns."""
 
     logits: np.ndarray
-    """float32 (N, C); log-probabilities where the file has probabilities"""
+    """float32 (N, C); log-probabilities if the file has probabilities"""
     labels: np.ndarray
     """int64 (N,), indices of columns; UNKNOWN if the file has none"""
     sample_ids: np.ndarray
@@ -56,16 +56,16 @@ class Predictions:
     embeddings: np.ndarray | None
     """float32 (N, D)"""
     kind: str
-    """What the file held: `logits`, `probabilities` or `half-precision probabilities`."""
+    """Contents of the file: `logits`, `probabilities` or `half-precision probabilities`."""
 
 
 def read(
     path: Path, *, what: str, remedy: str, needs: Sequence[str] = (), sum_tolerance: float = SUM_TOLERANCE
 ) -> Predictions:
-    """Read and validate one file; every message names `what` the file holds and ends with `remedy`.
+    """Read and validate one file; error messages describe the file as `what` and end with `remedy`.
 
-    `needs` names optional arrays that are required here. Raises UserError for missing arrays, other types or shapes, a
-    repeated sample id, labels without a column, values that are not finite, and probabilities that do not sum to 1
+    `needs` names optional arrays that the caller requires. Raises UserError for missing arrays, wrong dtypes or shapes,
+    a repeated sample id, labels without a column, values that are not finite, and probabilities that do not sum to 1
     within `sum_tolerance`.
     """
     arrays = read_arrays(path, remedy=remedy, check=_require_moderate)
@@ -76,37 +76,37 @@ def read(
 
 
 def memory_needed(headers: Mapping[str, ArrayHeader]) -> int:
-    """Bytes that a file's arrays take while it is read and matched, with the copies that are made of them."""
-    copies = {"logits": 16, "probabilities": 40, "embeddings": 8}  # bytes of one value in further arrays
-    needed = 0
+    """Bytes of memory for reading and matching a file's arrays, including working copies."""
+    copies = {"logits": 16, "probabilities": 40, "embeddings": 8}  # bytes of working copies per value
+    n_bytes = 0
     for key, header in headers.items():
-        if key in ("sample_ids", "classes"):  # in the file, sorted, aligned, and as text of Python's
-            needed += header.size * (4 * header.dtype.itemsize + 128)
+        if key in ("sample_ids", "classes"):  # as read, sorted, aligned, and as Python strings
+            n_bytes += header.size * (4 * header.dtype.itemsize + 128)
         elif key in KINDS:
-            needed += header.size * (header.dtype.itemsize + copies.get(key, 16))
-    return needed
+            n_bytes += header.size * (header.dtype.itemsize + copies.get(key, 16))
+    return n_bytes
 
 
 def memory_limit() -> int:
-    """Bytes that one file may take, with the copies that are made of it."""
+    """Bytes of memory that reading one file may use, including working copies."""
     return physical_memory() // MEMORY_FRACTION
 
 
 def _require_moderate(headers: Mapping[str, ArrayHeader]) -> list[str]:
-    """The arrays to read. Raises ValueError for more columns, wider text or more memory than predictions have."""
+    """Names of the arrays to read. Raises ValueError for too many columns, too wide text or too much memory."""
     for key, header in headers.items():
         if key not in KINDS:
             continue
         width = header.shape[1] if len(header.shape) > 1 else 0
-        most = MAX_EMBEDDING if key == "embeddings" else MAX_COLUMNS
-        if width > most:
-            raise ValueError(f"{key} of {width:,} columns; expected at most {most:,}")
+        max_width = MAX_EMBEDDING if key == "embeddings" else MAX_COLUMNS
+        if width > max_width:
+            raise ValueError(f"{key} of {width:,} columns; expected at most {max_width:,}")
         if header.dtype.kind == "U" and header.dtype.itemsize > 4 * MAX_TEXT:
             raise ValueError(f"{key} of {header.dtype.itemsize // 4:,} characters each; expected at most {MAX_TEXT:,}")
-    needed, limit = memory_needed(headers), memory_limit()
-    if needed > limit:
+    n_bytes, limit = memory_needed(headers), memory_limit()
+    if n_bytes > limit:
         raise ValueError(
-            f"its arrays take {needed / 1e9:.1f} GB with the copies that are made of them, more than "
+            f"its arrays take {n_bytes / 1e9:.1f} GB with the copies that are made of them, more than "
             f"{limit / 1e9:.1f} GB, a quarter of this machine's memory"
         )
     return [key for key in headers if key in KINDS]
@@ -150,7 +150,7 @@ def _checked(arrays: Mapping[str, np.ndarray], needs: Sequence[str], sum_toleran
 def _require_unique(what: str, names: np.ndarray) -> None:
     try:
         "".join(names.tolist()).encode()
-    except ValueError as error:  # an unpaired surrogate, or a code that is no character
+    except ValueError as error:  # an unpaired surrogate, or an invalid code point
         raise _InvalidArraysError(f"a {what} is no text ({error})") from error
     unique, counts = np.unique(names, return_counts=True)
     if len(unique) < len(names):

@@ -1,6 +1,6 @@
-"""Which rows belong together: those of equal images, and those that `dataset.group_regex` or the split puts in a group.
+"""Groups of dependent rows: rows of equal images, and rows grouped by `dataset.group_regex` or by the split.
 
-Rows of one group are not independent, so that standard errors, tests and thresholds count groups.
+Rows of one group are not independent, so standard errors, tests and thresholds count groups.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from utils.predictions.store import Store
 
 
 def row_groups(store: Store, keys: Iterable[tuple[str, str]]) -> np.ndarray | None:
-    """Group index int64 (N,) of each row, given as (split, sample id); None where every row is a group of its own.
+    """Group index, int64 (N,), of each row (split, sample id) in `keys`; None if every row is a group by itself.
 
-    A group may have rows of several splits. Without images no two rows are known to be equal.
+    A group may have rows of several splits. Without images, no rows count as equal.
     """
     rows = list(keys)
     recorded = base_back.load_bundled("samples").recorded_groups(store.workspace.split_dir)
@@ -38,7 +38,7 @@ def row_groups(store: Store, keys: Iterable[tuple[str, str]]) -> np.ndarray | No
 
 
 def row_groups_of(workspace: Workspace, group_regex: str | None, images: ImageSplit) -> np.ndarray | None:
-    """Group index int64 (N,) of each image of one split; None where every image is a group of its own."""
+    """Group index, int64 (N,), of each image of one split; None if every image is a group by itself."""
     grouping = base_back.load_bundled("samples")
     recorded = grouping.recorded_groups(workspace.split_dir).get(images.split, {})
     names = [recorded.get(sample_id) for sample_id in images.sample_ids]
@@ -47,6 +47,6 @@ def row_groups_of(workspace: Workspace, group_regex: str | None, images: ImageSp
 
 
 def count_groups(workspace: Workspace, group_regex: str | None, images: ImageSplit) -> int | None:
-    """Number of groups of the images of one split; None where every image is a group of its own."""
+    """Number of groups of the images of one split; None if every image is a group by itself."""
     groups = row_groups_of(workspace, group_regex, images)
     return None if groups is None else len(np.unique(groups))

@@ -1,4 +1,4 @@
-"""Rows of predictions: the outputs of one member on a split, and of several members, aligned.
+"""Rows of predictions: the outputs of one member on a split, and the aligned outputs of several members.
 
 Rows are matched by (split, sample id) and columns by class name, never by position.
 """
@@ -17,7 +17,7 @@ from utils.core.errors import UserError
 
 logger = logging.getLogger("disease_pipeline")
 
-UNKNOWN = -1  # the label of a row whose class is not known
+UNKNOWN = -1  # label of a row of unknown class
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class MemberRows:
     out_of_sample: np.ndarray
     """bool (N,): the network was not trained on the row"""
     embeddings: np.ndarray | None = None
-    """float (N, D), the input of the network's last layer; None unless requested"""
+    """float (N, D), the inputs of the network's last layer; None unless requested"""
     fold: np.ndarray | None = None
     """int64 (N,): the fold that each row was held out in; None for rows that are not out-of-fold"""
 
     def take(self, rows: np.ndarray) -> MemberRows:
-        """Some of the rows, by a mask (N,) or indices."""
+        """Select rows by a mask (N,) or by indices."""
         return replace(
             self,
             sample_ids=self.sample_ids[rows],
@@ -66,7 +66,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class MemberOutputs:
-    """The outputs of M members for N rows, for combiners that read embeddings; indexed like logits (M, N, C)."""
+    """The outputs of M members for N rows, for combiners that use embeddings; indexed like logits (M, N, C)."""
 
     logits: np.ndarray
     """float32 (M, N, C)"""
@@ -79,7 +79,7 @@ class MemberOutputs:
         return self.logits.shape
 
     def __getitem__(self, key: Any) -> MemberOutputs:
-        """`outputs[members]` or `outputs[:, rows]`, by slices, masks or indices."""
+        """`outputs[members]` or `outputs[:, rows]`, with slices, masks or indices."""
         members, rows = key if isinstance(key, tuple) else (key, slice(None))
         indices = np.arange(len(self.embeddings))[members]
         return MemberOutputs(self.logits[members][:, rows], tuple(self.embeddings[index][rows] for index in indices))
@@ -102,17 +102,17 @@ class Rows:
     out_of_sample: np.ndarray
     """bool (N,): out of sample for every member"""
     inference: str = "full"
-    """Which networks answered on val and test: the members' full networks, or the mean of their fold networks"""
+    """Networks that predicted val and test: `full` (the full networks) or `folds` (the mean of the fold networks)"""
     embeddings: tuple[np.ndarray, ...] | None = None
     """M arrays float (N, D_m); None unless requested"""
 
     @property
     def outputs(self) -> np.ndarray | MemberOutputs:
-        """The input of combiners: logits (M, N, C), with the embeddings if there are any."""
+        """The input of combiners: logits (M, N, C), or `MemberOutputs` if there are embeddings."""
         return self.logits if self.embeddings is None else MemberOutputs(self.logits, self.embeddings)
 
     def take(self, rows: np.ndarray) -> Rows:
-        """Some of the rows."""
+        """Select rows by a mask (N,) or by indices."""
         return replace(
             self,
             split=self.split[rows],
@@ -125,9 +125,9 @@ class Rows:
 
 
 def collect_samples(split: str, classes: Sequence[str], parts: Mapping[str, Sequence[MemberRows]]) -> Samples:
-    """The samples of a split without images: all that any member has a row of, {member: its rows of the split}.
+    """The samples of a split without images: the union of the samples of `parts`, {member: its rows of the split}.
 
-    A label comes from any member that has it. Raises UserError for labels that disagree.
+    A label may come from any member that has it. Raises UserError for labels that disagree.
     """
     label_of: dict[str, int] = {}
     source_of: dict[str, str] = {}
@@ -137,11 +137,11 @@ def collect_samples(split: str, classes: Sequence[str], parts: Mapping[str, Sequ
             labelled = {key: label for key, label in labels.items() if label != UNKNOWN}
             differing = [key for key, label in labelled.items() if label_of.get(key, UNKNOWN) not in (UNKNOWN, label)]
             if differing:
-                first = min(differing)
-                source = source_of[first]
+                name = min(differing)
+                source = source_of[name]
                 raise UserError(
                     f"members {source} and {member}: {len(differing)} label(s) of {split} disagree, "
-                    f"first {first}: {classes[label_of[first]]} for {source}, {classes[labels[first]]} for {member}"
+                    f"first {name}: {classes[label_of[name]]} for {source}, {classes[labels[name]]} for {member}"
                 )
             label_of = labels | label_of | labelled
             source_of = dict.fromkeys(labelled, member) | source_of
@@ -153,8 +153,8 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
     """Align members: {member: its rows of one or more splits} -> the rows that all members have.
 
     Members are sorted by name, rows by (split, sample id), columns follow `classes`. A label may come from any member.
-    Embeddings are included if every part has them. A warning says how many rows of a member are left out. Raises
-    UserError for duplicate ids, other class sets, labels that disagree, logits that are not finite, or no common row.
+    Embeddings are included if every part has them. Omitted rows of a member are counted in a warning. Raises UserError
+    for duplicate ids, other class sets, labels that disagree, logits that are not finite, or no common row.
     """
     members = tuple(sorted(parts))
     keyed = {member: _keyed(member, parts[member], classes) for member in members}
@@ -186,9 +186,9 @@ def align(parts: Mapping[str, Sequence[MemberRows]], classes: tuple[str, ...]) -
             raise UserError(f"member {member}: {bad.size} row(s) with NaN or infinity, first {order[bad[0]][1]}")
         differing = np.flatnonzero((labels[index] != label) & (labels[index] != UNKNOWN) & (label != UNKNOWN))
         if differing.size:
-            other = members[int(np.argmax(labels[:index, differing[0]] != UNKNOWN))]
+            source = members[int(np.argmax(labels[:index, differing[0]] != UNKNOWN))]
             raise UserError(
-                f"members {other} and {member}: {differing.size} label(s) disagree, first {order[differing[0]][1]}"
+                f"members {source} and {member}: {differing.size} label(s) disagree, first {order[differing[0]][1]}"
             )
         label = np.where(label == UNKNOWN, labels[index], label)
     return Rows(

@@ -1,6 +1,6 @@
 """The prediction store: logits, embeddings, labels and sample ids per member and split, on disk, keyed by digest.
 
-Arrays are memory-mapped when they are read. `extraction` computes those that are missing.
+Arrays are read as memory maps. `extraction` computes missing ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from utils.predictions.rows import MemberRows, Samples, collect_samples
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 2  # raised whenever the same weights and images would give other arrays
+VERSION = 2  # incremented whenever the arrays for the same weights and images change
 IN_SAMPLE_TRAIN = "train_in_sample"
 ARRAYS = ("logits", "labels", "sample_ids", "honest")
 IMPORT = "python ensemble_orchestrator.py import-predictions --from DIR"
@@ -54,12 +54,12 @@ class Store:
         self.digests = digests or FileDigests(workspace.digests)
         self._images: dict[str, ImageSplit] = {}
         self.warned_sizes: set[int] = set()
-        """Image sizes that a warning has named already."""
+        """Image sizes that have been logged in a warning."""
         self._samples: dict[str, Samples] = {}
         self._oof_at_hand: dict[str, dict[str, np.ndarray]] = {}
 
     def with_catalog(self, catalog: Catalog) -> Store:
-        """The store for another catalog of the same workspace; digests and listed images that still hold are shared."""
+        """The store for another catalog of the same workspace; shares digests and image lists that are still valid."""
         store = copy(self)
         store.catalog = catalog
         if catalog.splits != self.catalog.splits:
@@ -69,13 +69,13 @@ class Store:
         return store
 
     def with_config(self, config: Config) -> Store:
-        """The store under another configuration of the same workspace."""
+        """The store with another configuration of the same workspace."""
         store = copy(self)
         store.config = config
         return store
 
     def with_images(self, images: ImageSplit) -> Store:
-        """The store with one more split, of images outside the workspace; the catalog on disk does not list it."""
+        """The store with an additional split of images outside the workspace, which the catalog file does not list."""
         store = copy(self)
         facts = {"n": len(images.paths), "digest": images.digest}
         store.catalog = replace(self.catalog, splits={**self.catalog.splits, images.split: facts})
@@ -83,7 +83,7 @@ class Store:
         return store
 
     def images(self, split: str) -> ImageSplit:
-        """The images of a split on disk. Raises UserError if they have changed since discovery, or there are none."""
+        """The images of a split. Raises UserError if they have changed since discovery, or there are none."""
         if not self.catalog.has_images:
             raise UserError(f"{self.workspace.split_dir}: no images, and this needs some; all members are imported")
         if split not in self._images:
@@ -98,7 +98,7 @@ class Store:
         return self._images[split]
 
     def samples(self, split: str) -> Samples:
-        """The samples of a split: its images or, without images, the rows that imported members have."""
+        """The samples of a split: its images or, without images, the rows of imported members."""
         if self.catalog.has_images:
             images = self.images(split)
             return Samples(split, images.sample_ids, images.labels, images.contents)
@@ -107,7 +107,7 @@ class Store:
         return self._samples[split]
 
     def splits(self) -> dict[str, dict[str, Any]]:
-        """The splits as a catalog lists them if there are no images, by the rows of its imported members."""
+        """The splits of a catalog without images, {split: {n, digest, ...}}, from the rows of its imported members."""
         return {split: split_facts(self.catalog.classes, self.samples(split)) for split in SPLITS}
 
     def imported_rows(self, split: str) -> dict[str, list[MemberRows]]:
@@ -118,15 +118,15 @@ class Store:
             parts[name] = [self.rows(member, split)] if self.is_available(member, split) else []
             if arrays is not None:
                 parts[name].append(_oof_rows(arrays, self.catalog.classes))
-                self._oof_at_hand[name] = arrays  # for the out-of-sample rows, which are usually read next
+                self._oof_at_hand[name] = arrays  # cached, since the out-of-sample rows are usually read next
         return parts
 
     def is_available(self, member: Member, split: str) -> bool:
-        """Whether a member has predictions for a split, or a network that can compute them."""
+        """Whether a member has predictions for a split or a network to compute them."""
         return member.source != IMPORTED or self._record(member, split) is not None
 
     def is_stored(self, member: Member, split: str) -> bool:
-        """Whether a member's arrays of a split are complete and belong to what the catalog describes."""
+        """Whether a member's arrays of a split are complete and match the catalog."""
         folder = self.workspace.predictions(member.name, split)
         record = self._record(member, split)
         return (
@@ -140,10 +140,10 @@ class Store:
         )
 
     def rows(self, member: Member, split: str, *, embeddings: bool = False) -> MemberRows:
-        """One member's stored rows of a split, memory-mapped; `extraction.ensure` must have run for a network.
+        """One member's stored rows of a split, memory-mapped; for networks `extraction.ensure` must have run.
 
-        Raises UserError for an imported member whose files did not hold the split, or held it for other images, and
-        for a member without embeddings if `embeddings` are requested.
+        Raises UserError for an imported member whose files lack the split or have it for other images, and for a member
+        without embeddings if `embeddings` are requested.
         """
         if member.source == IMPORTED and not self.is_stored(member, split):
             is_outdated = self.is_available(member, split)
@@ -160,7 +160,7 @@ class Store:
         return replace(rows, embeddings=self._embeddings(member, rows)) if embeddings else rows
 
     def _embeddings(self, member: Member, rows: MemberRows) -> np.ndarray:
-        """The stored embeddings (N, D) of a member's rows. Raises UserError if there are none, or others."""
+        """The stored embeddings (N, D) of a member's rows. Raises UserError if they are missing or do not match."""
         split = rows.split
         name = embeddings_name(member, split)
         path = self.workspace.embeddings(member.name, name)
@@ -184,7 +184,7 @@ class Store:
         raise UserError(f"{path}: embeddings {reason}. Remove the folder {folder}, then run the command again")
 
     def lacks_embeddings(self, member: Member) -> bool:
-        """Whether a member has no embeddings; False as long as its val rows are not stored."""
+        """Whether a member has no embeddings; False if its val rows are not stored yet."""
         record = self._record(member, "val")
         return record is not None and record.get("key") == self.key(member, "val") and record.get("width") == 0
 
@@ -195,8 +195,8 @@ class Store:
     def oof(self, member: Member, *, embeddings: bool = False) -> MemberRows | None:
         """A member's out-of-fold rows of the train split, from the validated cache; None if it has none.
 
-        With `embeddings`, those of an imported member's `oof.npz` are included if it held some. Raises UserError for a
-        file that does not fit the train split.
+        With `embeddings`, those of an imported member's `oof.npz`, if any, are included. Raises UserError for a file
+        that does not match the train split.
         """
         arrays = self._oof_arrays(member)
         if arrays is None:
@@ -205,7 +205,7 @@ class Store:
         return replace(rows, embeddings=arrays.get("embeddings")) if embeddings else rows
 
     def has_oof_embeddings(self, member: Member) -> bool:
-        """Whether an imported member's `oof.npz` held embeddings."""
+        """Whether an imported member's `oof.npz` had embeddings."""
         arrays = self._oof_arrays(member)
         return arrays is not None and "embeddings" in arrays
 
@@ -233,8 +233,8 @@ class Store:
     def out_of_sample_parts(self, members: Sequence[Member]) -> dict[str, list[MemberRows]]:
         """{member: its out-of-sample rows}: out-of-fold rows of train and rows of val that it was not trained on.
 
-        Without out-of-fold rows, train rows that the full network was not trained on take their place. An imported
-        member with out-of-fold rows may lack those of val. There are none of a member that was trained on all.
+        Without out-of-fold rows, train rows that the full network was not trained on replace them. An imported member
+        with out-of-fold rows may lack rows of val. A member that was trained on all rows has none.
         """
         return {member.name: self._out_of_sample_rows(member) for member in members}
 
@@ -242,8 +242,8 @@ class Store:
         parts = []
         oof = self.oof(member)
         if oof is not None:
-            seen = training_data.pretraining_rows(self, member)
-            parts.append(replace(oof, out_of_sample=self._is_unseen(oof.sample_ids, seen)))
+            pretraining_ids = training_data.pretraining_rows(self, member)
+            parts.append(replace(oof, out_of_sample=self._is_unseen(oof.sample_ids, pretraining_ids)))
         elif training_data.predicts_unseen_train_rows(self, member):
             parts.append(self.rows(member, "train"))
         if oof is None or self.is_available(member, "val"):
@@ -252,14 +252,14 @@ class Store:
         return [part for part in unseen if len(part.sample_ids)]
 
     @staticmethod
-    def _is_unseen(sample_ids: np.ndarray, seen: frozenset[str]) -> np.ndarray:
-        """bool (N,): whether a sample is not among those that were seen."""
-        if not seen:
+    def _is_unseen(sample_ids: np.ndarray, trained_ids: frozenset[str]) -> np.ndarray:
+        """bool (N,): whether each sample is not in `trained_ids`."""
+        if not trained_ids:
             return np.ones(len(sample_ids), dtype=bool)
-        return np.array([sample_id not in seen for sample_id in sample_ids.tolist()], dtype=bool)
+        return np.array([sample_id not in trained_ids for sample_id in sample_ids.tolist()], dtype=bool)
 
     def outdated_parts(self, member: Member) -> list[str]:
-        """Splits for which an imported member has rows of other images, classes or contents than the catalog lists."""
+        """Splits for which an imported member's rows do not match the images, classes or contents in the catalog."""
         outdated = [split for split in SPLITS if self.is_available(member, split) and not self.is_stored(member, split)]
         return outdated + (["out-of-fold"] if member.oof is not None and self._cached_oof(member) is None else [])
 
@@ -274,21 +274,21 @@ class Store:
         self.complete_rows(member, samples, {"width": 0 if embeddings is None else embeddings.shape[1]})
 
     def write_imported_oof(self, name: str, oof: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        """Store the arrays of an imported member's out-of-fold rows, which the catalog lists as `oof`."""
+        """Store the arrays of an imported member's out-of-fold rows; `oof` is their entry in the catalog."""
         write_arrays(self.workspace.oof(name), {**arrays, "key": np.array(self._oof_key(oof))})
 
     def remove_member(self, name: str) -> None:
-        """Remove everything that is stored for a member, records first. Raises UserError for files behind a link."""
+        """Remove everything stored for a member, records first. Raises UserError for files behind a symbolic link."""
         for path in self._files(name):
             remove_file(path)
 
     def require_own_files(self, name: str) -> None:
-        """Raise UserError where a symbolic link leads to a folder of a member, which must not be changed."""
+        """Raise UserError if a folder of the member is behind a symbolic link, since its files must not be changed."""
         for path in self._files(name):
             require_unlinked(path)
 
     def _files(self, name: str) -> list[Path]:
-        """What may be stored for a member, records before what they describe."""
+        """Paths of all files that may be stored for a member, records before the files that they describe."""
         files = []
         splits = (*SPLITS, *self.workspace.external_splits(name))
         for split in splits:
@@ -315,9 +315,9 @@ class Store:
         return record_once(self.workspace.predictions(member.name, split) / "record.json", remedy=AGAIN)
 
     def complete_rows(self, member: Member, samples: Samples, facts: dict[str, Any]) -> None:
-        """Write what belongs to a member's logits of one split: labels, sample ids and, last, the record.
+        """Write the files beside a member's logits of one split: labels, sample ids and, last, the record.
 
-        `facts` are further entries of the record; `width` among them is the embeddings' D, 0 where there are none.
+        `facts` are further entries of the record, among them `width`, the width D of the embeddings, 0 without any.
         """
         split = samples.split
         folder = self.workspace.predictions(member.name, split)
@@ -342,10 +342,10 @@ class Store:
 
 
 def embeddings_name(member: Member, split: str) -> str:
-    """The name of the file of a member's embeddings of a split, by its full network.
+    """File name of the embeddings of a split by a member's full network.
 
-    `train` are the out-of-fold embeddings of a network with fold networks, so that its own, in-sample ones have
-    another name; an imported member has one network.
+    For a network with fold networks, `train` is the name of the out-of-fold embeddings, so its in-sample embeddings
+    have another name; an imported member has one network.
     """
     return IN_SAMPLE_TRAIN if split == "train" and member.source != IMPORTED else split
 
@@ -363,7 +363,7 @@ def _oof_rows(arrays: Mapping[str, np.ndarray], classes: tuple[str, ...]) -> Mem
 
 
 def split_facts(classes: tuple[str, ...], samples: Samples) -> dict[str, Any]:
-    """A split as the catalog lists it if its samples come from imported members alone."""
+    """The catalog's entry of a split whose samples come only from imported members."""
     digest = digest_of([list(classes), list(samples.sample_ids), samples.labels.tolist()])
     return {"n": len(samples.sample_ids), "digest": digest, "images": False}
 
@@ -371,8 +371,8 @@ def split_facts(classes: tuple[str, ...], samples: Samples) -> dict[str, Any]:
 def with_imported(config: Config, workspace: Workspace, scanned: Catalog, earlier: Catalog) -> Catalog:
     """The `scanned` catalog with the imported members of an `earlier` one and their problems.
 
-    A member whose rows belong to other images or classes than those of the scan stays, but cannot be used. A member
-    with the name of a trained one is left out. Both are reported as problems.
+    A member whose rows belong to other images or classes than those of the scan is kept, but cannot be used. A member
+    with the name of a trained one is omitted. Both are reported as problems.
     """
     imported = earlier.imported()
     joined = replace(scanned, members={**imported, **scanned.members}, problems=())

@@ -1,6 +1,6 @@
-"""Networks run over images, one network in memory at a time; logits and embeddings are yielded batch by batch.
+"""Runs networks on images, one network in memory at a time, and yields logits and embeddings batch by batch.
 
-Pixels come from the decoded-image cache, so that each image is decoded once for networks of any preprocessing.
+Pixels come from the image cache, so that each image is decoded once for networks of any preprocessing.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("disease_pipeline")
 
 PROBE_ROWS = 2
-LARGEST_BATCH = 4096  # larger batches gain nothing on a GPU; the pixels of one stay below a gigabyte
+LARGEST_BATCH = 4096  # larger batches are no faster on a GPU; the pixels of one batch stay below a gigabyte
 
 
 class ExtraOutputsError(UserError):
-    """A network predicts outputs beyond the classes."""
+    """A network predicts extra outputs beyond the classes."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ class OutputBatch:
     embeddings: np.ndarray
     """float32 (B, D); D is 0 for a network without embeddings"""
     batch_size: int
-    """Images at a time, as memory allowed"""
+    """Batch size that memory allowed"""
     threads: int | None = None
-    """torch's, None on a GPU"""
+    """Number of torch's threads; None on a GPU"""
 
 
 def open_network(spec: NetworkSpec, weights: Mapping[str, Any] | None = None) -> nn.Module:
     """Build the network and load its weights, in evaluation mode on the CPU; `weights` replace those of the file.
 
-    A network of a member with views averages over them.
-    Raises UserError if they do not fit, or the checkpoint belongs to another BASE-BACK than the mounted one.
+    For a member with views, the network averages over them. Raises UserError if the weights do not fit, or the
+    checkpoint belongs to another BASE-BACK than the mounted one.
     """
     if weights is None:
         record = read_checkpoint(spec.checkpoint)
@@ -71,7 +71,7 @@ def open_network(spec: NetworkSpec, weights: Mapping[str, Any] | None = None) ->
 def average_over_views(
     network: nn.Module, spec: NetworkSpec, groups: Sequence[str], *, with_original: bool = True
 ) -> nn.Module:
-    """The network as one that averages its logits over groups of views, in evaluation mode."""
+    """Wrap the network to average its logits over groups of views, in evaluation mode."""
     from utils.networks.views import ViewAverage
 
     return ViewAverage(network, groups, spec.img_size, with_original=with_original).eval()
@@ -99,14 +99,14 @@ def stream(
     opener: Callable[[NetworkSpec], nn.Module] | None = None,
     must_be_finite: bool = True,
 ) -> Iterator[OutputBatch]:
-    """Logits and embeddings of one network over the given splits, batch by batch, in the order of the rows.
+    """Logits and embeddings of one network on the given splits, batch by batch, in the order of the rows.
 
-    On the CPU `batch_size` images are processed at a time; on CUDA the batch is doubled as long as memory allows; it is
-    halved when memory runs out. A network with more outputs than classes is first run over `val`, or the val split
-    among `splits`, to check that it never predicts the extra outputs, which are then removed. The network, which
-    `opener` builds (`open_network` by default), is freed when the iterator ends. Raises UserError for unreadable
-    images, weights that do not fit, fewer outputs than classes, extra outputs that are predicted, a single image that
-    does not fit into memory, and, with `must_be_finite`, logits that are not finite.
+    On the CPU, batches have `batch_size` images; on CUDA, the batch size is doubled as long as memory allows. It is
+    halved when memory runs out. A network with more outputs than classes is first run on `val`, or the val split in
+    `splits`, to check that it never predicts the extra outputs, which are then removed. `opener` builds the network
+    (by default `open_network`), which is freed when the iterator ends. Raises UserError for unreadable images, weights
+    that do not fit, fewer outputs than classes, extra outputs that are predicted, a single image that does not fit into
+    memory, and, with `must_be_finite`, logits that are not finite.
     """
     if not splits:
         return
@@ -125,9 +125,9 @@ def stream(
             yield from passing.over(images, split_pixels)
     finally:
         safe_delete_model(passing.model)
-        left = weakref.ref(passing.model)
+        reference = weakref.ref(passing.model)
         del passing
-        cleanup_memory([left])
+        cleanup_memory([reference])
         trim_memory()
 
 
@@ -135,15 +135,15 @@ def stream(
 def network_on_device(
     spec: NetworkSpec, device: str
 ) -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-    """One network on a device, as `stream` runs it: yields (forward, place).
+    """One network on a device, configured as in `stream`: yields (forward, place).
 
-    `place` moves normalised images (B, 3, H, W) to the device, in the network's memory layout; `forward` returns the
-    logits (B, C) of placed images.
+    `place` moves normalised images (B, 3, H, W) to the device, in the network's memory format; `forward` returns the
+    logits (B, C) of these images.
     """
     import torch
 
     passing = _Pass(spec, open_network(spec), 1, device)
-    # What is timed is recorded with the number of threads that torch has here.
+    # Timings are recorded with torch's current number of threads.
     passing.threads = None if passing.on_cuda else torch.get_num_threads()
 
     def forward(images: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def network_on_device(
 
 @dataclass
 class _Pass:
-    """One network on its device, and the state of a pass over images."""
+    """One network on its device, with the state of a pass over images."""
 
     spec: NetworkSpec
     model: nn.Module
@@ -169,9 +169,9 @@ class _Pass:
     device: str
     must_be_finite: bool = True
     threads: int | None = field(default=None, init=False)
-    """torch's during forward passes; None: as many as it has here"""
+    """Number of torch's threads during forward passes; None: the current number"""
     buffer: Any = field(default=None, init=False)
-    """Pixels of a batch on the CPU, float32, overwritten by the next one"""
+    """Pixels of a batch on the CPU, float32, reused by the next batch"""
 
     def __post_init__(self) -> None:
         import torch
@@ -185,13 +185,13 @@ class _Pass:
         self.threads = rule.threads_of_network("streaming", self.model, self.spec.img_size, self.device)
 
     def probe(self, pixels: Any) -> None:
-        """Find the number of outputs and the embedding on the first rows of a split."""
+        """Determine the number of outputs and the embedding on the first rows of a split."""
         import torch
 
         with torch.inference_mode(), self._precision():
             try:
                 self.outputs.probe(self._load(pixels, range(min(PROBE_ROWS, len(pixels)))))
-            # Errors of networks for an image size that they were not built for.
+            # Errors that networks raise for unsupported image sizes.
             except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                 if out_of_memory(error):
                     raise self._too_large() from error
@@ -206,7 +206,7 @@ class _Pass:
             )
 
     def over(self, images: ImageSplit, pixels: Any, *, cut: bool = True) -> Iterator[OutputBatch]:
-        """All rows of a split; on CUDA a batch is started before the results of the previous one are fetched."""
+        """Run all rows of a split; on CUDA, a batch is started before the results of the previous one are fetched."""
         waiting: tuple[int, Tensor, Tensor] | None = None
         start, total = 0, len(images.paths)
         while start < total:
@@ -227,7 +227,7 @@ class _Pass:
             yield self._fetch(images, waiting, cut)
 
     def _forward(self, pixels: Any, rows: range) -> tuple[Tensor, Tensor] | None:
-        """Logits and embeddings of the rows; None if memory ran out and a smaller batch is to be tried."""
+        """Logits and embeddings of the rows; None if memory ran out and a smaller batch size has been set."""
         import torch
 
         try:
@@ -238,7 +238,7 @@ class _Pass:
                 raise
             if len(rows) == 1:
                 raise self._too_large() from error
-        # Outside the handler, whose traceback would keep the tensors of the failed attempt alive.
+        # Outside the except block, where the traceback would keep the tensors of the failed attempt alive.
         self.batch_size, self.growing, self.buffer = max(1, len(rows) // 2), False, None
         logger.warning(
             "%s: out of memory with %d images at a time; continuing with %d",
@@ -259,12 +259,12 @@ class _Pass:
         return batch
 
     def _load(self, pixels: Any, rows: range) -> Tensor:
-        """Normalised pixels of the rows on the device, float32 (B, 3, H, W) in the network's memory layout."""
+        """Normalised pixels of the rows on the device, float32 (B, 3, H, W) in the network's memory format."""
         import torch
 
         crops = torch.from_numpy(pixels.crops(rows))
         if self.on_cuda:
-            # torch reuses a few pinned blocks, each after the copy from it has ended.
+            # torch reuses pinned blocks after the copy from them has ended.
             pinned = crops.pin_memory().to(self.device, non_blocking=True)
             return normalise(pinned, self.spec.preprocessing, layout=self.layout)
         if self.buffer is None or len(self.buffer) < len(crops):
@@ -274,7 +274,7 @@ class _Pass:
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        """bfloat16 on CUDA; on the CPU the network's number of threads."""
+        """Autocast to bfloat16 on CUDA; on the CPU, set the network's number of threads."""
         import torch
 
         on_gpu = torch.autocast("cuda", dtype=torch.bfloat16) if self.on_cuda else nullcontext()
@@ -289,7 +289,7 @@ class _Pass:
 
 
 def _require_removable_outputs(passing: _Pass, val: ImageSplit | None, opened: Callable[[ImageSplit], Any]) -> None:
-    """Raise ExtraOutputsError unless no output beyond the classes is predicted on val, UserError without val rows."""
+    """Raise ExtraOutputsError if an output beyond the classes is predicted on val, UserError without val rows."""
     spec = passing.spec
     counts = f"{spec.checkpoint}: {passing.outputs.count} outputs for {len(spec.classes)} classes"
     if val is None:
@@ -303,17 +303,17 @@ def _require_removable_outputs(passing: _Pass, val: ImageSplit | None, opened: C
 def _check_finite(spec: NetworkSpec, images: ImageSplit, batch: OutputBatch) -> None:
     bad = np.flatnonzero(~np.isfinite(batch.logits).all(axis=1))
     if bad.size:
-        first = images.sample_ids[batch.start + int(bad[0])]
+        sample_id = images.sample_ids[batch.start + int(bad[0])]
         raise UserError(
             f"{spec.checkpoint}: {bad.size} of {len(batch.logits)} rows of a batch have NaN or infinite logits, first "
-            f"{images.split}/{first}. Train the backbone again, or leave it out with backbones.exclude"
+            f"{images.split}/{sample_id}. Train the backbone again, or leave it out with backbones.exclude"
         )
 
 
 def resolve_device(requested: str) -> str:
-    """`cuda`, `cuda:N`, `cpu` or `auto` -> a device of this machine; warns if the CPU replaces a requested one.
+    """`cuda`, `cuda:N`, `cpu` or `auto` -> an available device; warns if the CPU replaces a requested one.
 
-    Raises UserError for a number that no CUDA device has.
+    Raises UserError for the index of a missing CUDA device.
     """
     if requested == "cpu":
         return requested

@@ -1,8 +1,8 @@
-"""What images the weights of a member were trained on: stated by the user, or recorded by the base pipeline.
+"""The training images of a member's weights, as stated by the user or recorded by the base pipeline.
 
-A statement is one of `STATEMENTS`. It belongs to the full network; `Member.pretrained_on` is the statement on the
-weights that its training started from, which are those of its fold networks too. What a derived member's parents were
-trained on counts for the derived member.
+A statement is one of `STATEMENTS` and applies to the full network; `Member.pretrained_on` is the statement on the
+initial weights of the full network and of its fold networks. The training images of a derived member include those of
+its parents.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from utils.predictions.catalog import DISCOVER, IMPORTED, Catalog, Member
 from utils.predictions.rows import MemberRows, Samples
 
 NONE, TRAIN, TRAIN_VAL, ALL, FILE, UNKNOWN = STATEMENTS = ("none", "train", "train+val", "all", "file", "unknown")
-"""`none`: no image of the workspace; `file`: the images that a list names; the others: all images of these splits."""
+"""`none`: no image of the workspace; `file`: the images in a list; `train` to `all`: all images of these splits."""
 SPLITS_OF: dict[str, tuple[str, ...]] = {NONE: (), TRAIN: ("train",), TRAIN_VAL: ("train", "val"), ALL: SPLITS}
 WIDEST_LAST = (NONE, TRAIN, FILE, TRAIN_VAL, ALL, UNKNOWN)
 MARK = "unknown training data"
-"""Mark in tables of a model that has a member of unknown training data"""
+"""Mark in tables for a model with a member of unknown training data"""
 
 
 class SampleStore(Protocol):
-    """What is needed of the prediction store, which imports this module."""
+    """The part of the prediction store that this module needs; the store imports this module."""
 
     @property
     def workspace(self) -> Workspace:
@@ -43,12 +43,12 @@ class SampleStore(Protocol):
 
 
 def combined(statements: Iterable[str]) -> str:
-    """The widest of some statements: what is known of weights that were trained further or averaged."""
+    """The widest of some statements, which is the statement on weights that were trained further or averaged."""
     return max(statements, key=WIDEST_LAST.index)
 
 
 def lineage(catalog: Catalog, member: Member) -> list[Member]:
-    """The member and all that it was derived from, as far as the catalog lists them."""
+    """The member and all members in the catalog that it was derived from, directly or indirectly."""
     listed = {member.name: member}
     queue = list(member.parents)
     while queue:
@@ -60,31 +60,31 @@ def lineage(catalog: Catalog, member: Member) -> list[Member]:
 
 
 def is_unknown(catalog: Catalog, member: Member) -> bool:
-    """Whether the training data of the member, or of one that it was derived from, is not stated."""
+    """Whether the training data of the member, or of one that it was derived from, is unknown."""
     if any(UNKNOWN in (each.trained_on, each.pretrained_on) for each in lineage(catalog, member)):
         return True
-    is_without_list = member.trained_on == FILE and member.source == "derived"  # its parents' lists are its own
+    is_without_list = member.trained_on == FILE and member.source == "derived"  # the lists are those of its parents
     return is_without_list and not set(member.parents) <= catalog.members.keys()
 
 
 def unknown_names(catalog: Catalog, names: Iterable[str]) -> list[str]:
-    """Those of the named members of the catalog whose training data is unknown, sorted."""
+    """Sorted names of the given members of the catalog whose training data is unknown."""
     return sorted({name for name in names if name in catalog.members and is_unknown(catalog, catalog.members[name])})
 
 
 def unseen_splits(member: Member) -> tuple[str, ...]:
-    """Splits that the full network was not trained on, by its statement; those of `train` where that is unknown."""
+    """Splits that the full network was not trained on, by its statement; `unknown` counts as `train`."""
     if member.trained_on == FILE:
         return tuple(split for split, count in (member.training_list or {"rows": {}})["rows"].items() if not count)
-    seen = SPLITS_OF.get(member.trained_on, SPLITS_OF[TRAIN])
-    return tuple(split for split in SPLITS if split not in seen)
+    trained_splits = SPLITS_OF.get(member.trained_on, SPLITS_OF[TRAIN])
+    return tuple(split for split in SPLITS if split not in trained_splits)
 
 
 def fitted_rows(store: SampleStore, member: Member, split: str) -> frozenset[str]:
     """Sample ids of the images of a split that the full network, or one that it was derived from, was trained on.
 
-    Images of equal content count as one in a list. For `unknown` these are the train images, and `is_unknown`
-    tells whether there may be others. Raises UserError where a list is missing or damaged.
+    A list includes all images with the contents of a listed image. For `unknown`, these are the train images;
+    `is_unknown` tells whether there may be others. Raises UserError if a list is missing or damaged.
     """
     parts = (_rows_of(store, each, each.trained_on, split) for each in lineage(store.catalog, member))
     return frozenset().union(*parts)
@@ -96,17 +96,17 @@ def pretraining_rows(store: SampleStore, member: Member) -> frozenset[str]:
 
 
 def has_train_rows(store: SampleStore, member: Member) -> bool:
-    """Whether some train images are out of sample for a member, by its fold networks or by its full network."""
+    """Whether a member has out-of-sample predictions of some train images, by its fold networks or full network."""
     if member.oof is not None:
         return member.pretrained_on == NONE
     return predicts_unseen_train_rows(store, member)
 
 
 def predicts_unseen_train_rows(store: SampleStore, member: Member) -> bool:
-    """Whether the full network answers some train images out of sample, so that no fold networks are needed for them.
+    """Whether the full network's predictions of some train images are out of sample, without fold networks.
 
-    False for a member with out-of-fold predictions, which take precedence, and for imported and derived ones, unless
-    these are derived by views alone.
+    False for a member with out-of-fold predictions, which take precedence, and for imported and derived members, except
+    those derived only by views.
     """
     if member.oof is not None or member.source == IMPORTED or (member.source == "derived" and not member.views):
         return False
@@ -125,7 +125,7 @@ def _rows_of(store: SampleStore, member: Member, statement: str, split: str) -> 
 
 
 def listed_contents(store: SampleStore, member: Member) -> frozenset[str]:
-    """SHA-256 of the images that the list of a `file` statement names."""
+    """SHA-256 of the images in the list of a `file` statement."""
     path = store.workspace.training_data(member.name)
     remedy = f"State it again: {command([member.name], 'FILE')}"
     if not path.is_file():
@@ -135,9 +135,9 @@ def listed_contents(store: SampleStore, member: Member) -> frozenset[str]:
 
 
 def stated(catalog: Catalog, names: Iterable[str]) -> dict[str, list[str]]:
-    """{member: its statements, its parents' and the digest of its list}, for what depends on them; JSON-ready.
+    """{member: its statements, its parents' and the digest of its list}, for digests of dependents; JSON-ready.
 
-    Members of the base pipeline that started from new weights are left out, and so is what the catalog lacks.
+    Members of the base pipeline trained from random weights and members that the catalog lacks are omitted.
     """
     statements: dict[str, list[str]] = {}
     for name in sorted(set(names) & catalog.members.keys()):
@@ -151,16 +151,16 @@ def stated(catalog: Catalog, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def command(names: Iterable[str], statement: str) -> str:
-    """The command that states what some declared members were trained on."""
+    """The command that states the training data of some declared members."""
     values = [f"{name}={statement}" for name in names]
     return shlex.join([*DISCOVER, "--trained-on", *values])
 
 
 def remedy(catalog: Catalog, names: Iterable[str]) -> str:
-    """How to state the training data of the named members where it is unknown, without a full stop."""
+    """A sentence, without a full stop, that tells how to state the unknown training data of the named members."""
     family = [each for name in names if name in catalog.members for each in lineage(catalog, catalog.members[name])]
     declared = sorted({each.name for each in family if each.trained_on == UNKNOWN and each.source == "trained"})
-    if not declared:  # what is derived outlives the networks that it was derived from
+    if not declared:  # derived members may remain after the members that they were derived from are removed
         removed = sorted({parent for each in family for parent in each.parents} - catalog.members.keys())
         sources = " ".join(f"{name}=SOURCE" for name in removed)
         return f"Add again: python ensemble_orchestrator.py discover --add {sources} --trained-on STATEMENT"
@@ -172,7 +172,7 @@ def remedy(catalog: Catalog, names: Iterable[str]) -> str:
 
 
 def require_shared_splits(catalog: Catalog, parts: Mapping[str, Sequence[MemberRows]]) -> None:
-    """Raise LeakageError where members' out-of-sample rows, {member: its rows}, are of no common split."""
+    """Raise LeakageError if members' out-of-sample rows, {member: its rows}, have no common split."""
     splits = {name: {part.split for part in member_parts} for name, member_parts in parts.items()}
     if not splits or set.intersection(*splits.values()):
         return
@@ -188,7 +188,7 @@ def require_shared_splits(catalog: Catalog, parts: Mapping[str, Sequence[MemberR
 
 
 def require_some_known(catalog: Catalog, names: Iterable[str]) -> None:
-    """Raise LeakageError where the training data of all the named members is unknown: no row is out of sample."""
+    """Raise LeakageError if the training data of all named members is unknown, so that no row is out of sample."""
     names = list(names)
     unknown = unknown_names(catalog, names)
     if names and len(unknown) == len(set(names)):

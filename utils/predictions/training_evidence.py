@@ -1,8 +1,7 @@
-"""Evidence against the stated training data of a member: better scores on rows that it should not have seen.
+"""Evidence against the stated training data of a member: suspiciously good scores on rows stated to be unseen.
 
-Of rows that a network was not trained on, those of one split are as hard as those of another, up to chance and to how
-the images were split. Results are reported and change nothing. Nothing follows where a network has seen all splits
-alike, which no comparison of its scores shows.
+Unseen rows of different splits are equally difficult for a network, up to chance and the way the images were split.
+Results are only reported. A network trained on all splits cannot be detected, since its scores do not differ.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from utils.predictions.training_data import ALL, TRAIN, TRAIN_VAL, command
 
 CODE = "training_data_suspected"
 ALPHA = 0.001
-"""Probability of a false report for two splits, shared by the two tests (Bonferroni)."""
+"""Probability of a false report for two splits, divided between the two tests (Bonferroni)."""
 OUT_OF_FOLD = "out-of-fold"
 NAMES = {split: f"rows of {split}" for split in SPLITS} | {OUT_OF_FOLD: "out-of-fold rows"}
 STATEMENT_OF = {"train": TRAIN, "val": TRAIN_VAL, "test": ALL}
-"""{split that a network knows too well: the statement that would explain it}"""
+"""{split with suspiciously good scores: the statement that would explain them}"""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How well a network knows some rows."""
+    """Scores of a network on some rows."""
 
     n: int
     hits: int
     losses: np.ndarray | None = None
-    """log-loss of each row in nats (N,), or mean of each group (G,), where it was kept"""
+    """log-loss of each row in nats (N,), or mean of each group (G,); None if it was not stored"""
     units: int | None = None
-    """Independent groups of the rows; None where every row is one"""
+    """Number of independent groups of the rows; None if every row is a group"""
 
     @property
     def accuracy(self) -> float:
@@ -42,34 +41,34 @@ class Scores:
         return self.hits / self.n
 
     def independent(self) -> tuple[int, int]:
-        """Number of rows and hits for exact tests: with groups as many as there are groups, at the same accuracy."""
+        """Numbers of independent rows and hits for exact tests; with groups, those of groups at the same accuracy."""
         return (self.n, self.hits) if self.units is None else (self.units, round(self.accuracy * self.units))
 
 
 def problems(name: str, unseen: Mapping[str, Scores], out_of_fold: Scores | None = None) -> list[Problem]:
     """Contradictions between the scores of a member and its statement.
 
-    `unseen` are its scores on the rows of each split that it is stated not to have seen; `out_of_fold` those of its
-    fold networks. Of two splits, the accuracies are compared by Fisher's exact test and the rows' losses by the
-    Mann-Whitney test, one-sided; a group counts as one row. Fold networks have seen fewer images, so a split is
-    suspected only where the whole interval of its error rate (Clopper and Pearson 1934) is below half of that of the
+    `unseen` holds its scores on the splits that it was stated not to be trained on; `out_of_fold` those of its fold
+    networks. For each pair of splits, accuracies are compared by Fisher's exact test and the rows' losses by the
+    Mann-Whitney test, one-sided; a group counts as one row. Fold networks are trained on fewer images, so a split is
+    suspected only if the whole interval of its error rate (Clopper and Pearson 1934) is below half of that of the
     out-of-fold rows.
     """
     reported = []
     for split, scores in unseen.items():
-        for reference, other in unseen.items():
-            if split != reference and (reason := _too_good(scores, other)):
-                reported.append(_problem(name, split, reference, scores, other, reason))
+        for reference, other_scores in unseen.items():
+            if split != reference and (reason := _too_good(scores, other_scores)):
+                reported.append(_problem(name, split, reference, scores, other_scores, reason))
         if out_of_fold is not None and split != "train" and _halves_the_error(scores, out_of_fold):
             reason = f"less than half of the errors, each interval at {1 - ALPHA:.1%}"
             reported.append(_problem(name, split, OUT_OF_FOLD, scores, out_of_fold, reason))
     return reported
 
 
-def _problem(name: str, split: str, reference: str, scores: Scores, other: Scores, reason: str) -> Problem:
+def _problem(name: str, split: str, reference: str, scores: Scores, others: Scores, reason: str) -> Problem:
     message = (
-        f"its accuracy on the {scores.n} {NAMES[split]} is {scores.accuracy:.4f}, and {other.accuracy:.4f} on the "
-        f"{other.n} {NAMES[reference]} ({reason}); it may have been trained on images of {split}"
+        f"its accuracy on the {scores.n} {NAMES[split]} is {scores.accuracy:.4f}, and {others.accuracy:.4f} on the "
+        f"{others.n} {NAMES[reference]} ({reason}); it may have been trained on images of {split}"
     )
     remedy = (
         f"If it was: {command([name], STATEMENT_OF[split])}, or a file that lists them. If the images of {split} are "
@@ -79,7 +78,7 @@ def _problem(name: str, split: str, reference: str, scores: Scores, other: Score
 
 
 def _too_good(scores: Scores, reference: Scores) -> str | None:
-    """Why chance does not explain how much better the scores are than the reference; None where it may."""
+    """The test result by which the scores are significantly better than the reference; None if they are not."""
     from scipy.stats import hypergeom, mannwhitneyu
 
     (rows, hits), (other_rows, other_hits) = scores.independent(), reference.independent()

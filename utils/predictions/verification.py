@@ -1,6 +1,6 @@
 """Verification of members by running them on val images and on a sample of their out-of-fold rows.
 
-`inspection` says what the stored results show. What a network gives for whole splits is kept in the prediction store.
+`inspection` evaluates the stored results. Outputs of a network on whole splits are kept in the prediction store.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-SAMPLE = 500  # train rows per member on which out-of-fold predictions are checked
-AUTOCAST_EQUAL = 0.02  # on CUDA networks run in bfloat16, with a precision of eight bits
-REFOLDED = 0.02  # a fold network that is run again may differ by this fraction of a row's largest logit
+SAMPLE = 500  # number of train rows per member on which out-of-fold predictions are checked
+AUTOCAST_EQUAL = 0.02  # on CUDA, networks run in bfloat16 with eight bits of precision
+REFOLDED = 0.02  # tolerance for rerunning a fold network, as a fraction of a row's largest logit
 AUTOCAST_REFOLDED = 0.1
 
 
 def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None:
     """Run a member on all val images and on a sample of its out-of-fold rows, and store the results.
 
-    Stored results are not computed again unless `force` is set or a network failed to run; folds that failed with
-    another BASE-BACK are tried again.
+    Existing results are not computed again unless `force` is set or a network failed to run; folds that failed with
+    another BASE-BACK are run again.
     """
     digests = inspector.digests
     measured_key, leakage_key = inspector.measured_key(member), inspector.leakage_key(member)
@@ -60,9 +60,9 @@ def verify(inspector: Inspector, member: Member, *, force: bool = False) -> None
 
 
 def verify_training_data(inspector: Inspector, member: Member, *, force: bool = False) -> None:
-    """Run a member on the test images too, and store the result, where it is stated not to have seen them.
+    """Run a member on the test images if it was stated not to be trained on them, and store the result.
 
-    Only `training_problems` reads the result. Nothing is run for a member that does not run on val.
+    Only `training_problems` reads the result. A member that failed on val is skipped.
     """
     key, facts = inspector.measured_key(member, "test"), inspector.measured(member) or {}
     if "test" not in training_data.unseen_splits(member) or "n" not in facts:
@@ -73,7 +73,7 @@ def verify_training_data(inspector: Inspector, member: Member, *, force: bool = 
 
 
 def _sample(seed: int, predictions: OutOfFoldPredictions) -> np.ndarray:
-    """Indices of a seeded sample of the out-of-fold rows, sorted."""
+    """Sorted indices of a seeded sample of the out-of-fold rows."""
     rows = np.random.default_rng(seed).permutation(len(predictions.labels))
     return np.sort(rows[:SAMPLE])
 
@@ -81,10 +81,10 @@ def _sample(seed: int, predictions: OutOfFoldPredictions) -> np.ndarray:
 def _compare(
     inspector: Inspector, member: Member, predictions: OutOfFoldPredictions, sample: np.ndarray, outputs: _Outputs
 ) -> dict[str, Any]:
-    """Compare out-of-fold predictions with the full network's `outputs` on the sample, and with their fold networks'.
+    """Compare out-of-fold predictions with the full network's `outputs` on the sample, and with the fold networks'.
 
-    `{equal, told, refolded: {fold: [differing, rows]}, unreadable: [message], base_back}`, where `told` is the number
-    of rows that can be compared. Fold networks without a checkpoint are skipped; heads that share the full network's
+    Returns `{equal, told, refolded: {fold: [differing, rows]}, unreadable: [message], base_back}`, where `told` is the
+    number of comparable rows. Fold networks without a checkpoint are skipped; heads that share the full network's
     trunk need no pass.
     """
     on_cuda = inspector.device != "cpu"
@@ -115,14 +115,14 @@ def _compare(
 
 
 def _rows_of(train: ImageSplit, predictions: OutOfFoldPredictions, rows: np.ndarray) -> np.ndarray:
-    """The rows of train that some out-of-fold rows are, in their order."""
+    """Indices into `train` of the given out-of-fold rows, in their order."""
     row_of = {sample_id: row for row, sample_id in enumerate(train.sample_ids)}
     return np.array([row_of[sample_id] for sample_id in predictions.sample_ids[rows].tolist()])
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What a network gives for the rows of a split."""
+    """Outputs of a network for the rows of a split."""
 
     logits: np.ndarray
     """float32 (N, C), columns in the workspace's class order"""
@@ -130,12 +130,12 @@ class _Outputs:
     """float32 (N, D); None except for a network whose fold networks share its trunk"""
 
     def take(self, rows: np.ndarray) -> _Outputs:
-        """Some of the rows, by a mask (N,) or by their numbers."""
+        """Select rows by a mask (N,) or by indices."""
         return _Outputs(self.logits[rows], None if self.embeddings is None else self.embeddings[rows])
 
 
 def _by_head(inspector: Inspector, member: Member, stage: str, outputs: _Outputs) -> np.ndarray | None:
-    """Logits (N, C) of a fold head on the full network's embeddings; None where these do not give its logits."""
+    """Logits (N, C) of a fold head on the full network's embeddings; None if these do not reproduce its logits."""
     if outputs.embeddings is None or (heads := fold_heads.read(inspector.workspace, member, (stage,))) is None:
         return None
     full, (head,) = heads
@@ -153,28 +153,27 @@ def _outputs(
     *,
     anew: bool = False,
 ) -> dict[str, _Outputs]:
-    """{split: outputs} of a member, or of another of its stages, for rows of each split; None stands for all.
+    """{split: outputs} of a member, or of another of its stages, for the given rows of each split; None: all rows.
 
-    What the member gives for all rows of a split is kept in the prediction store. What is there is read, unless `anew`
-    is set.
+    The member's outputs on whole splits are kept in the prediction store, and read from it unless `anew` is set.
     """
     store = inspector.store
     outputs: dict[str, _Outputs] = {}
     runs: dict[str, ImageSplit] = {}
-    whole = []
+    whole_splits = []
     for split, of_split in rows.items():
         images = store.images(split)
         if stage is not None or (of_split is not None and len(of_split) < len(images.paths)):
             runs[split] = images if of_split is None else images.take(of_split)
             continue
-        whole.append(split)
+        whole_splits.append(split)
         if anew or not store.is_stored(member, split):
             runs[split] = images
         else:
             outputs[split] = _stored_outputs(store, member, split)
     if runs:
-        outputs |= _run(inspector, member, runs, stage, [runs[split] for split in whole if split in runs])
-    for split in whole:
+        outputs |= _run(inspector, member, runs, stage, [runs[split] for split in whole_splits if split in runs])
+    for split in whole_splits:
         of_split = rows[split]
         if of_split is not None:
             outputs[split] = outputs[split].take(of_split)
@@ -193,7 +192,7 @@ def _run(
     stage: str | None,
     kept: Sequence[ImageSplit],
 ) -> dict[str, _Outputs]:
-    """{split: outputs} of one pass over the images; the splits `kept` are written into the prediction store."""
+    """{split: outputs} of one pass over the images; the splits `kept` are written to the prediction store."""
     batches = output_writing.stream_member(
         inspector.store,
         member,

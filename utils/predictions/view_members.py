@@ -1,8 +1,8 @@
-"""Members with test-time augmentation: derived from another by views, without weights of their own.
+"""Members with test-time augmentation: derived from another member by averaging over views, with the same weights.
 
-`ensembles/tta/<member>.json` records the views that out-of-sample rows chose for a member; where it chose some,
-`<member>_tta` is in the catalog as long as the member's files stay the same. Its fold networks average over the same
-views, so that it has out-of-fold predictions and aligned embeddings like the member itself.
+`ensembles/tta/<member>.json` records the views selected for a member on out-of-sample rows; if there are any,
+`<member>_tta` is in the catalog as long as the member's files do not change. Its fold networks average over the same
+views, so that it has out-of-fold predictions and aligned embeddings like the member.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from utils.predictions.catalog import IMPORTED, Catalog, Member
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same views would be made in another way
+VERSION = 1  # incremented whenever the computation of the same views changes
 AGAIN = "Remove it, then run build-ensemble again"
 FORM: Form = {
     "key": str,
@@ -37,23 +37,23 @@ FORM: Form = {
 
 
 def name_with_views(member: str) -> str:
-    """Name of the member that averages another over views."""
+    """Name of the member that averages `member` over views."""
     return f"{member}_tta"
 
 
 def networks_digest(member: Member) -> str:
-    """Digest of a member's networks, those of the folds included, and of its out-of-fold predictions."""
+    """Digest of a member's networks, including fold networks, and of its out-of-fold predictions."""
     folds = [[entry["stage"], entry["sha256"]] for entry in member.checkpoints if entry["stage"].startswith("fold")]
     return digest_of([VERSION, member.digest, folds, member.oof["sha256"] if member.oof else None])
 
 
 def record_of(workspace: Workspace, member: str) -> dict[str, Any] | None:
-    """What the last choice of views for a member has recorded. Raises UserError for a damaged record."""
+    """The record of the last selection of views for a member, or None. Raises UserError for a damaged record."""
     return record_once(workspace.view_choice(member), remedy=AGAIN, form=FORM)
 
 
 def derive(member: Member, record: dict[str, Any]) -> Member:
-    """The member that averages another over the views of a record."""
+    """The member that averages `member` over the views of a record."""
     oof = record.get("oof")
     return replace(
         member,
@@ -62,7 +62,7 @@ def derive(member: Member, record: dict[str, Any]) -> Member:
         parents=(member.name,),
         views=tuple(record["views"]),
         digest=digest_of([VERSION, member.digest, list(record["views"])]),
-        oof=None if oof is None else {**oof, "checked": True},  # its fold networks were compared when it was made
+        oof=None if oof is None else {**oof, "checked": True},  # compared with its fold networks when it was created
         exports=(),
         metrics=None,
         recorded_test_accuracy=None,
@@ -70,7 +70,7 @@ def derive(member: Member, record: dict[str, Any]) -> Member:
 
 
 def with_views(workspace: Workspace, current: Catalog) -> Catalog:
-    """The catalog with the members that the recorded choices give, in place of those that earlier ones gave."""
+    """The catalog with the members of the recorded selections instead of those of earlier selections."""
     members = {name: member for name, member in current.members.items() if not member.views}
     derived = {}
     for member in members.values():
@@ -88,19 +88,19 @@ def with_views(workspace: Workspace, current: Catalog) -> Catalog:
 
 
 def preferred(catalog: Catalog, config: Config, selected: Iterable[Member]) -> list[Member]:
-    """The selected members, with views in place of those that have them, sorted by name, where `tta` is on."""
-    chosen: dict[str, Member] = {}
+    """The selected members, sorted by name; with `tta.enable`, replaced by their versions with views, if any."""
+    preferred_members: dict[str, Member] = {}
     for member in selected:
         name = name_with_views(member.name)
         with_them = catalog.members.get(name) if config.tta.enable and not member.views else None
         if with_them is not None and with_them.views:
             member = with_them
-        chosen[member.name] = member
-    return [chosen[name] for name in sorted(chosen)]
+        preferred_members[member.name] = member
+    return [preferred_members[name] for name in sorted(preferred_members)]
 
 
 def without_views(catalog: Catalog, members: Iterable[Member]) -> tuple[Member, ...]:
-    """The members, those with views replaced by what they were derived from, sorted by name."""
+    """The members, sorted by name, with members with views replaced by those that they were derived from."""
     origins = (catalog.members.get(member.parents[0], member) if member.views else member for member in members)
     plain = {member.name: member for member in origins}
     return tuple(plain[name] for name in sorted(plain))

@@ -1,4 +1,4 @@
-"""Baselines of a learned combiner on the same rows: its gain over each simple combination, with an interval."""
+"""Baselines of a learned combiner on the same rows, and its gain over each of them with an interval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from utils.numeric.paired_comparison import CANNOT_TELL
 
 @dataclass(frozen=True)
 class Baselines:
-    """Cross-fitted losses of the simple combinations on N out-of-sample rows."""
+    """Cross-fitted losses of the baselines, simple combinations of members, on N out-of-sample rows."""
 
     losses: Mapping[str, np.ndarray]
     """{name: log-loss (N,) in nats}"""
@@ -38,10 +38,10 @@ def measure(
     folds: np.ndarray,
     groups: np.ndarray | None = None,
 ) -> Baselines:
-    """Best single, plain mean, greedy selection, convex weights and log-linear pool on logits (M, N, C).
+    """Measure best single member, mean, greedy selection, convex weights and log-linear pool on logits (M, N, C).
 
-    All are cross-fitted and have temperatures, as what is compared with them; a fold's best single is the best of the
-    other folds.
+    Takes labels (N,), folds (N,) and groups (N,). All baselines are cross-fitted and have temperatures, as the
+    combiners that are compared with them; the best single member of a fold is the best on the other folds.
     """
     losses = {}
     best_single = CalibratedBestSingle.configured(config, members)
@@ -59,19 +59,20 @@ def measure(
 
 
 def compare(baselines: Baselines, losses: np.ndarray) -> dict[str, Any]:
-    """Compare a learned combiner's losses (N,) with the baselines': `{guards, beats_guards, verdict}`, JSON-ready.
+    """Compare a learned combiner's losses (N,) with those of the baselines.
 
-    Every gain is a mean paired difference with its 95% interval over rows, or over groups of them. The combiner beats
-    the baselines when the interval of each gain lies above 0. It is worse than the best of them when the interval of
-    that gain lies below 0 with Bonferroni's correction, since the best is the best of several. Otherwise they cannot be
-    told apart. Where rows or groups are too few for an interval, `beats_guards` is None.
+    Returns `{guards, best_single, beats_guards, verdict}` as JSON values. Every gain is a mean paired difference with
+    its 95% interval over rows, or over groups. The combiner beats the baselines if the interval of each gain is above
+    0. It is worse than the best of them if the interval of that gain is below 0 after Bonferroni's correction, which
+    accounts for the choice of the best of several. Otherwise the difference is not significant. With too few rows or
+    groups for an interval, `beats_guards` is None.
     """
     comparisons: dict[str, dict[str, Any]] = {}
-    for name, of_baseline in baselines.losses.items():
-        gain = of_baseline - losses
+    for name, baseline_losses in baselines.losses.items():
+        gain = baseline_losses - losses
         interval = paired_interval(gain, baselines.groups)
         comparisons[name] = {
-            "log_loss": float(of_baseline.mean()),
+            "log_loss": float(baseline_losses.mean()),
             "gain": float(gain.mean()),
             "gain_ci95": None if interval is None else list(interval),
         }

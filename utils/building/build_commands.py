@@ -1,4 +1,4 @@
-"""The commands `build-ensemble` and `fusion-train`, and the table of builders that `status` and `clean` read."""
+"""The commands `build-ensemble` and `fusion-train`, and the table of builders, which `status` and `clean` read too."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "build-ensemble": (
         SoupBuilder(),  # first: its networks may be members of the others
         SnapshotBuilder(),
-        ViewBuilder(),  # before those that take its members
+        ViewBuilder(),  # before the builders that use its members
         VotingBuilder(),
         PruningBuilder(),
     ),
@@ -33,14 +33,14 @@ BUILDERS: dict[str, tuple[Builder, ...]] = {
     "fusion-train": (FusionBuilder(), SparseBuilder("cascade"), SparseBuilder("moe")),
     "meta-fuse": (MetaBuilder(),),
 }
-"""{command: what it builds, in this order}"""
+"""{command: its builders, in the order in which they run}"""
 
 
 def build_ensemble(config: Config, workspace: Workspace, *, pick: str | None = None, force: bool = False) -> Result:
     """Build the score-level ensembles that the configuration lists, from out-of-sample predictions.
 
-    `pick` takes the place of `pruning.pick`. An ensemble with equal inputs is kept, unless `force`. Raises UserError
-    without catalog or members, and for a `pick` where pruning is off; what could not be built is a failure of the
+    `pick` overrides `pruning.pick`. An ensemble with unchanged inputs is kept, unless `force`. Raises UserError without
+    catalog or members, and for a `pick` if pruning is off; ensembles that could not be built are failures of the
     result.
     """
     if pick is not None:
@@ -50,9 +50,9 @@ def build_ensemble(config: Config, workspace: Workspace, *, pick: str | None = N
 
 
 def fusion_train(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
-    """Train ensembles that read more than the members' votes, and those that run only some of the members.
+    """Train the ensembles that read the members' embeddings, and those that run only some of the members.
 
-    An ensemble with equal inputs is kept, unless `force`. Raises UserError without catalog or members.
+    An ensemble with unchanged inputs is kept, unless `force`. Raises UserError without catalog or members.
     """
     return _run("fusion-train", config, workspace, force)
 
@@ -68,10 +68,13 @@ def _run(command: str, config: Config, workspace: Workspace, force: bool) -> Res
 
 
 def _added_members(session: Session) -> list[str]:
-    """Lines on members that no saved ensemble was chosen from, once there are some: used now, or how to use them."""
+    """Return lines on members that are candidates of no saved ensemble: that they are used now, or how to use them.
+
+    There are none before the first build.
+    """
     seen: set[str] = set()
     for name in ensembles.names(session.workspace):
-        with suppress(UserError):  # a damaged record, which the build reports or replaces
+        with suppress(UserError):  # the build reports or replaces a damaged record
             record = ensembles.record_of(session.workspace, name) or {}
             seen |= {*record.get("candidates", ()), *record.get("members", ())}
     if not seen:

@@ -1,8 +1,8 @@
-"""The protocol of a builder, the rule by which an ensemble is stale, and the driver that all building commands share.
+"""The protocol of builders, the staleness rule, and the driver of all commands that build ensembles.
 
-A builder makes one family of ensembles, which one section of the configuration requests. It says which ensembles these
-are, on which inputs they depend and how they are built. The driver decides what is up to date, builds the rest and
-collects what the command reports. `status`, `clean --stale` and `pipeline` read the same rule.
+A builder makes one family of ensembles, which one section of the configuration requests. It names the ensembles, gives
+the digest of the inputs that each depends on, and builds them. The driver determines what is up to date, builds the
+rest and collects the report of the command. `status`, `clean --stale` and `pipeline` use the same staleness rule.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SETTINGS_CHANGED = (
 
 @dataclass(frozen=True)
 class State:
-    """State of one file or ensemble: current, stale, missing or damaged, and why."""
+    """State of one file or ensemble (current, stale, missing or damaged) and the reasons for it."""
 
     state: str
     reasons: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class State:
 
 @dataclass(frozen=True)
 class Session:
-    """What the builders of one command work on; a builder that adds members returns a new session."""
+    """Prediction store and selected members of one command; a builder that adds members returns a new session."""
 
     store: Store
     members: tuple[Member, ...]
@@ -57,10 +57,10 @@ class Session:
 
     @classmethod
     def open(cls, config: Config, workspace: Workspace) -> Session:
-        """Read the catalog and check the selected members' out-of-fold predictions where that was not done yet.
+        """Read the catalog and check the selected members' out-of-fold predictions if they are not checked yet.
 
-        Raises UserError without a catalog or a selected member, and LeakageError where the training data of none of
-        them is stated.
+        Raises UserError without a catalog or a selected member, and LeakageError if the training data of no selected
+        member is stated.
         """
         content = discover.verified_catalog(config, workspace)
         members = tuple(member_selection.select(content, config))
@@ -93,17 +93,18 @@ class Session:
 
     @property
     def plain_members(self) -> tuple[Member, ...]:
-        """The selected members without test-time augmentation: those with views replaced by what they come from."""
+        """The selected members without test-time augmentation: each with views is replaced by its original."""
         return view_members.without_views(self.catalog, self.members)
 
     def with_catalog(self, content: Catalog) -> Session:
-        """A session whose catalog is `content`; the selected members stay."""
+        """Return a session whose catalog is `content`, with the same selected members."""
         return replace(self, store=self.store.with_catalog(content))
 
     def as_recorded(self, record: Mapping[str, Any]) -> Session:
-        """The session with the `--set` that an ensemble was built with, where the configuration is the workspace's own.
+        """Return a session with the `--set` overrides that an ensemble was built with.
 
-        Raises UserError for a setting that the schema does not take any more, and where it selects no member.
+        They apply only if the configuration is the one that the workspace remembers. Raises UserError for a setting
+        that the schema no longer accepts, and if the overrides select no member.
         """
         overrides = record.get("overrides") or ()
         if not overrides or not self.config.is_remembered:
@@ -117,7 +118,7 @@ class Session:
         return Session(self.store.with_config(config), members)
 
     def ensure(self, members: Sequence[Member], splits: Sequence[str] = STREAMED_SPLITS) -> None:
-        """Stream what is missing of the members' predictions; what was looked at before is not looked at again."""
+        """Stream the missing predictions of the members; each member and split is checked once per session."""
         missing = [m for m in members if not self._ensured.issuperset((m.digest, split) for split in splits)]
         if missing:
             extraction.ensure(self.store, missing, splits)
@@ -126,7 +127,7 @@ class Session:
     def rows(
         self, members: Sequence[Member], *, kind: str = "honest", inference: str = fold_networks.FULL
     ) -> OutOfSampleRows:
-        """As `fitting.out_of_sample_rows`; the arrays are opened once for all builders of a command."""
+        """Return `fitting.out_of_sample_rows`; the arrays are opened once for all builders of a command."""
         key = (inference, *(member.digest for member in members))
         if key not in self._gathered:
             if not self.catalog.has_images:
@@ -142,26 +143,26 @@ class Build:
     session: Session
     built: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
-    """Ensembles that could not be built; the others of the same call are built all the same."""
+    """Ensembles that could not be built; the other ensembles of the same call are not affected."""
     failures: tuple[str, ...] = ()
-    """Messages, which name what failed: an ensemble, or a part of it that was left out."""
+    """Messages that name what failed: an ensemble, or a part of it that was left out."""
 
 
 class Builder(Protocol):
-    """One family of ensembles. `names`, `inputs_digest` and `build` are what every builder defines.
+    """One family of ensembles. Every builder defines `names`, `inputs_digest` and `build`.
 
-    A subclass inherits the rest, which fits a family that is built from the selected members.
+    A subclass inherits the other methods, which suit a family that is built from the selected members.
     """
 
     config_key: str
     """The section of the configuration that requests the ensembles, such as `runs.stacking`."""
 
     def names(self, session: Session) -> list[str]:
-        """The requested ensembles, in the order of the configuration; none where the section is off."""
+        """Return the requested ensembles, in the order of the configuration; none if the section is off."""
         ...
 
     def inputs_digest(self, session: Session, name: str) -> str:
-        """Digest of everything that an ensemble depends on; needs neither torch nor an image."""
+        """Return the digest of everything that an ensemble depends on; needs neither torch nor an image."""
         ...
 
     def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
@@ -169,17 +170,17 @@ class Builder(Protocol):
         ...
 
     def members(self, session: Session) -> Sequence[Member]:
-        """The members that the ensembles are chosen from, sorted by name."""
+        """Return the candidate members of the ensembles, sorted by name."""
         return session.members
 
     def covers(self, session: Session, name: str) -> bool:
-        """Whether the builder can tell of a saved ensemble whether it is stale."""
+        """Return whether the builder can decide whether a saved ensemble is stale."""
         return name in self.names(session)
 
     def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
-        """Why a build would make another ensemble than the saved one with this `ensemble.json`; None: it would not.
+        """Return why a build would differ from the saved ensemble with this `ensemble.json`; None if it would not.
 
-        Raises UserError for a damaged record alone.
+        Raises UserError only for a damaged record.
         """
         selected = [member.name for member in self.members(session)]
         if selected != list(record["candidates"]):
@@ -187,23 +188,23 @@ class Builder(Protocol):
         return None if record["inputs_digest"] == self.inputs_digest(session, name) else SETTINGS_CHANGED
 
     def left_out(self, session: Session) -> Mapping[str, str]:
-        """{requested ensemble: why the last build with the same inputs could not make it}"""
+        """Return {requested ensemble: why the last build with the same inputs could not make it}."""
         return {}
 
     def check(self, session: Session) -> None:
-        """Warn about the section's settings and members. Raises UserError where nothing of it can be built."""
+        """Warn about the section's settings and members. Raises UserError if none of its ensembles can be built."""
         return None
 
     def problems(self, session: Session) -> list[str]:
-        """Failures that are known without building, such as a method that this version does not have."""
+        """Return failures that are known without building, such as a method that this version does not have."""
         return [f"{name}: {reason}" for name, reason in self.left_out(session).items()]
 
     def describe(self, session: Session, states: Mapping[str, str]) -> list[str]:
-        """Lines for the terminal on the requested ensembles {name: built, up to date or left out}."""
+        """Return the terminal lines on the requested ensembles {name: built, up to date or left out}."""
         return [line for name, state in states.items() for line in self.describe_one(session, name, state)]
 
     def describe_one(self, session: Session, name: str, state: str) -> list[str]:
-        """The lines on one ensemble: its scores, or that it was left out."""
+        """Return the lines on one ensemble: its scores, or that it was left out."""
         if state.startswith(LEFT_OUT):
             return [f"{name:36} {state}"]
         return [summary_line(session.workspace, name, state)]
@@ -211,7 +212,7 @@ class Builder(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the driver has done for all builders of a command."""
+    """Result of the driver for all builders of a command."""
 
     session: Session
     states: dict[str, str] = field(default_factory=dict)
@@ -220,7 +221,7 @@ class Outcome:
     failures: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
-        """The keys that the JSON documents of all building commands share."""
+        """Return the entries common to the JSON documents of all building commands."""
         return {
             "built": sorted(name for name, state in self.states.items() if state == BUILT),
             "up_to_date": sorted(name for name, state in self.states.items() if state == UP_TO_DATE),
@@ -229,16 +230,16 @@ class Outcome:
 
 
 def enabled(builders: Iterable[Builder], config: Config) -> list[Builder]:
-    """The builders whose section is on. Raises ConfigError with the line to add where none is."""
+    """Return the builders whose section is on. Raises ConfigError with the line to add if none is."""
     builders = list(builders)
-    chosen = [builder for builder in builders if config.at(f"{builder.config_key}.enable")]
-    if not chosen:
+    active = [builder for builder in builders if config.at(f"{builder.config_key}.enable")]
+    if not active:
         require_enabled(config, builders[0].config_key)
-    return chosen
+    return active
 
 
 def run(builders: Iterable[Builder], session: Session, *, force: bool = False) -> Outcome:
-    """Run the builders one after another: keep what is up to date unless `force`, build the rest."""
+    """Run the builders one after another: keep ensembles that are up to date unless `force`, build the others."""
     lines: list[str] = []
     failures: list[str] = []
     states: dict[str, str] = {}
@@ -269,7 +270,10 @@ def run(builders: Iterable[Builder], session: Session, *, force: bool = False) -
 
 
 def state_of(session: Session, name: str, builder: Builder | None) -> State:
-    """The rule: is the saved ensemble what a build would make? Without a builder only its members are compared."""
+    """Return the state of a saved ensemble by the staleness rule: would a build make the same one?
+
+    Without a builder, only its members are compared.
+    """
     try:
         record = ensembles.record_of(session.workspace, name)
         if record is None:
@@ -284,7 +288,7 @@ def state_of(session: Session, name: str, builder: Builder | None) -> State:
 
 
 def changed_members(content: Catalog, record: Mapping[str, Any]) -> list[str]:
-    """What has become of an ensemble's members since it was built."""
+    """Return how an ensemble's members have changed since it was built, one line each; empty if they have not."""
     members, inference = content.members, record["inference"]
     gone = [name for name in record["members"] if name not in members]
     changed = [
@@ -299,7 +303,7 @@ def changed_members(content: Catalog, record: Mapping[str, Any]) -> list[str]:
 
 
 def summary_line(workspace: Workspace, name: str, state: str) -> str:
-    """One saved ensemble as the commands print it: its state and its cross-fitted scores."""
+    """Return the line of one saved ensemble: its state and its cross-fitted scores."""
     record = ensembles.record_of(workspace, name) or {}
     scores, unknown = record["crossfit"], record.get("unknown_training_data")
     rows = f"rows that {', '.join(unknown)} may have been trained on" if unknown else "out-of-sample rows"

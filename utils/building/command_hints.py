@@ -12,10 +12,10 @@ COMMAND_OF = {
 
 
 def build_command(name: str) -> str:
-    """The command that builds an ensemble, by the ensemble's name."""
+    """Return the command line that builds the ensemble of this name."""
     return f"python ensemble_orchestrator.py {COMMAND_OF.get(name.split('_')[0], 'build-ensemble')}"
 
 
 def rebuild_hint(name: str) -> str:
-    """A sentence that says how to replace an ensemble whose files are damaged."""
+    """Return the sentence that states how to rebuild an ensemble whose files are damaged."""
     return f"Build {name} again: {build_command(name)} --force"

@@ -1,8 +1,8 @@
-"""Rows with embeddings for fusion, all in the embedding space that a head meets at inference.
+"""Rows with embeddings for fusion, all in the embedding space of inference.
 
-At inference the full networks predict. Every fold network has an embedding space of its own: a linear map, fitted
-without labels on the val rows (on which neither network was fitted), brings its embeddings of held-out rows into the
-full network's space. A check that train and val rows share one space covers imported members too.
+The full networks predict at inference. Each fold network has a different embedding space: a linear map, fitted without
+labels on the val rows (on which neither network was trained), maps its embeddings of held-out rows into the full
+network's space. A check that train and val rows share one space covers imported members too.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ from utils.predictions.store import AGAIN, IMPORT, Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same weights and images would give other arrays
+VERSION = 1  # incremented when the same weights and images would give different arrays
 OUT_OF_FOLD = "train"
 """Name of the file of out-of-fold embeddings in the full network's space."""
 MAX_PROBABILITY_DIFFERENCE = 0.02  # mean over the rows; half precision on CUDA stays below it
-MIN_CORRELATION = 0.5  # on held-out val rows; below it nothing can be concluded about the space of other rows
-MIN_KEPT_CORRELATION = 1 / 3  # fraction that train rows of the same space keep; a rotation leaves about none
+MIN_CORRELATION = 0.5  # on held-out val rows; below it, the space of other rows cannot be checked
+MIN_KEPT_CORRELATION = 1 / 3  # fraction that remains on train rows of the same space; after a rotation about 0 remains
 
 
 @dataclass(frozen=True)
 class EmbeddedRows:
-    """Rows with embeddings, and how well they were aligned."""
+    """Rows with embeddings, and the quality of their alignment."""
 
     rows: Rows
     facts: dict[str, Any]
-    """{member: explained variance of its alignment, and the correlation of its train rows with its last layer}"""
+    """{member: explained variance of its alignment, and the correlation of `require_shared_space`}"""
 
 
 def of_val(store: Store, members: Sequence[Member]) -> EmbeddedRows:
-    """The full networks' val rows. Raises LeakageError where these are out of sample for none."""
+    """Return the full networks' val rows. Raises LeakageError if no val row is out-of-sample for all members."""
     rows = fold_networks.aligned(store, members, "val", fold_networks.FULL, embeddings=True)
     return EmbeddedRows(_out_of_sample(rows), {})
 
 
 def in_sample(store: Store, members: Sequence[Member]) -> EmbeddedRows:
-    """The full networks' train rows, which they were fitted on, and their val rows, which they were not."""
+    """Return the full networks' train rows, which are in-sample, and their val rows, which are out-of-sample."""
     return _joined(store, members, {member.name: store.rows(member, "train", embeddings=True) for member in members})
 
 
 def reason_not_aligned(store: Store, members: Sequence[Member]) -> str | None:
-    """Why the train rows cannot be aligned, with the remedy; None where they can be."""
+    """Return why the train rows cannot be aligned, with the remedy; None if they can."""
     networks = [m for m in members if m.source != IMPORTED and not training_data.predicts_unseen_train_rows(store, m)]
     trained = [m for m in networks if not fold_networks.stages(m)]
     seen = [m for m in networks if m not in trained and not training_data.has_train_rows(store, m)]
@@ -86,16 +86,16 @@ def reason_not_aligned(store: Store, members: Sequence[Member]) -> str | None:
 
 
 def aligned(store: Store, members: Sequence[Member]) -> EmbeddedRows:
-    """Out-of-sample train rows in the full networks' spaces, and val rows.
+    """Return out-of-sample train rows in the full networks' spaces, and val rows.
 
-    Fold networks run where their embeddings are not stored yet. Those that share the full network's trunk have its
-    embeddings, of train rows too, which may be used where the trunk was trained on no image of the workspace; so may
-    those of a full network that was trained on none. Embeddings of an imported member are used unchanged, which is
-    right where one fixed network made them. Raises UserError where train and val rows of a member are not of one space.
+    Fold networks run if their embeddings are not stored yet. Fold networks that share the full network's trunk have the
+    same embeddings; those of train rows are used if the trunk was trained on no image of the workspace, and likewise
+    for a full network that was trained on none. Embeddings of an imported member are used unchanged, which is correct
+    if one fixed network made them. Raises UserError if train and val rows of a member are not in one space.
     """
     train, explained = {}, {}
-    of_trunk = [member for member in members if _has_unseen_trunk(member)]
-    extraction.ensure(store, of_trunk, ("train",))
+    trunk_members = [member for member in members if _has_unseen_trunk(member)]
+    extraction.ensure(store, trunk_members, ("train",))
     for member in members:
         if training_data.predicts_unseen_train_rows(store, member):
             rows = store.rows(member, "train", embeddings=True)
@@ -103,7 +103,7 @@ def aligned(store: Store, members: Sequence[Member]) -> EmbeddedRows:
             continue
         out_of_fold = store.oof(member, embeddings=member.source == IMPORTED)
         assert out_of_fold is not None, "reason_not_aligned comes first"
-        if member in of_trunk:
+        if member in trunk_members:
             out_of_fold = replace(out_of_fold, embeddings=_of_trunk(store, member, out_of_fold))
         elif member.source != IMPORTED:
             embeddings, explained[member.name] = _of_fold_networks(store, member, out_of_fold)
@@ -115,18 +115,18 @@ def aligned(store: Store, members: Sequence[Member]) -> EmbeddedRows:
 
 
 def _has_unseen_trunk(member: Member) -> bool:
-    """Whether its fold networks share a trunk with it that was trained on no image of the workspace."""
+    """Return whether a member and its fold networks share a trunk that was trained on no image of the workspace."""
     return member.trunk is not None and member.pretrained_on == training_data.NONE
 
 
 def _of_trunk(store: Store, member: Member, rows: MemberRows) -> np.ndarray:
-    """The full network's embeddings (N, D) of out-of-fold rows. Raises UserError for a fold head of another trunk."""
+    """Return the full network's embeddings (N, D) of out-of-fold rows. Raises UserError for a head of another trunk."""
     for stage in fold_networks.stages(member):
         catalog.check_current(store.workspace, member, store.digests, stage=stage)
     fold_heads.read(store.workspace, member, fold_networks.stages(member))  # raises for another trunk
-    of_train = store.rows(member, "train", embeddings=True)
-    row_of = {sample_id: row for row, sample_id in enumerate(of_train.sample_ids.tolist())}
-    embeddings: np.ndarray = _embeddings_of(of_train)[[row_of[sample_id] for sample_id in rows.sample_ids.tolist()]]
+    train = store.rows(member, "train", embeddings=True)
+    row_of = {sample_id: row for row, sample_id in enumerate(train.sample_ids.tolist())}
+    embeddings: np.ndarray = _embeddings_of(train)[[row_of[sample_id] for sample_id in rows.sample_ids.tolist()]]
     key = digest_of([VERSION, fold_networks.digest(member, FOLDS), store.key(member, "train")])
     record = read_json(store.workspace.embeddings_record(member.name, OUT_OF_FOLD), remedy=AGAIN) or {}
     if record.get("key") != key or not store.workspace.embeddings(member.name, OUT_OF_FOLD).is_file():
@@ -135,11 +135,12 @@ def _of_trunk(store: Store, member: Member, rows: MemberRows) -> np.ndarray:
 
 
 def require_shared_space(name: str, train: MemberRows, val: MemberRows) -> float | None:
-    """Correlation of a member's train logits with those that the map fitted on its val rows gives for its embeddings.
+    """Check that the embeddings of a member's train and val rows are in one space; return the correlation on train.
 
-    A network's logits are a linear map of its embeddings; in one embedding space the map that is fitted on the val rows
-    holds on the train rows too. None where the val rows do not determine the map. Raises UserError where it does not
-    hold: unaligned embeddings of fold networks, or of another network.
+    A network's logits are a linear map of its embeddings; in one embedding space, the map that is fitted on the val
+    rows also predicts the logits of the train rows. The correlation is that of predicted and actual logits. None if the
+    val rows do not determine the map. Raises UserError if the map does not hold on the train rows, as for unaligned
+    embeddings of fold networks or embeddings of another network.
     """
     expected = [rows.logits - rows.logits.mean(axis=1, keepdims=True) for rows in (val, train)]
     to_logits = fit_ridge_map(_embeddings_of(val), expected[0])
@@ -172,7 +173,7 @@ def _joined(store: Store, members: Sequence[Member], train: dict[str, MemberRows
             raise UserError(
                 f"member {member.name}: embeddings of {widths[0]} numbers on train and {widths[1]} on val. {AGAIN}"
             )
-        if _has_unseen_trunk(member):  # one network has made all of them
+        if _has_unseen_trunk(member):  # all embeddings are of one network
             facts[member.name] = {"agreement": None, "trunk": (member.trunk or {})["sha256"]}
         else:
             facts[member.name] = {"agreement": require_shared_space(member.name, train[member.name], val)}
@@ -181,7 +182,7 @@ def _joined(store: Store, members: Sequence[Member], train: dict[str, MemberRows
 
 
 def _out_of_sample(rows: Rows) -> Rows:
-    """The rows without those of val that a network was trained on. Raises LeakageError where no val row is left."""
+    """Remove val rows that a network was trained on. Raises LeakageError if no val row is left."""
     remaining = np.flatnonzero(rows.out_of_sample | (rows.split != "val"))
     if "val" not in rows.split[remaining]:
         raise LeakageError(
@@ -197,7 +198,7 @@ def _embeddings_of(rows: MemberRows) -> np.ndarray:
 
 
 def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[np.ndarray, list[float]]:
-    """Aligned embeddings float32 (N, D) of out-of-fold rows and the variance that each fold's map explains; stored."""
+    """Compute and store aligned embeddings of out-of-fold rows; return them, float32 (N, D), with each map's R^2."""
     path = store.workspace.embeddings(member.name, OUT_OF_FOLD)
     record_path = store.workspace.embeddings_record(member.name, OUT_OF_FOLD)
     oof_key = store.catalog.splits["train"]["digest"], store.catalog.splits["val"]["digest"]
@@ -228,7 +229,7 @@ def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[n
 
 
 def _write(store: Store, member: Member, rows: MemberRows, embeddings: np.ndarray, facts: Mapping[str, Any]) -> None:
-    """Store embeddings (N, D) of out-of-fold rows in the full network's space, the record last."""
+    """Store embeddings (N, D) of out-of-fold rows in the full network's space; the record is written last."""
     record_path = store.workspace.embeddings_record(member.name, OUT_OF_FOLD)
     remove_file(record_path)
     write_array(store.workspace.embeddings(member.name, OUT_OF_FOLD), embeddings)
@@ -245,9 +246,9 @@ def _write(store: Store, member: Member, rows: MemberRows, embeddings: np.ndarra
 
 
 def _embeddings(store: Store, member: Member, number: int, rows: MemberRows) -> tuple[np.ndarray, np.ndarray]:
-    """One fold network's embeddings of its held-out train rows and of val.
+    """Return one fold network's embeddings of its held-out train rows and of the val rows.
 
-    Raises UserError where it does not give the out-of-fold logits of these rows.
+    Raises UserError if the network does not reproduce the out-of-fold logits of these rows.
     """
     stage, train = f"fold{number}", store.images("train")
     catalog.check_current(store.workspace, member, store.digests, stage=stage)

@@ -1,8 +1,8 @@
-"""`runs.fusion.end_to_end`: the members' networks trained further, together with the head that reads them.
+"""`runs.fusion.end_to_end`: the members' networks are trained further, together with the fusion head.
 
-Every network of such a fusion is a derived member of its own, `ensembles/models/<fusion>/<member>.pth`; the base
-pipeline's checkpoints stay as they are. Train rows fit networks and heads, and val rows select the epoch, so that
-no row of train is out-of-sample for them.
+Every network of this fusion becomes a derived member, `ensembles/models/<fusion>/<member>.pth`; the base pipeline's
+checkpoints are not changed. Networks and heads are trained on train rows, and val rows select the epoch, so that no
+train row is out-of-sample for them.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same members and settings would give other networks
+VERSION = 1  # incremented when the same members and settings would give different networks
 SPLITS = ("train", "val", "test")
 OFF = "--set runs.fusion.end_to_end=false"
 
 
 def require_networks(members: Sequence[Member]) -> None:
-    """Raise UserError for members that have no network to train, LeakageError for those that were trained on val."""
+    """Raise UserError for members without a network to train, LeakageError for members that were trained on val."""
     imported = [member.name for member in members if member.source == IMPORTED]
     if imported:
         raise UserError(
@@ -66,7 +66,7 @@ def require_networks(members: Sequence[Member]) -> None:
 
 
 def key(store: Store, members: Sequence[Member], name: str) -> str:
-    """Digest of everything that the networks of a fusion depend on; needs no torch."""
+    """Return the digest of everything that the networks of a fusion depend on; needs no torch."""
     config = store.config
     return digest_of(
         [
@@ -80,7 +80,7 @@ def key(store: Store, members: Sequence[Member], name: str) -> str:
 
 
 def is_current(store: Store, members: Sequence[Member], name: str, record: Mapping[str, Any]) -> bool:
-    """Whether a saved fusion and its networks are what a training of these members would give; needs no torch."""
+    """Return whether a saved fusion and its networks equal the result of a new training; needs no torch."""
     facts = record.get("end_to_end")
     networks = [store.catalog.members.get(catalog.end_to_end_member_name(name, member.name)) for member in members]
     if facts is None or None in networks:
@@ -96,9 +96,9 @@ def is_current(store: Store, members: Sequence[Member], name: str, record: Mappi
 
 
 def build(session: Session, members: Sequence[Member], name: str, force: bool) -> Session:
-    """Train, save the networks as derived members and the fusion over them; returns the session with the networks.
+    """Train the networks, save them as derived members and the fusion over them; return the session with the networks.
 
-    Raises UserError where the training is not possible.
+    Raises UserError if the training is not possible.
     """
     from utils.training.joint_networks import FusionHeads, JointTrainingSettings
     from utils.training.joint_training import train
@@ -153,7 +153,7 @@ def build(session: Session, members: Sequence[Member], name: str, force: bool) -
 
 
 def summary_line(record: Mapping[str, Any]) -> str:
-    """What became of a training, for the terminal."""
+    """Return the terminal line on the result of a training."""
     facts = record["end_to_end"]
     first, best = facts["history"][0], facts["history"][facts["epoch"]]
     how = "together" if len(facts["blocks"]) == 1 else "one after the other"
@@ -180,7 +180,7 @@ def _expected(store: Store, members: Sequence[Member]) -> estimates.Estimate:
         batch_size=config.dataset.batch_size,
         img_size=max(member.img_size or 0 for member in members),
         on_cuda=streaming.resolve_device(config.device) != "cpu",
-        cores=1,  # which one network after the other may use together, as a single training does
+        cores=1,  # networks are trained one after the other, as in a single training
     )
 
 
@@ -197,7 +197,7 @@ def _facts(derived: Sequence[Member], tuned: JointTrainingResult) -> dict[str, A
 
 
 def _parts(store: Store, members: Sequence[Member]) -> list[JointMember]:
-    """Networks with their images, of which every file is decoded once for all of them."""
+    """Return the networks with their images; every file is decoded once for all networks."""
     from utils.training.batch_schedule import NEVER, BatchSchedule
     from utils.training.image_source import ImageSource, augmentation_kind
     from utils.training.joint_networks import JointMember
@@ -239,7 +239,7 @@ def _tensor(rows: MemberRows) -> Tensor:
 
 
 def _weights(store: Store, member: Member, tuned: JointTrainingResult) -> Callable[[], Mapping[str, Any]]:
-    """What gives a member's weights at the chosen epoch, so that one set at a time is in memory."""
+    """Return a function that loads a member's weights at the selected epoch, so that one set at a time is in memory."""
     if tuned.epoch:
         return lambda: tuned.weights(member.name)
     from utils.networks.checkpoints import read_checkpoint, state_dict_of
@@ -250,7 +250,10 @@ def _weights(store: Store, member: Member, tuned: JointTrainingResult) -> Callab
 def _save_networks(
     session: Session, members: Sequence[Member], name: str, weights: Mapping[str, Callable[[], Mapping[str, Any]]]
 ) -> tuple[Session, list[Member]]:
-    """Write the networks as checkpoints, take them into the catalog as derived members, stream their rows."""
+    """Write the networks as checkpoints, add them to the catalog as derived members, and stream their rows.
+
+    Returns the session with the new catalog, and the derived members.
+    """
     workspace = session.workspace
     for member in members:
         path = workspace.tuned_checkpoint(name, member.name)

@@ -1,4 +1,4 @@
-"""Ensembles on disk: fitted combiner, members, cross-fitted predictions and the rows that they were fitted on."""
+"""Ensembles on disk: fitted combiner, members, cross-fitted predictions and provenance."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ from utils.predictions.store import Store
 
 SCHEMA = 3
 INNER_CROSSFIT = "inner_crossfit.npy"
-"""float32 (K, N, C): predictions without each of the K `inner_folds` of `ensemble.json`, rows as in `crossfit.npz`."""
+"""float32 (K, N, C): probabilities by copies without each of the K `inner_folds` of `ensemble.json` and without the
+row's fold; rows as in `crossfit.npz`."""
 FORM: Form = {
     **dict.fromkeys(("members", "candidates", "classes"), Each(str, list)),
     **dict.fromkeys(("fitted_on", "selected_on"), Each(dict, list)),
@@ -50,7 +51,7 @@ FORM: Form = {
     **dict.fromkeys(("verdict?", "inference?"), str),
     **dict.fromkeys(("guards?", "crossfit?", "training_data?"), dict),
 }
-"""Kinds of what every `ensemble.json` holds."""
+"""Types of the entries of every `ensemble.json`."""
 COMBINERS: dict[str, type[Combiner]] = {
     **ensemble_methods.COMBINERS,
     **ensemble_methods.SAVED_AS,
@@ -61,12 +62,12 @@ COMBINERS: dict[str, type[Combiner]] = {
     **meta_methods.COMBINERS,
 }
 NAMES = {method: f"{method}_ensemble" for method in ensemble_methods.COMBINERS}
-"""Method -> name of its ensemble; in configuration either may be used."""
+"""{method: name of its ensemble}; the configuration accepts both."""
 
 
 @dataclass(frozen=True)
 class RowSet:
-    """Sample ids of one split, and by which predictions they were used."""
+    """Sample ids of one split, and the kind of predictions that was used for them."""
 
     split: str
     rows: str
@@ -74,7 +75,7 @@ class RowSet:
     sample_ids: tuple[str, ...]
 
     def as_record(self) -> dict[str, Any]:
-        """As records list it: the ids themselves lie in `provenance.npz`."""
+        """Return the entry of `ensemble.json`; the ids themselves are in `provenance.npz`."""
         return {
             "split": self.split,
             "rows": self.rows,
@@ -88,15 +89,15 @@ class Provenance:
     """Rows that an ensemble was fitted or selected on."""
 
     fitted_on: tuple[RowSet, ...]
-    """Rows whose labels decided a parameter, of the combiner or of a member's network."""
+    """Rows whose labels were used to fit a parameter, of the combiner or of a member's network."""
     selected_on: tuple[RowSet, ...]
-    """Rows that decided a choice: an epoch, a method."""
+    """Rows that were used for a selection, such as that of an epoch or a method."""
     unknown_training_data: tuple[str, ...] = ()
     """Networks whose training data is not stated, so that any row may be among `fitted_on`; sorted"""
 
 
 def merge_provenance(parts: Sequence[Provenance]) -> Provenance:
-    """The union of the parts' rows, one set per split and kind."""
+    """Return the union of the parts' rows, one set per split and kind."""
 
     def union(sets: Iterable[RowSet]) -> tuple[RowSet, ...]:
         ids: dict[tuple[str, str], set[str]] = {}
@@ -113,30 +114,30 @@ def merge_provenance(parts: Sequence[Provenance]) -> Provenance:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """A fitted combiner and everything that is needed to use and to judge it."""
+    """A fitted combiner and everything that is needed to use and to evaluate it."""
 
     name: str
     method: str
     members: tuple[str, ...]
-    """Those that are needed to answer, sorted."""
+    """Members that are needed at inference, sorted."""
     candidates: tuple[str, ...]
-    """All that it was chosen from, sorted."""
+    """Members that the combiner was fitted on, sorted."""
     classes: tuple[str, ...]
     combiner: Combiner
     provenance: Provenance
     inputs_digest: str
-    """Of members, predictions, configuration and folds: equal digest, equal ensemble."""
+    """Digest of members, predictions, configuration and folds; ensembles with equal digests are equal."""
     member_digests: dict[str, str]
     seed: int
     inference: str = "full"
-    """What answers for its members: their full networks, or the mean of their fold networks (`folds`)."""
+    """Networks that predict for its members: `full` networks, or the mean of their fold networks (`folds`)."""
     training_data: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """`training_data.stated` of the candidates when it was built"""
+    """`training_data.stated` of the candidates at the time of the build"""
 
 
 @dataclass(frozen=True)
 class Crossfit:
-    """Predictions on out-of-sample rows by copies of the recipe that read no label of the row's fold."""
+    """Predictions on out-of-sample rows by copies of the unfitted combiner that read no label of the row's fold."""
 
     probabilities: np.ndarray
     """float32 (N, C)"""
@@ -149,16 +150,16 @@ class Crossfit:
     fold: np.ndarray
     """int64 (N,)"""
     inner: Mapping[int, np.ndarray] = field(default_factory=dict)
-    """{fold: float32 (N, C)}: predictions by copies without this fold and the row's (`protocol.NestedPredictions`);
-    empty where there are none, and where they were not read"""
+    """{fold: float32 (N, C)}: probabilities by copies without this fold and the row's (`protocol.NestedPredictions`);
+    empty if there are none, and if they were not read"""
 
     def keys(self) -> list[tuple[str, str]]:
-        """(split, sample id) of each row."""
+        """Return (split, sample id) of each row."""
         return list(zip(self.split.tolist(), self.sample_ids.tolist(), strict=True))
 
 
 def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
-    """Probabilities float64 (N, C). Raises UserError for other members, classes or networks than the ensemble's."""
+    """Return probabilities float64 (N, C). Raises UserError if members, classes or networks are not the ensemble's."""
     if rows.members != ensemble.members or rows.classes != ensemble.classes:
         raise UserError(
             f"{ensemble.name}: needs members {', '.join(ensemble.members)} on {len(ensemble.classes)} classes, got "
@@ -172,13 +173,13 @@ def predict(ensemble: Ensemble, rows: Rows) -> np.ndarray:
 
 
 def crossfit(recipe: Combiner, rows: Rows, fold: np.ndarray) -> Crossfit:
-    """Fit an unfitted combiner on out-of-sample rows with their folds (N,); returns its cross-fitted predictions."""
+    """Fit an unfitted combiner on out-of-sample rows with folds (N,); return its cross-fitted predictions."""
     nested = fit_nested(recipe, combiner_inputs(recipe, rows.outputs), rows.labels, fold)
     return Crossfit(nested.crossfit, rows.labels, rows.sample_ids, rows.split, fold, nested.inner)
 
 
 def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: Mapping[str, Any]) -> None:
-    """Write an ensemble; `ensemble.json`, which also keeps `record`, comes last: without it there is none."""
+    """Write an ensemble; `ensemble.json`, which includes `record`, is written last and marks it as complete."""
     folder = workspace.ensemble(ensemble.name)
     remove_file(folder / "ensemble.json")
     for stale in [*folder.glob("predictions_*.npz"), *folder.glob(INNER_CROSSFIT)]:
@@ -241,13 +242,13 @@ def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: M
 
 
 def stored_digest(workspace: Workspace, name: str) -> str | None:
-    """`inputs_digest` of a saved ensemble; None when there is none."""
+    """Return the `inputs_digest` of a saved ensemble; None if it does not exist."""
     record = record_of(workspace, name)
     return None if record is None else record.get("inputs_digest")
 
 
 def load(workspace: Workspace, name: str) -> Ensemble:
-    """A saved ensemble. Raises UserError for an unknown name, with the saved ones, or a damaged folder."""
+    """Load a saved ensemble. Raises UserError for an unknown name, with the saved names, and for a damaged folder."""
     record = record_of(workspace, name)
     if record is None:
         saved = names(workspace)
@@ -278,7 +279,7 @@ def load(workspace: Workspace, name: str) -> Ensemble:
 
 
 def load_crossfit(workspace: Workspace, name: str) -> Crossfit:
-    """The cross-fitted predictions of a saved ensemble."""
+    """Load the cross-fitted predictions of a saved ensemble."""
     arrays = read_arrays(workspace.ensemble(name) / "crossfit.npz", remedy=rebuild_hint(name))
     names = ("probabilities", "labels", "sample_ids", "split", "fold")
     probabilities, labels, sample_ids, split, fold = (arrays[name] for name in names)
@@ -286,34 +287,34 @@ def load_crossfit(workspace: Workspace, name: str) -> Crossfit:
 
 
 def load_nested_crossfit(workspace: Workspace, ensemble: Ensemble) -> Crossfit:
-    """The cross-fitted predictions of a saved ensemble with those of copies without two folds, where it has these."""
-    own = load_crossfit(workspace, ensemble.name)
+    """Load the cross-fitted predictions of a saved ensemble, with those of copies without two folds if it has any."""
+    crossfit = load_crossfit(workspace, ensemble.name)
     folds = (record_of(workspace, ensemble.name) or {}).get("inner_folds", [])
     if not ensemble.combiner.learns:
-        return replace(own, inner=dict.fromkeys(folds, own.probabilities))
+        return replace(crossfit, inner=dict.fromkeys(folds, crossfit.probabilities))
     if not folds:
-        return own
+        return crossfit
     path, remedy = workspace.ensemble(ensemble.name) / INNER_CROSSFIT, rebuild_hint(ensemble.name)
     inner = open_array(path, remedy=remedy)
-    if inner.shape != (len(folds), *own.probabilities.shape):
+    if inner.shape != (len(folds), *crossfit.probabilities.shape):
         raise UserError(
-            f"{path}: its shape is {inner.shape}, expected {(len(folds), *own.probabilities.shape)}. {remedy}"
+            f"{path}: its shape is {inner.shape}, expected {(len(folds), *crossfit.probabilities.shape)}. {remedy}"
         )
-    return replace(own, inner=dict(zip(folds, inner, strict=True)))
+    return replace(crossfit, inner=dict(zip(folds, inner, strict=True)))
 
 
 def names(workspace: Workspace) -> list[str]:
-    """Saved ensembles, sorted."""
+    """Return the names of the saved ensembles, sorted."""
     return sorted(path.parent.name for path in workspace.models.glob("*/ensemble.json"))
 
 
 def record_of(workspace: Workspace, name: str) -> dict[str, Any] | None:
-    """What `ensemble.json` holds; None when there is no such ensemble."""
+    """Return the content of `ensemble.json`; None if the ensemble does not exist."""
     return record_once(workspace.ensemble(name) / "ensemble.json", remedy=rebuild_hint(name), form=FORM)
 
 
 def _state(folder: Path, texts: Mapping[str, Mapping[str, str]], remedy: str) -> dict[str, np.ndarray]:
-    """What a combiner's `state` gave: its arrays, and its texts as bytes. Raises UserError for texts of other bytes."""
+    """Read a combiner's `state`: its arrays, and its texts as bytes. Raises UserError for texts with other bytes."""
     state = dict(read_tensors(folder / "combiner.safetensors", remedy=remedy))
     for file, text in texts.items():
         path = folder / Path(file).name
@@ -340,18 +341,18 @@ def _provenance(folder: Path, record: Mapping[str, Any], remedy: str) -> Provena
 
 
 def is_stated_otherwise(catalog: Catalog, ensemble: Ensemble) -> bool:
-    """Whether what its candidates were trained on is stated in another way now than when it was built."""
+    """Return whether the stated training data of the candidates has changed since the ensemble was built."""
     names = ensemble.training_data.keys() & catalog.members.keys()
     before = {name: list(ensemble.training_data[name]) for name in names}
     return before != training_data.stated(catalog, ensemble.candidates)
 
 
 def network_provenance(store: Store, members: Iterable[Member]) -> Provenance:
-    """Rows of the members' networks: those that their weights were trained on, and the val rows that chose epochs.
+    """Return the provenance of the members' networks: rows of their training, and the val rows that selected epochs.
 
-    The same is assumed of imported members, of which nothing is known. Val rows have chosen nothing for a member that
-    records the last epoch as its own, nor for one that was trained on none of the images. Out-of-sample rows of train
-    and val chose the views of a member that averages over some.
+    The same is assumed of imported members, of which nothing is known. Val rows selected nothing for a member whose
+    record states the last epoch, and for one that was trained on none of the images. Out-of-sample rows of train and
+    val selected the views of a member that averages over views.
     """
     return merge_provenance([_of_network(store, member) for member in members])
 
@@ -359,7 +360,7 @@ def network_provenance(store: Store, members: Iterable[Member]) -> Provenance:
 def _of_network(store: Store, member: Member) -> Provenance:
     fitted = {split: training_data.fitted_rows(store, member, split) for split in SPLITS}
     may_have_chosen = member.trained_on != training_data.NONE and member.selection != LAST_EPOCH
-    val = store.samples("val").sample_ids  # read in any case: images that have changed since discovery are refused
+    val = store.samples("val").sample_ids  # always read, since this refuses images that changed since discovery
     selected_on = [RowSet("val", "held_out", val)] if val and (may_have_chosen or member.views) else []
     if member.views and member.oof is not None:
         selected_on.insert(0, RowSet("train", "oof", store.samples("train").sample_ids))

@@ -28,7 +28,7 @@ from utils.predictions.store import IMPORT, Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 9  # raised whenever the same inputs would give another ensemble
+VERSION = 9  # incremented when the same inputs would give a different ensemble
 KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
 
 
@@ -40,10 +40,10 @@ class OutOfSampleRows:
     fold: np.ndarray
     """int64 (N,)"""
     groups: np.ndarray | None = None
-    """int64 (N,): rows that are not independent of each other; None where all are"""
+    """int64 (N,): rows of one group are not independent; None if all rows are independent"""
 
     def of_split(self, split: str) -> OutOfSampleRows:
-        """The rows of one split alone."""
+        """Return the rows of one split."""
         indices = np.flatnonzero(self.rows.split == split)
         groups = None if self.groups is None else self.groups[indices]
         return OutOfSampleRows(self.rows.take(indices), self.fold[indices], groups)
@@ -52,11 +52,11 @@ class OutOfSampleRows:
 def out_of_sample_rows(
     store: Store, members: Sequence[Member], *, kind: str = "honest", inference: str = fold_networks.FULL
 ) -> OutOfSampleRows:
-    """The rows on which every member has an out-of-sample prediction: out-of-fold on train, held out on val.
+    """Return the rows on which every member has an out-of-sample prediction: out-of-fold on train, held out on val.
 
-    Where no member has out-of-fold predictions, and where only some have, these are the val rows, and a warning says
-    so; derived members never have any, so that a warning names them only where others do. `kind` is that of
-    `rows_of_kind`; `inference` says which networks answer on val.
+    If no member, or only some members have out-of-fold predictions, these are the val rows, with a warning. Derived
+    members never have any, so that the warning names them only if other members do. `kind` is that of `rows_of_kind`;
+    `inference` selects the networks that predict on val.
     """
     rows = fold_networks.out_of_sample(store, members, inference)
     without, derived = _without_train_rows(store, members)
@@ -84,13 +84,13 @@ def out_of_sample_rows(
 
 
 def rows_of_kind(store: Store, members: Sequence[Member], rows: OutOfSampleRows, kind: str) -> OutOfSampleRows:
-    """Those of a kind: honest (all), val or oof. Raises LeakageError where there is none of it."""
+    """Return the rows of a kind: honest (all), val or oof. Raises LeakageError if there are none of this kind."""
     if kind == "honest":
         return rows
     split = {"val": "val", "oof": "train"}[kind]
-    chosen = rows.of_split(split)
-    if len(chosen.fold):
-        return chosen
+    selected = rows.of_split(split)
+    if len(selected.fold):
+        return selected
     without, derived = _without_train_rows(store, members)
     remedies = [f"Make them: {source_of_oof(store, without)}"] if kind == "oof" and without else []
     remedies += [f"Leave out what is derived: {', '.join(derived)}"] if kind == "oof" and derived else []
@@ -102,14 +102,17 @@ def rows_of_kind(store: Store, members: Sequence[Member], rows: OutOfSampleRows,
 
 
 def _without_train_rows(store: Store, members: Sequence[Member]) -> tuple[list[Member], list[str]]:
-    """Members without out-of-sample train rows, and the names of the derived ones, which cannot have any."""
+    """Return the members without out-of-sample train rows, and the names of derived ones, which cannot have any."""
     lacking = [member for member in members if not training_data.has_train_rows(store, member)]
     without = [member for member in lacking if member.source != "derived"]
     return without, [member.name for member in lacking if member.source == "derived"]
 
 
 def with_folds(store: Store, rows: Rows) -> OutOfSampleRows:
-    """Rows of train and val with the workspace's folds and groups of them; a warning names fewer than three folds."""
+    """Return rows of train and val with the workspace's folds and groups; warns about fewer than three folds.
+
+    Raises UserError if all rows are in one fold.
+    """
     folds = crossfit_folds(store)
     keys = list(zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))
     fold = np.array([folds[key] for key in keys])
@@ -129,14 +132,14 @@ def with_folds(store: Store, rows: Rows) -> OutOfSampleRows:
 
 
 def source_of_oof(store: Store, members: Sequence[Member]) -> str:
-    """The command, or the import, that gives these members out-of-fold predictions."""
+    """Return the command, or the import, that makes out-of-fold predictions of these members."""
     trained = [member for member in members if member.source != IMPORTED]
     imported = [f"oof.npz and {IMPORT}"] if len(trained) < len(members) else []
     return "; ".join([*([catalog.kfold_command(store.workspace, trained)] if trained else []), *imported])
 
 
 def member_facts(store: Store, members: Sequence[Member], latencies: Mapping[str, float] | None = None) -> MemberFacts:
-    """What a combiner may use of the members; `latencies` {member: milliseconds for one image} where measured."""
+    """Return the facts about members that a combiner may use; `latencies` are {member: milliseconds per image}."""
     measured = latencies or {}
     nan = float("nan")
     return MemberFacts(
@@ -151,19 +154,19 @@ def member_facts(store: Store, members: Sequence[Member], latencies: Mapping[str
 
 @dataclass(frozen=True)
 class Fitted:
-    """A combiner that was fitted on all out-of-sample rows."""
+    """A combiner fitted on all out-of-sample rows."""
 
     combiner: Combiner
-    """Over all the members of the rows."""
+    """Over all M members of the rows."""
     crossfit: Crossfit
     used: np.ndarray
-    """bool (M,): the members that the combiner needs"""
+    """bool (M,): whether the combiner needs the member"""
     entries: dict[str, Any]
-    """What `ensemble.json` keeps of the fit."""
+    """Entries of `ensemble.json` on the fit."""
 
 
 def fit(recipe: Combiner, out_of_sample: OutOfSampleRows, *, baselines: Baselines | None = None) -> Fitted:
-    """Cross-fit an unfitted combiner and fit it on all rows: arrays in, results out, no file is read or written."""
+    """Cross-fit an unfitted combiner and fit it on all rows; no file is read or written."""
     return evaluate_fit(
         recipe, ensembles.crossfit(recipe, out_of_sample.rows, out_of_sample.fold), out_of_sample, baselines
     )
@@ -172,7 +175,7 @@ def fit(recipe: Combiner, out_of_sample: OutOfSampleRows, *, baselines: Baseline
 def evaluate_fit(
     combiner: Combiner, crossfit: Crossfit, out_of_sample: OutOfSampleRows, baselines: Baselines | None = None
 ) -> Fitted:
-    """A fitted combiner with its cross-fitted predictions, compared with baselines on the same rows."""
+    """Evaluate a fitted combiner by its cross-fitted predictions, compared with baselines on the same rows."""
     names = out_of_sample.rows.members
     comparison = compare(baselines, log_loss_per_row(crossfit.probabilities, crossfit.labels)) if baselines else {}
     mixture = {"uniform_weight": combiner.uniform_weight} if combiner.uniform_weight else {}
@@ -195,16 +198,16 @@ def build(
     crossfit: Crossfit | None = None,
     post_fit: Callable[[Combiner, Crossfit], Mapping[str, Any]] | None = None,
 ) -> Ensemble:
-    """Cross-fit an unfitted combiner, fit it on all out-of-sample rows, keep the members that it needs, save it.
+    """Cross-fit an unfitted combiner, fit it on all out-of-sample rows, keep the members that it needs, and save it.
 
     Args:
         recipe: An unfitted combiner over `members`, which are sorted by name.
-        extra_inputs: What the ensemble depends on in addition to members, images and settings; kept in the record.
-        prior_provenance: Rows that the recipe's parts, or the choice of the recipe, were fitted or selected on before.
+        extra_inputs: Inputs of the ensemble besides members, images and settings, as JSON values for the record.
+        prior_provenance: Rows that parts of the recipe, or its selection, were fitted or selected on before.
         baselines: Losses of simple combinations on the same rows, which a learned combiner is compared with.
         notes: Further entries of `ensemble.json`.
-        crossfit: Predictions on out-of-sample rows. Where they are given, `recipe` is fitted already.
-        post_fit: Gives further entries of `ensemble.json` from the fitted combiner, still over all members, and its
+        crossfit: Predictions on out-of-sample rows. If they are given, `recipe` is already fitted.
+        post_fit: Returns further entries of `ensemble.json`, given the fitted combiner over all members and its
             cross-fitted predictions.
     """
     rows = out_of_sample.rows
@@ -214,7 +217,7 @@ def build(
         fitted = evaluate_fit(recipe, crossfit, out_of_sample, baselines)
     fitted_on = Provenance(row_sets(rows) if recipe.learns else (), ())
     needed_members = [member for member, needed in zip(members, fitted.used, strict=True) if needed]
-    # Copies of the recipe, which make the cross-fitted predictions, may need any of the candidates.
+    # The copies of the recipe that make the cross-fitted predictions may need any of the candidates.
     unknown = training_data.unknown_names(store.catalog, rows.members)
     networks = replace(ensembles.network_provenance(store, needed_members), unknown_training_data=tuple(unknown))
     ensemble = Ensemble(
@@ -245,9 +248,9 @@ def build(
 
 
 def scores(crossfit: Crossfit) -> dict[str, Any]:
-    """`{n, folds, selected_by, accuracy, log_loss}` of cross-fitted predictions.
+    """Return `{n, folds, selected_by, accuracy, log_loss}` of cross-fitted predictions.
 
-    `selected_by` says what settings are selected on: `folds` that are held out, or single `rows`, see `inner_folds`.
+    `selected_by` states what settings are selected on: held-out `folds`, or single `rows`, see `inner_folds`.
     """
     return {
         "n": len(crossfit.labels),
@@ -261,9 +264,9 @@ def scores(crossfit: Crossfit) -> dict[str, Any]:
 def inputs_digest(
     config: Config, store: Store, members: Sequence[Member], method: str, *, extra_inputs: Any = None
 ) -> str:
-    """Digest of everything that an ensemble depends on; needs no image and no checkpoint.
+    """Return the digest of everything that an ensemble depends on; needs no image and no checkpoint.
 
-    `extra_inputs` (ready for JSON) joins members, images and settings, such as digests of other ensembles or measured
+    `extra_inputs` are JSON values besides members, images and settings, such as digests of other ensembles or measured
     latencies.
     """
     oof = {member.name: member.oof["sha256"] if member.oof else None for member in members}
@@ -277,7 +280,7 @@ def inputs_digest(
 
 
 def row_sets(rows: Rows) -> tuple[RowSet, ...]:
-    """The rows as provenance lists them, one set per split; `in_sample` are those that a network was fitted on."""
+    """Return the rows for a provenance, one set per split; rows that a network was trained on are `in_sample`."""
     sets = []
     for split in np.unique(rows.split).tolist():
         inside = rows.split == split

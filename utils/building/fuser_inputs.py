@@ -1,4 +1,4 @@
-"""The inputs of the fuser: which ensembles it takes, why it leaves others out, and the rows that all of them share."""
+"""The inputs of the fuser: its ensembles, the reasons why others are left out, and the rows that all inputs share."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ logger = logging.getLogger("disease_pipeline")
 
 CONVEX = "convex"
 MIN_ROWS_SHARE = 0.5
-"""Of the rows of the input that has most: an input with fewer would decide how few rows the fuser is fitted on."""
+"""Of the rows of the largest input: an input with fewer rows would leave too few shared rows to fit the fuser on."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The ensembles that the fuser takes, by their records."""
+    """The records of the fuser's input ensembles."""
 
     records: dict[str, Mapping[str, Any]]
     """{ensemble: its `ensemble.json`}, sorted by name"""
     problems: list[str]
-    """Why others that the configuration lists cannot be inputs."""
+    """Why other listed ensembles of the configuration cannot be inputs."""
     left_out: dict[str, str]
-    """{ensemble: why it is left out}, of those that could be inputs otherwise"""
+    """{ensemble: why it is left out}, for ensembles of a suitable method"""
 
     @property
     def inference(self) -> str:
-        """Which networks answer for the members of the inputs; it is the same for all."""
+        """Networks that predict for the members, the same for all inputs."""
         inference: str = next(iter(self.records.values()))["inference"]
         return inference
 
 
 def requested(config: Config) -> dict[str, str] | None:
-    """{ensemble: its name in the configuration, which may be that of a voting method}; None for all that are built."""
+    """Return {ensemble: its name in the configuration, which may be a voting method}; None for all built ensembles."""
     names = config.runs.meta_fuser.input_ensembles
     return None if names == ALL else {ensembles.NAMES.get(name, name): name for name in names}
 
 
 def select(session: Session) -> Inputs:
-    """The inputs by the records of the built ensembles alone.
+    """Return the inputs, from the records of the built ensembles only.
 
-    Of a list, an ensemble that is not built or cannot be an input is a problem. `all` takes every built ensemble that
-    can be an input; one whose members are gone or have changed is left out.
+    A listed ensemble that is not built or cannot be an input is a problem. `all` selects every built ensemble that can
+    be an input; those whose members are gone or have changed are left out.
     """
     listed = requested(session.config)
     problems: list[str] = []
@@ -85,7 +85,7 @@ def select(session: Session) -> Inputs:
 
 
 def require_members(session: Session, inputs: Inputs) -> None:
-    """Raise UserError where a member of an input is gone or has another checkpoint now."""
+    """Raise UserError if a member of an input is gone or has another checkpoint now."""
     for record in inputs.records.values():
         if problem := _member_problem(session, record):
             raise UserError(f"{problem}; build the inputs again: python ensemble_orchestrator.py build-ensemble")
@@ -94,16 +94,16 @@ def require_members(session: Session, inputs: Inputs) -> None:
 def align(
     session: Session, members: Sequence[Member], inputs: Mapping[str, Ensemble]
 ) -> tuple[OutOfSampleRows, list[FuserInput]]:
-    """The out-of-sample rows on which all inputs have cross-fitted predictions, and the inputs with these.
+    """Return the out-of-sample rows on which all inputs have cross-fitted predictions, and the inputs on these rows.
 
-    Raises UserError where they share no row, and for an input that was cross-fitted over other folds.
+    Raises UserError if they share no row, and for an input that was cross-fitted over other folds.
     """
     inference = next(iter(inputs.values())).inference
     out_of_sample = session.rows(members, inference=inference)
     rows = out_of_sample.rows
     keys = list(zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))
     crossfits = {name: ensembles.load_nested_crossfit(session.workspace, ensemble) for name, ensemble in inputs.items()}
-    index_of = {name: {key: index for index, key in enumerate(own.keys())} for name, own in crossfits.items()}
+    index_of = {name: {key: index for index, key in enumerate(part.keys())} for name, part in crossfits.items()}
     shared = [row for row, key in enumerate(keys) if all(key in indices for indices in index_of.values())]
     if len(shared) < len(keys):
         logger.warning("%d of %d out-of-sample rows are not shared by all inputs", len(keys) - len(shared), len(keys))
@@ -112,26 +112,26 @@ def align(
             f"no row on which all of {', '.join(inputs)} have cross-fitted predictions; give them the same fit_rows "
             "and build them again"
         )
-    taken, fold = rows.take(np.array(shared)), out_of_sample.fold[shared]
+    shared_rows, fold = rows.take(np.array(shared)), out_of_sample.fold[shared]
     parts = []
     for name, ensemble in inputs.items():
-        own = crossfits[name]
-        of_input = np.array([index_of[name][keys[row]] for row in shared])
-        if not np.array_equal(own.fold[of_input], fold):
+        crossfit = crossfits[name]
+        input_rows = np.array([index_of[name][keys[row]] for row in shared])
+        if not np.array_equal(crossfit.fold[input_rows], fold):
             raise UserError(
                 f"{name}: cross-fitted over other folds than the workspace has now. Build it again: "
                 f"{build_command(name)}"
             )
-        indices = np.array([taken.members.index(member) for member in ensemble.members])
-        inner = {number: values[of_input] for number, values in own.inner.items()}
-        predictions = NestedPredictions(own.probabilities[of_input], inner)
+        indices = np.array([shared_rows.members.index(member) for member in ensemble.members])
+        inner = {number: values[input_rows] for number, values in crossfit.inner.items()}
+        predictions = NestedPredictions(crossfit.probabilities[input_rows], inner)
         parts.append(FuserInput(ensemble.method, ensemble.combiner, indices, predictions, name))
     groups = None if out_of_sample.groups is None else out_of_sample.groups[shared]
-    return OutOfSampleRows(taken, fold, groups), parts
+    return OutOfSampleRows(shared_rows, fold, groups), parts
 
 
 def _listed(session: Session, names: Mapping[str, str]) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
-    """Records of the listed ensembles, and what is wrong with the others."""
+    """Return the records of the listed ensembles, and the problems of the others."""
     available = [*ensembles.names(session.workspace), *ensembles.NAMES.values(), *INPUT_METHODS]
     records: dict[str, Mapping[str, Any]] = {}
     problems = []
@@ -149,9 +149,9 @@ def _listed(session: Session, names: Mapping[str, str]) -> tuple[dict[str, Mappi
 
 
 def _all_built(session: Session) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
-    """Records of the built ensembles that the configuration asks for and that can be inputs.
+    """Return the records of the built ensembles that the configuration requests and that can be inputs.
 
-    Also {ensemble: reason} of those whose members have changed.
+    The second value is {ensemble: reason} for those whose members have changed.
     """
     records: dict[str, Mapping[str, Any]] = {}
     left_out: dict[str, str] = {}
@@ -167,7 +167,7 @@ def _all_built(session: Session) -> tuple[dict[str, Mapping[str, Any]], dict[str
 
 
 def _member_problem(session: Session, record: Mapping[str, Any]) -> str | None:
-    """What has become of a member of an ensemble, if it is not the one that the ensemble was built from."""
+    """Return how a member has changed since the ensemble was built; None if none has."""
     for name in record["members"]:
         member = session.catalog.members.get(name)
         if member is None:
@@ -178,7 +178,7 @@ def _member_problem(session: Session, record: Mapping[str, Any]) -> str | None:
 
 
 def _without_inner_copies(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """{input: why a convex fuser leaves it out} of inputs without predictions of copies without two folds."""
+    """Return {input: why a convex fuser leaves it out} for inputs without predictions of copies without two folds."""
     return {
         name: "it has no predictions of copies that were fitted without two folds, which a convex fuser needs to be "
         "scored: an earlier version built it, it was trained end to end, or its rows have fewer than three folds. "
@@ -189,7 +189,7 @@ def _without_inner_copies(records: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
 
 def _with_few_rows(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """{input: why it is left out} of inputs on so few rows that the fuser would lose most of the others' rows."""
+    """Return {input: why it is left out} for inputs with fewer rows than `MIN_ROWS_SHARE` of the largest input's."""
     counts = {name: record["crossfit"]["n"] for name, record in records.items()}
     most = max(counts.values(), default=0)
     return {

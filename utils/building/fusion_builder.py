@@ -36,56 +36,56 @@ VAL, ALIGNED, IN_SAMPLE = "val", "aligned", "in_sample"
 
 @dataclass(frozen=True)
 class Basis:
-    """Rows that heads may be fitted on, rows that judge them, and the simple combinations on the latter."""
+    """Rows that heads are fitted on, rows that evaluate them, and the baselines on the latter."""
 
     fitted: OutOfSampleRows
     judged: OutOfSampleRows
     simple: Baselines
     facts: dict[str, Any]
-    """Of the members' alignment."""
+    """Facts about the members' alignment."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted fusion and its predictions on rows that it did not see."""
+    """A fitted fusion and its out-of-sample predictions."""
 
     recipe: Combiner
     crossfit: Crossfit
 
     def log_loss(self, split: str) -> float | None:
-        """On the rows of a split; None where it has no predictions for any."""
+        """Return the log-loss on the rows of a split; None if there are no predictions for it."""
         rows = self.crossfit.split == split
         return log_loss(self.crossfit.probabilities[rows], self.crossfit.labels[rows]) if rows.any() else None
 
 
 class FusionBuilder(Builder):
-    """One ensemble per head of the section, on the embeddings of the members that have some."""
+    """One ensemble per head of the section, on the embeddings of the members that have any."""
 
     config_key = "runs.fusion"
 
     def names(self, session: Session) -> list[str]:
-        """One per head."""
+        """Return one name per head."""
         section = session.config.runs.fusion
         return [f"fusion_{method}" for method in section.fusion_methods] if section.enable else []
 
     def members(self, session: Session) -> Sequence[Member]:
-        """Those that have embeddings, as far as is facts before they are streamed."""
+        """Return the members that have embeddings, as far as this is known before they are streamed."""
         return [member for member in session.members if not session.store.lacks_embeddings(member)]
 
     def check(self, session: Session) -> None:
-        """Raise UserError where fewer than two members have embeddings, or one has no network that could be trained."""
+        """Raise UserError if fewer than two members have embeddings, or if one has no network to train end to end."""
         if session.config.runs.fusion.end_to_end:
             end_to_end.require_networks(session.members)
         _require_two(session, self.members(session))
 
     def inputs_digest(self, session: Session, name: str) -> str:
-        """Of members, images and settings, and of the fold networks whose embeddings may be aligned."""
+        """Return the digest of members, images, settings and the fold networks whose embeddings may be aligned."""
         members = self.members(session)
         extra_inputs = _fold_inputs(members)
         return fitting.inputs_digest(session.config, session.store, members, name, extra_inputs=extra_inputs)
 
     def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
-        """By its own networks too, where these were trained further with the head."""
+        """Return why the ensemble is stale; with `end_to_end`, its networks are compared as well."""
         if session.config.runs.fusion.end_to_end:
             is_current = end_to_end.is_current(session.store, self.members(session), name, record)
             return None if is_current else "its networks, images or settings have changed since the build"
@@ -104,7 +104,7 @@ class FusionBuilder(Builder):
         return _fit_all(session, members, names)
 
     def describe_one(self, session: Session, name: str, state: str) -> list[str]:
-        """The ensemble, its verdict, the rows that it was fitted on, and what training further has gained."""
+        """Return the lines on the ensemble, its verdict, the rows of its fit, and the gain of end-to-end training."""
         record = ensembles.record_of(session.workspace, name) or {}
         source = record["train_embeddings"]
         lines = [summary_line(session.workspace, name, state), f"    {record['verdict']}"]
@@ -140,7 +140,7 @@ def _stream(session: Session, members: Sequence[Member]) -> None:
 
 
 def _train(session: Session, members: Sequence[Member], names: Sequence[str], force: bool) -> Build:
-    """Train these with their networks; what prevents one from being trained is a failure."""
+    """Train these fusions with their networks; an error of one is a failure and does not stop the others."""
     failures = {}
     for name in names:
         try:
@@ -152,7 +152,7 @@ def _train(session: Session, members: Sequence[Member], names: Sequence[str], fo
 
 
 def _fit_all(session: Session, members: Sequence[Member], names: Sequence[str]) -> Build:
-    """Fit and save these; what prevents one from being fitted is a failure."""
+    """Fit and save these fusions; an error of one is a failure and does not stop the others."""
     store = session.store
     facts = fitting.member_facts(store, members)
     requested = store.config.runs.fusion.train_embeddings
@@ -177,30 +177,30 @@ def _fit_all(session: Session, members: Sequence[Member], names: Sequence[str]) 
 
 @dataclass(frozen=True)
 class Gain:
-    """How much lower the log-loss of heads fitted on val rows is on train rows, which neither kind of heads chose."""
+    """Decrease of the log-loss on train rows of heads fitted on val rows, compared with heads fitted on all rows."""
 
     mean: float
     interval: tuple[float, float] | None
-    """95%; None where there are too few rows or groups"""
+    """95%; None for too few rows or groups"""
     words: str
 
     @property
     def favours_val(self) -> bool:
-        """Whether the interval lies above 0."""
+        """Whether the interval is above 0."""
         return self.interval is not None and self.interval[0] > 0
 
 
 def gain_of_val(val: Crossfit, aligned: Crossfit, groups: np.ndarray | None) -> Gain:
     """Compare predictions of heads fitted on val rows with those of heads fitted on all rows, both on the same rows.
 
-    Val rows may have chosen the epochs of the networks, so that heads fitted on them look better there than on rows
-    of new images. Train rows decide: their predictions come from networks and heads that have not seen them. `groups`
-    (N,) are those of all rows.
+    Val rows may have selected the epochs of the networks, so that scores on them are optimistic for heads fitted on
+    them. The comparison therefore uses train rows, whose predictions are by networks and heads that were not fitted on
+    them. `groups` (N,) are those of all rows.
     """
-    of_train = val.split == "train"
-    losses = [log_loss_per_row(each.probabilities[of_train], each.labels[of_train]) for each in (val, aligned)]
+    is_train = val.split == "train"
+    losses = [log_loss_per_row(part.probabilities[is_train], part.labels[is_train]) for part in (val, aligned)]
     gains = losses[1] - losses[0]
-    interval = mean_interval(gains, None if groups is None else groups[of_train])
+    interval = mean_interval(gains, None if groups is None else groups[is_train])
     shown = "too few for an interval" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
     words = (
         f"on train rows, which no selection has used, log-loss {losses[1].mean():.4f} with aligned and "
@@ -217,7 +217,7 @@ def _source(
     bases: Mapping[str, Basis],
     gain: Gain | None,
 ) -> dict[str, Any]:
-    """Entry of `ensemble.json` on the embeddings that a fusion was fitted on."""
+    """Return the entry of `ensemble.json` on the embeddings that a fusion was fitted on."""
     return {
         "asked": requested,
         "chosen": chosen,
@@ -230,7 +230,7 @@ def _source(
 
 
 def _bases(store: Store, members: Sequence[Member], facts: MemberFacts, requested: str) -> tuple[dict[str, Basis], str]:
-    """The requested rows, or all that `auto` chooses from, and the reason where there is only one basis."""
+    """Return the requested basis, or all that `auto` selects from, and the reason if there is only one."""
     if requested == IN_SAMPLE:
         logger.warning(
             "runs.fusion.train_embeddings is in_sample: heads are fitted on embeddings of images that the networks "
@@ -253,13 +253,13 @@ def _bases(store: Store, members: Sequence[Member], facts: MemberFacts, requeste
         return {VAL: val}, "asked for" if requested == VAL else f"train rows cannot be aligned: {error}"
     if requested == ALIGNED:
         return {ALIGNED: aligned}, "asked for"
-    of_val = aligned.fitted.of_split("val")
-    # Train rows are judged too: every fusion has predictions on the rows that ensembles share.
-    val = replace(aligned, fitted=of_val, facts={})
-    lacks = min(len(np.unique(of_val.fold)), len(np.unique(of_val.rows.labels))) < 2
+    val_rows = aligned.fitted.of_split("val")
+    # Train rows are evaluated too, so that every fusion has predictions on the rows that ensembles share.
+    val = replace(aligned, fitted=val_rows, facts={})
+    lacks = min(len(np.unique(val_rows.fold)), len(np.unique(val_rows.rows.labels))) < 2
     if lacks and requested == VAL:
         raise UserError(
-            f"runs.fusion.train_embeddings is val: the {len(of_val.fold)} val rows are of one class or of one "
+            f"runs.fusion.train_embeddings is val: the {len(val_rows.fold)} val rows are of one class or of one "
             f"cross-fitting fold; use all rows: {_use(ALIGNED)}"
         )
     if requested == VAL:
@@ -290,7 +290,7 @@ def _fit(config: Config, facts: MemberFacts, name: str, basis: Basis) -> Fit:
     if judged is fitted:
         return Fit(recipe, ensembles.crossfit(recipe, fitted.rows, fitted.fold))
     rows = judged.rows
-    if set(fitted.rows.split) <= {"train"}:  # in sample: val rows judge, which the heads do not read
+    if set(fitted.rows.split) <= {"train"}:  # in_sample: val rows evaluate, which the heads are not fitted on
         recipe.fit(fitted.rows.outputs, fitted.rows.labels, fitted.fold)
         probabilities = recipe.predict_proba(rows.outputs)
     else:
@@ -300,9 +300,9 @@ def _fit(config: Config, facts: MemberFacts, name: str, basis: Basis) -> Fit:
 
 
 def crossfit_on(recipe: Combiner, fitted: OutOfSampleRows, judged: OutOfSampleRows) -> np.ndarray:
-    """Fit an unfitted combiner on some rows; return probabilities (N, C) of all `judged` rows, of which these are some.
+    """Fit an unfitted combiner on `fitted` rows, a subset of `judged` rows; return the latter's probabilities (N, C).
 
-    A copy that is fitted without the rows of a fold answers for all judged rows of the fold.
+    A copy fitted without the rows of a fold predicts all judged rows of the fold.
     """
     outputs, labels = fitted.rows.outputs, fitted.rows.labels
     probabilities = np.empty((len(judged.fold), len(judged.rows.classes)))
@@ -317,7 +317,7 @@ def crossfit_on(recipe: Combiner, fitted: OutOfSampleRows, judged: OutOfSampleRo
 def _save(
     store: Store, name: str, members: Sequence[Member], basis: Basis, fit: Fit, source: Mapping[str, Any]
 ) -> None:
-    # rows of a fold that is left out stop the training on the others
+    # The rows of a left-out fold select when the training on the others stops.
     prior_provenance = [Provenance((), fitting.row_sets(basis.fitted.rows))]
     fitting.build(
         store,

@@ -1,7 +1,7 @@
-"""Choose the networks that predict for a stacker: the members' full networks, or the means of their fold networks.
+"""Select the networks that predict for a stacker: the members' full networks, or the means of their fold networks.
 
-A stacker is fitted on out-of-fold rows. Full networks have seen more images and are more confident, means of fold
-networks are smoother; the val rows show which of the two fits the stacker.
+A stacker is fitted on out-of-fold rows. Full networks were trained on more images and are more confident, means of fold
+networks are smoother; the val rows show which of the two suits the stacker.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ MEASURED_WITH = "log-linear pool fitted on out-of-fold rows"
 
 @dataclass(frozen=True)
 class Measurement:
-    """Losses of the two on the val rows."""
+    """Losses with both kinds of networks on the val rows."""
 
     full: np.ndarray | None
-    """float64 (N,): log-loss of the pool on the full networks' val rows; None where no member has out-of-fold rows"""
+    """float64 (N,): log-loss of the pool on the full networks' val rows; None without out-of-fold rows or val rows"""
     folds: np.ndarray | None
-    """The same on the means of the fold networks; None where they are missing or not requested."""
+    """float64 (N,): the same with the means of the fold networks; None if they are missing or not requested"""
     shift: dict[str, dict[str, Any]]
-    """{member: {out_of_fold, full, folds: what `describe` gives}}"""
+    """{member: {out_of_fold, full, folds: result of `describe`}}"""
     groups: np.ndarray | None = None
-    """int64 (N,): groups of the val rows; None where these are independent"""
+    """int64 (N,): groups of the val rows; None if the rows are independent"""
 
     @property
     def gain(self) -> tuple[float, float] | None:
-        """How much lower the log-loss of the fold networks is, and its standard error over rows or groups.
+        """Decrease of the log-loss with fold networks, and its standard error over rows or groups.
 
-        None without two of them.
+        None with fewer than two rows or groups, or if either loss is None.
         """
         if self.full is None or self.folds is None or count_units(len(self.full), self.groups) < 2:
             return None
@@ -55,10 +55,11 @@ def measure(
     folds: Rows | None,
     groups: np.ndarray | None = None,
 ) -> Measurement:
-    """Fit a log-linear pool on out-of-fold rows and score it on val, by full networks and by means of fold networks.
+    """Fit a log-linear pool on out-of-fold rows and score it on val, with full networks and means of fold networks.
 
-    The two hold the same rows, out-of-fold and val, with their cross-fit folds (N,) and groups (N,). The pool stands
-    for every learner: it has weights and a temperature, and a change of networks shifts the members' confidence first.
+    `full` and `folds` have the same rows, out-of-fold and val, with cross-fitting folds `fold` (N,) and groups (N,).
+    The pool represents all learners: it has weights and a temperature, and a change of networks mainly shifts the
+    members' confidence.
     """
     train, val = np.flatnonzero(full.split == "train"), np.flatnonzero(full.split == "val")
     shift = {
@@ -83,7 +84,10 @@ def measure(
 
 
 def describe(logits: np.ndarray, labels: np.ndarray) -> dict[str, float] | None:
-    """Accuracy, mean largest probability and mean entropy in nats of logits (N, C); None without rows."""
+    """Return accuracy, mean largest probability and mean entropy in nats of logits (N, C) with labels (N,).
+
+    None without rows.
+    """
     if not len(labels):
         return None
     logs, probabilities = log_softmax(logits), softmax(logits)
@@ -96,10 +100,10 @@ def describe(logits: np.ndarray, labels: np.ndarray) -> dict[str, float] | None:
 
 
 def choose(requested: str, measured: Measurement, *, lacking: Sequence[str], feeds_fuser: bool) -> dict[str, Any]:
-    """`{asked, chosen, reason, val_log_loss, gain_of_folds, standard_error, measured_with, shift}`, ready for JSON.
+    """Return `{asked, chosen, reason, val_log_loss, gain_of_folds, standard_error, measured_with, shift}`.
 
-    `auto` takes the fold networks where their gain on val exceeds its standard error, and nothing else prevents
-    it: members `lacking` them, or a fuser that takes the stacker as an input together with ensembles of full networks.
+    `auto` selects the fold networks if their gain on val exceeds its standard error, unless members are `lacking` them
+    or a fuser combines the stacker with ensembles of full networks.
     """
     gain = measured.gain
     if requested != "auto":
@@ -130,7 +134,7 @@ def choose(requested: str, measured: Measurement, *, lacking: Sequence[str], fee
 
 
 def summary_lines(record: dict[str, Any]) -> list[str]:
-    """The choice and the shift, one line each and one per member."""
+    """Return one line on the choice and one line per member on the shift."""
     lines = [f"inference members: {record['chosen']} ({record['reason']})"]
     for name, kinds in record["shift"].items():
         parts = [

@@ -1,7 +1,7 @@
 """Latencies of networks and combiners, measured once per content, device and number of threads, and stored.
 
-A stored latency is never measured again, so that what it decides repeats. Remove `ensembles/latency.json` to measure
-everything again.
+A stored latency is never measured again, so that selections by latency are reproducible. Remove
+`ensembles/latency.json` to measure everything again.
 """
 
 from __future__ import annotations
@@ -33,41 +33,41 @@ if TYPE_CHECKING:
 logger = logging.getLogger("disease_pipeline")
 
 BATCHES = (1, 32)
-WARM_UP, WARM = 3, 0.1  # at most so many runs, or seconds, that are not counted, at least one run
-FEWEST, MOST = 5, 50  # runs that are counted
-ENOUGH, LONGEST = 0.15, 2.0  # seconds of counted runs: enough with the fewest, and no further run after the longest
+WARM_UP, WARM = 3, 0.1  # warm-up ends after 3 runs or 0.1 s, and has at least one run
+FEWEST, MOST = 5, 50  # number of counted runs
+ENOUGH, LONGEST = 0.15, 2.0  # seconds of counted runs: sufficient after `FEWEST` runs, and the limit in any case
 AGAIN = "Remove it; latencies are then measured again"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Of forward passes over one batch of images that lie on the device already, in milliseconds."""
+    """Milliseconds of forward passes over one batch of images that is already on the device."""
 
     p50: float
     p95: float
     runs: int
-    """How many were counted."""
+    """Number of counted runs."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One member's network on one device."""
+    """Latency of one network or combiner on one device."""
 
     device: str
     """`cpu`, or `cuda` with the name of the GPU"""
     threads: int
-    """torch's on the processor"""
+    """torch's number of threads on the CPU"""
     batches: dict[int, Timing]
-    """By the number of images; what memory was too small for is missing."""
+    """{batch size: timing}; batch sizes that ran out of memory are missing."""
     busy: float | None = None
-    """Cores that other programs used while it was measured, where they were in the way: the times are too high."""
+    """Cores that other programs used during the measurement, if they interfered: the times are then too high."""
 
 
 def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] = BATCHES) -> dict[str, Record]:
-    """{member: latency of its network}, measured where none is stored, one network in memory at a time.
+    """Return {member: latency of its network}, measured if none is stored, with one network in memory at a time.
 
-    A member without a network (predictions only) is left out. A batch that memory is too small for is missing. Raises
-    UserError for a checkpoint that is gone, another one than discovery saw, or does not run.
+    A member without a network (predictions only) is left out. Batch sizes that run out of memory are missing. Raises
+    UserError for a checkpoint that is gone, has changed since discovery, or does not run.
     """
     networks = [member for member in members if member.checkpoints]
     if not networks:
@@ -101,7 +101,7 @@ def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] =
 
 
 def stored(workspace: Workspace, members: Sequence[Member], device: str, threads: int) -> dict[str, Record]:
-    """{member: stored latency on this device}, without torch; members that were not measured there are missing."""
+    """Return {member: stored latency on this device}, without torch; members without a measurement are missing."""
     entries = _read(workspace, "networks")
     records = {}
     for member in members:
@@ -112,17 +112,17 @@ def stored(workspace: Workspace, members: Sequence[Member], device: str, threads
 
 
 def milliseconds(records: Mapping[str, Record], *, batch: int = 1) -> dict[str, float]:
-    """{member: median of its runs on a batch of this size}"""
+    """Return {member: median milliseconds of its runs on a batch of this size}."""
     return {name: record.batches[batch].p50 for name, record in records.items() if batch in record.batches}
 
 
 def highest_busy(records: Iterable[Record]) -> float | None:
-    """The most cores that other programs used while any of these was measured; None where they were not in the way."""
+    """Return the most cores that other programs used during any of these measurements; None if none interfered."""
     return max((record.busy for record in records if record.busy is not None), default=None)
 
 
 def latency_inputs(facts: MemberFacts, records: Mapping[str, Record]) -> dict[str, Any]:
-    """Device, threads, latencies and sizes, which `ensemble.json` keeps and its digest covers."""
+    """Return device, threads, latencies and sizes, which are part of `ensemble.json` and of its digest."""
     devices = {(record.device, record.threads) for record in records.values()}
     device, threads = next(iter(devices), (None, None))
     return {
@@ -134,9 +134,9 @@ def latency_inputs(facts: MemberFacts, records: Mapping[str, Record]) -> dict[st
 
 
 def inputs_digest(store: Store, members: Sequence[Member], name: str, built_with: Mapping[str, Any] | None) -> str:
-    """`fitting.inputs_digest` of an ensemble that latencies decide, by those of the device that it was built with.
+    """Return `fitting.inputs_digest` of an ensemble selected by latency, for the device that it was built with.
 
-    `built_with` is what `latency_inputs` gave then, or None where nothing was built.
+    `built_with` is the result of `latency_inputs` at the build, or None if nothing was built.
     """
     device, threads = (built_with["device"], built_with["threads"]) if built_with else ("", 0)
     records = stored(store.workspace, members, device, threads)
@@ -158,10 +158,10 @@ def measure_combiner(
     shape: tuple[int, int],
     widths: Sequence[int] = (),
 ) -> Record:
-    """Latency of a combiner over logits (B, M, C) of `shape` (M, C), measured where none is stored for `digest`.
+    """Return the latency of a combiner over logits (B, M, C) of `shape` (M, C), measured unless stored for `digest`.
 
-    `make` gives its module, `name` is the ensemble's, for the file; `widths` (M,) are those of the embeddings, where
-    the combiner reads any.
+    `make` returns its module, `name` is the ensemble's name for the file, and `widths` (M,) are the widths of the
+    embeddings if the combiner reads any.
     """
     import torch
 
@@ -188,7 +188,7 @@ def _answer(module: nn.Module, embeddings: list[Tensor], logits: Tensor) -> Tens
 
 
 def _read(workspace: Workspace, kind: str) -> Mapping[str, Any]:
-    """`kind`: networks or combiners."""
+    """Read the stored entries of a `kind`: networks or combiners."""
     return (record_once(workspace.latency, remedy=AGAIN, form={"networks": dict}) or {}).get(kind, {})
 
 
@@ -202,7 +202,7 @@ def _key(device: str, threads: int) -> str:
 
 
 def _add(workspace: Workspace, kind: str, digest: str, record: Record, owner: Mapping[str, str]) -> None:
-    """Store one latency at once, so that a killed command keeps what it has measured; `owner` names the network."""
+    """Store one latency immediately, so that an interrupted command keeps it; `owner` names the network or ensemble."""
     before = record_once(workspace.latency, remedy=AGAIN) or {"networks": {}}
     batches = {f"batch_{size}": vars(timing) for size, timing in record.batches.items()}
     entry = {"device": record.device, "threads": record.threads, "batches": batches, **owner}
@@ -213,7 +213,7 @@ def _add(workspace: Workspace, kind: str, digest: str, record: Record, owner: Ma
 
 
 def _working(device: str, threads: int) -> int:
-    """Threads that work on the processor meanwhile: on a GPU the one that starts its kernels."""
+    """Return the number of this process's busy CPU threads: on a GPU one, which launches the kernels."""
     return threads if device == "cpu" else 1
 
 
@@ -252,7 +252,7 @@ def _measured(member: Member, workspace: Workspace, device: str, batches: Sequen
 
 
 def timing_of(answer: Callable[[Tensor], Tensor], images: Tensor) -> Timing:
-    """Time forward passes of `answer` over images (B, 3, H, W), after a warm-up; on a GPU by CUDA events."""
+    """Time forward passes over a batch, such as images (B, 3, H, W), after a warm-up; by CUDA events on a GPU."""
     once = _by_events if images.is_cuda else _by_clock
     spent, warm_runs = 0.0, 0
     while not warm_runs or (spent < WARM and warm_runs < WARM_UP):

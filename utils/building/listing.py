@@ -1,7 +1,7 @@
-"""Which saved ensembles the configuration asks for; the others are neither ranked nor recommended nor combined.
+"""Saved ensembles that the configuration requests; the others are neither ranked nor recommended nor combined.
 
-An ensemble that a `--set` built is asked for by the configuration with that `--set`. One of another name than the
-families give is always listed.
+For an ensemble that was built with `--set`, the configuration with this `--set` decides. An ensemble with a name that
+no family generates is always listed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ALONE = {
     "meta_fuser": "runs.meta_fuser",
     "tta": "tta",
 }
-"""{method of an ensemble: the section that asks for it}"""
+"""{method of an ensemble: the section that requests it}"""
 
 
 def listed(workspace: Workspace, config: Config, names: Iterable[str] | None = None) -> list[str]:
-    """Of the saved ensembles, or of `names`, those that the configuration asks for."""
+    """Return those of the saved ensembles, or of `names`, that the configuration requests."""
     requested = {}
     configs: dict[tuple[str, ...], Config] = {}
     for name in ensembles.names(workspace) if names is None else names:
@@ -42,7 +42,7 @@ def listed(workspace: Workspace, config: Config, names: Iterable[str] | None = N
 
 
 def _record(workspace: Workspace, name: str) -> Mapping[str, Any]:
-    """The record of a saved ensemble; an empty one where it is damaged, which whoever reads the ensemble reports."""
+    """Return the record of a saved ensemble; an empty one if it is damaged, which readers of the ensemble report."""
     try:
         return ensembles.record_of(workspace, name) or {}
     except UserError:
@@ -50,14 +50,14 @@ def _record(workspace: Workspace, name: str) -> Mapping[str, Any]:
 
 
 def unlisted(workspace: Workspace, config: Config) -> list[str]:
-    """Saved ensembles that the configuration does not ask for."""
+    """Return the saved ensembles that the configuration does not request."""
     saved = ensembles.names(workspace)
     kept = listed(workspace, config, saved)
     return [name for name in saved if name not in kept]
 
 
 def without_readers(workspace: Workspace, names: Iterable[str]) -> list[str]:
-    """Of saved ensembles, those that no ensemble outside of `names` was fitted on, directly or through another one."""
+    """Return those of `names` that are no input of a saved ensemble outside of `names`, directly or indirectly."""
     candidates = list(names)
     pending = [name for name in ensembles.names(workspace) if name not in candidates]
     read: set[str] = set()
@@ -70,7 +70,7 @@ def without_readers(workspace: Workspace, names: Iterable[str]) -> list[str]:
 
 
 def note(names: Iterable[str]) -> str:
-    """The line about ensembles that are not listed."""
+    """Return the line about ensembles that are not listed."""
     return f"not in the configuration: {', '.join(names)}; `clean --unlisted` removes what no other ensemble reads"
 
 

@@ -27,9 +27,9 @@ BUILD_SOME = "Build some: python ensemble_orchestrator.py build-ensemble"
 def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
     """Fit the fuser on its inputs' cross-fitted predictions and on nothing else.
 
-    Inputs that vote and are missing are built first; of others the command that builds them is named, and fewer than
-    two are refused. A fuser with equal inputs is kept, unless `force`. Raises UserError without catalog, members or
-    inputs.
+    Missing voting ensembles among the inputs are built first; for other missing inputs the command that builds them is
+    named. A fuser with unchanged inputs is kept, unless `force`. Raises UserError without catalog or members, and with
+    fewer than two inputs.
     """
     builder = MetaBuilder()
     require_enabled(config, builder.config_key)
@@ -42,31 +42,31 @@ def meta_fuse(config: Config, workspace: Workspace, *, force: bool = False) -> R
     session = _with_votes(Session.open(config, workspace))
     outcome = run([builder], session, force=force)
     record = ensembles.record_of(workspace, NAME) or {}
-    chosen = fuser_inputs.select(outcome.session)
-    inputs = list(chosen.records)
+    selected = fuser_inputs.select(outcome.session)
+    inputs = list(selected.records)
     lines = [*outcome.lines, f"inputs: {', '.join(inputs)}"]
-    lines += [f"left out: {statement}" for statement in _stated(chosen.left_out)]
+    lines += [f"left out: {statement}" for statement in _stated(selected.left_out)]
     lines.append(f"written: {workspace.ensemble(NAME)}")
     document = outcome.document() | {
         "inputs": inputs,
         "input_weights": record.get("input_weights"),
-        "left_out": chosen.left_out,
+        "left_out": selected.left_out,
         "verdict": record["verdict"],
     }
     return Result("\n".join(lines), document, list(outcome.failures), "evaluate")
 
 
 class MetaBuilder(Builder):
-    """The one ensemble of ensembles."""
+    """Builder of the single ensemble of ensembles."""
 
     config_key = "runs.meta_fuser"
 
     def names(self, session: Session) -> list[str]:
-        """The one name, where the section is on."""
+        """Return the single name if the section is on."""
         return [NAME] if session.config.runs.meta_fuser.enable else []
 
     def check(self, session: Session) -> None:
-        """Raise UserError where fewer than two inputs are left, or a member of theirs is gone or has changed."""
+        """Raise UserError if fewer than two inputs are left, or if one of their members is gone or has changed."""
         inputs = fuser_inputs.select(session)
         if len(inputs.records) < 2:
             raise UserError(
@@ -76,22 +76,22 @@ class MetaBuilder(Builder):
         fuser_inputs.require_members(session, inputs)
 
     def problems(self, session: Session) -> list[str]:
-        """Inputs that are not built, or cannot be inputs."""
+        """Return the problems of listed inputs that are not built or cannot be inputs."""
         return fuser_inputs.select(session).problems
 
     def members(self, session: Session) -> Sequence[Member]:
-        """The members of all inputs."""
+        """Return the members of all inputs."""
         needed = {name for record in fuser_inputs.select(session).records.values() for name in record["members"]}
         return [session.catalog.members[name] for name in sorted(needed) if name in session.catalog.members]
 
     def inputs_digest(self, session: Session, name: str) -> str:
-        """Of the inputs, their members, the images and the fuser's settings."""
+        """Return the digest of the inputs, their members, the images and the fuser's settings."""
         extra_inputs = depends_on(session.config, fuser_inputs.select(session).records)
         members = self.members(session)
         return fitting.inputs_digest(session.config, session.store, members, METHOD, extra_inputs=extra_inputs)
 
     def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
-        """Another input, or another setting."""
+        """Return that inputs, images or settings have changed, or the error of a damaged record; None if current."""
         try:
             is_equal = record["inputs_digest"] == self.inputs_digest(session, name)
         except UserError as error:  # the record of an input is damaged
@@ -101,12 +101,12 @@ class MetaBuilder(Builder):
     def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
         """Fit the fuser on the rows on which all inputs have cross-fitted predictions."""
         config, store, members = session.config, session.store, self.members(session)
-        chosen = fuser_inputs.select(session)
-        records = chosen.records
-        for statement in _stated(chosen.left_out):
+        selected = fuser_inputs.select(session)
+        records = selected.records
+        for statement in _stated(selected.left_out):
             logger.warning("left out of %s: %s", NAME, statement)
         inputs = {name: ensembles.load(session.workspace, name) for name in records}
-        fold_networks.ensure(store, members, STREAMED_SPLITS, chosen.inference)
+        fold_networks.ensure(store, members, STREAMED_SPLITS, selected.inference)
         facts = fitting.member_facts(store, members)
         rows, parts = fuser_inputs.align(session, members, inputs)
         simple = baselines.measure(config, facts, rows.rows.logits, rows.rows.labels, rows.fold, rows.groups)
@@ -122,12 +122,12 @@ class MetaBuilder(Builder):
             extra_inputs=depends_on(config, records),
             prior_provenance=[ensemble.provenance for ensemble in inputs.values()],
             baselines=simple,
-            notes={"inputs_left_out": chosen.left_out},
+            notes={"inputs_left_out": selected.left_out},
         )
         return Build(session, (NAME,))
 
     def describe_one(self, session: Session, name: str, state: str) -> list[str]:
-        """The ensemble, its verdict, and the inputs of a convex fuser with their weights."""
+        """Return the lines on the ensemble, its verdict, and the inputs of a convex fuser with their weights."""
         record = ensembles.record_of(session.workspace, name) or {}
         lines = [summary_line(session.workspace, name, state), f"    {record['verdict']}"]
         if weights := record.get("input_weights"):
@@ -142,14 +142,14 @@ def _stated(left_out: Mapping[str, str]) -> list[str]:
 
 
 def depends_on(config: Config, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Extra inputs of the fuser: the ensembles that it takes, and the settings of its kind."""
+    """Return the extra inputs of the fuser: digests of its ensembles, and the settings of its kind."""
     settings = FUSERS[config.runs.meta_fuser.fuser_type].settings
     digests = {name: record["inputs_digest"] for name, record in records.items()}
     return {"inputs": digests, "settings": config.digest(*settings)}
 
 
 def _with_votes(session: Session) -> Session:
-    """Build the inputs that vote and are missing."""
+    """Build the missing voting ensembles among the inputs; return the session."""
     voting = VotingBuilder()
     listed = fuser_inputs.requested(session.config) or {}
     missing = [

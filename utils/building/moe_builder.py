@@ -1,4 +1,4 @@
-"""The sections `runs.moe` and `runs.cascade` of `fusion-train`: ensembles that run only some members for an image."""
+"""The sections `runs.moe` and `runs.cascade` of `fusion-train`: ensembles that run only some members per image."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from utils.predictions.store import Store
 logger = logging.getLogger("disease_pipeline")
 
 MOE = "runs.moe"
-TIMED_ROWS = 64  # images of val that the ways to answer are timed on
+TIMED_ROWS = 64  # val images on which the combiners are timed
 ONE_IMAGE = 1
 ITSELF = "itself"
 
 
 class SparseBuilder(Builder):
-    """One ensemble that runs only some of the members for an image: `moe` or `cascade`."""
+    """One ensemble that runs only some of the members per image: `moe` or `cascade`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.config_key = f"runs.{name}"
 
     def names(self, session: Session) -> list[str]:
-        """The ensemble, where there is more than one member to choose from."""
+        """Return the ensemble if there is more than one member."""
         is_on = session.config.at(f"{self.config_key}.enable")
         return [self.name] if is_on and len(session.members) > 1 else []
 
     def check(self, session: Session) -> None:
-        """Warn where there are fewer members than the configuration wants experts."""
+        """Warn if there are fewer members than configured experts."""
         experts = session.config.runs.moe.num_experts
         if self.config_key == MOE and experts > len(session.members) > 1:
             logger.warning(
@@ -55,19 +55,19 @@ class SparseBuilder(Builder):
             )
 
     def problems(self, session: Session) -> list[str]:
-        """A single member leaves nothing to choose."""
+        """Return a problem if there is only one member."""
         if len(session.members) > 1:
             return []
         reason = f"chooses among members, and there is only {session.members[0].name}. Name others in backbones.include"
         return [f"{self.name}: {reason}"]
 
     def inputs_digest(self, session: Session, name: str) -> str:
-        """By the latencies of the device and the number of threads that the saved ensemble was built with."""
+        """Return the digest, with latencies of the device and threads that the saved ensemble was built with."""
         record = ensembles.record_of(session.workspace, name) or {}
         return latency.inputs_digest(session.store, session.members, name, record.get("depends_on"))
 
     def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
-        """Time the members, fit the combiner and compare it with all members, the best one and the baselines."""
+        """Time the members, fit the combiner and compare it with all members, the best member and the baselines."""
         store, members = session.store, session.members
         session.ensure(members)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
@@ -92,7 +92,7 @@ class SparseBuilder(Builder):
         return Build(session, (self.name,))
 
     def describe_one(self, session: Session, name: str, state: str) -> list[str]:
-        """The ensemble, its verdict, and a table of it and of what it is compared with."""
+        """Return the lines on the ensemble, its verdict, and a table of it and of its comparisons."""
         record = ensembles.record_of(session.workspace, name) or {}
         lines = [summary_line(session.workspace, name, state), f"    {record['verdict']}"]
         if name == "moe" and record["is_fixed"]:
@@ -120,7 +120,7 @@ class SparseBuilder(Builder):
 
 @dataclass(frozen=True)
 class _Comparison:
-    """A sparse combiner compared with all its members run, the best single one, and for a mixture a cascade."""
+    """Comparison of a sparse combiner with running all its members, the best single member, and a cascade (`moe`)."""
 
     store: Store
     members: Sequence[Member]
@@ -129,36 +129,36 @@ class _Comparison:
     simple: Baselines
 
     def entries(self, combiner: Combiner, crossfit: Crossfit) -> dict[str, Any]:
-        """`beside` {name: losses, experts, latency}, the combiner under `itself`, and how it was `timed`."""
+        """Return `beside` {name: scores, experts, latencies}, the combiner under `itself`, and how it was `timed`."""
         assert isinstance(combiner, (MixtureOfExperts, CascadeCombiner))
-        ways: dict[str, MixtureOfExperts | CascadeCombiner] = {"all_experts": combiner.dense()}
+        combiners: dict[str, MixtureOfExperts | CascadeCombiner] = {"all_experts": combiner.dense()}
         if isinstance(combiner, MixtureOfExperts):
-            ways["cascade"] = CascadeCombiner.configured(self.store.config, self.facts)
+            combiners["cascade"] = CascadeCombiner.configured(self.store.config, self.facts)
         rows, fold = self.out_of_sample.rows, self.out_of_sample.fold
         probabilities = {ITSELF: crossfit.probabilities}
-        for name, recipe in ways.items():
+        for name, recipe in combiners.items():
             probabilities[name] = fit_crossfitted(recipe, rows.logits, rows.labels, fold)
         best = self.facts.names.index(self.simple.best_single)
         probabilities["best_single"] = calibrated_probabilities(rows.logits[best], rows.labels, fold)
-        ways = {ITSELF: combiner, **ways}
-        experts = {name: routed_members(way, rows.logits) for name, way in ways.items()}
+        combiners = {ITSELF: combiner, **combiners}
+        experts = {name: routed_members(recipe, rows.logits) for name, recipe in combiners.items()}
         experts["best_single"] = np.arange(len(self.members))[:, None] == np.full((1, len(fold)), best)
-        latencies, conditions = self._timed(ways, best)
+        latencies, conditions = self._timed(combiners, best)
         return {
             "beside": {
                 name: {
-                    **self._compared(of_way, crossfit.probabilities),
+                    **self._compared(values, crossfit.probabilities),
                     "experts": float(experts[name].sum(axis=0).mean()),
                     "latency_ms": latencies.get(name),
                     "expected_latency_ms": self._expected(experts[name]),
                 }
-                for name, of_way in probabilities.items()
+                for name, values in probabilities.items()
             },
             "timed": conditions,
         }
 
     def _compared(self, other: np.ndarray, combiner: np.ndarray) -> dict[str, Any]:
-        """Scores of cross-fitted probabilities (N, C), and the combiner's gain over them."""
+        """Return scores of cross-fitted probabilities `other` (N, C), and the gain of `combiner` (N, C) over them."""
         labels, groups = self.out_of_sample.rows.labels, self.out_of_sample.groups
         losses = [log_loss_per_row(values, labels) for values in (other, combiner)]
         hits = [(values.argmax(axis=1) == labels).astype(float) for values in (other, combiner)]
@@ -169,7 +169,7 @@ class _Comparison:
         return scores
 
     def _expected(self, ran: np.ndarray) -> float | None:
-        """Milliseconds for one image, one member after the other, by the latencies of members that `ran` (M, N)."""
+        """Return the expected milliseconds per image, from the latencies of the members that `ran`, bool (M, N)."""
         used = ran.any(axis=1)
         costs = self.facts.latency_ms[used]
         return None if np.isnan(costs).any() else float((ran[used] * costs[:, None]).sum(axis=0).mean())
@@ -177,7 +177,7 @@ class _Comparison:
     def _timed(
         self, ways: Mapping[str, MixtureOfExperts | CascadeCombiner], best: int
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        """{name: milliseconds per image, measured on val images}, and on which rows and device."""
+        """Return {name: milliseconds per image, measured on val images}, and the rows and device of the measurement."""
         store = self.store
         without = [member.name for member in self.members if member.source == catalog.IMPORTED]
         if without or not store.catalog.has_images:
@@ -187,7 +187,7 @@ class _Comparison:
         rows = np.linspace(0, len(images.sample_ids) - 1, count).astype(int)  # sorted by class, so spread over all
         device = streaming.resolve_device(store.config.device)
         watch = Stopwatch(store, self.members, images.take(rows), device)
-        latencies = {name: watch.of_combiner(way) for name, way in ways.items()}
+        latencies = {name: watch.of_combiner(combiner) for name, combiner in ways.items()}
         latencies["best_single"] = watch.of_member(best)
         return latencies, {"split": "val", "rows": count, "batch": store.config.dataset.batch_size, "device": device}
 

@@ -1,4 +1,4 @@
-"""The section `pruning` of `build-ensemble`: the members are timed once, then each method keeps a subset of them.
+"""The section `pruning` of `build-ensemble`: the members are timed once, then each method selects a subset of them.
 
 `ensembles/pruning.json` records the methods whose budget excludes every member, so that they are not tried again.
 """
@@ -32,17 +32,17 @@ class PruningBuilder(Builder):
     config_key = "pruning"
 
     def names(self, session: Session) -> list[str]:
-        """One per method."""
+        """Return one name per method."""
         section = session.config.pruning
         return [f"pruned_{method}" for method in section.methods] if section.enable else []
 
     def inputs_digest(self, session: Session, name: str) -> str:
-        """By the latencies of the device and the number of threads that the saved ensemble was built with."""
+        """Return the digest, with latencies of the device and threads that the saved ensemble was built with."""
         record = ensembles.record_of(session.workspace, name) or {}
         return latency.inputs_digest(session.store, session.members, name, record.get("depends_on"))
 
     def left_out(self, session: Session) -> Mapping[str, str]:
-        """Methods whose budget no member was within, by the last build with the same inputs."""
+        """Return the methods for which no member was within the budget in the last build with the same inputs."""
         record = record_once(session.workspace.left_out, remedy=AGAIN) or {}
         return {
             name: record[name]["reason"]
@@ -53,7 +53,7 @@ class PruningBuilder(Builder):
         }
 
     def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
-        """Measure the members once, then fit each method; a method that no member suits is noted as left out."""
+        """Measure the members once, then fit each method; record methods whose budget excludes every member."""
         config, store, members = session.config, session.store, session.members
         session.ensure(members)
         records = latency.measure(store, members, batches=[ONE_IMAGE])
@@ -72,7 +72,7 @@ class PruningBuilder(Builder):
         return Build(session, tuple(name for name in names if name not in reasons))
 
     def describe_one(self, session: Session, name: str, state: str) -> list[str]:
-        """The ensemble's line, and below it the members that it keeps and what they cost."""
+        """Return the ensemble's line, and a line on the members that it keeps and their cost."""
         lines = super().describe_one(session, name, state)
         if not state.startswith(LEFT_OUT):
             record = ensembles.record_of(session.workspace, name) or {}
@@ -84,7 +84,7 @@ class PruningBuilder(Builder):
 
 
 def _note(session: Session, tried: Sequence[str], reasons: Mapping[str, str], extra_inputs: Mapping[str, Any]) -> None:
-    """Record which of the methods that were tried keep no member, and drop the earlier entries of the others."""
+    """Record which of the `tried` methods keep no member, and drop the earlier entries of all tried ones."""
     store, path = session.store, session.workspace.left_out
     before = record_once(path, remedy=AGAIN) or {}
     record = {name: entry for name, entry in before.items() if name not in tried}

@@ -1,4 +1,4 @@
-"""Which member or ensemble to recommend, by out-of-sample rows alone; results on test rows never enter."""
+"""Recommendation of a member or ensemble by out-of-sample rows only; results on test rows are never used."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Candidate:
     method: str | None
     keys: tuple[Key, ...]
     losses: np.ndarray
-    """log-loss of each row in nats, (N,)"""
+    """Log-loss of each row in nats, (N,)"""
     hits: np.ndarray
-    """bool (N,): the most probable class is the true one"""
+    """bool (N,): whether the most probable class is the true one"""
     chosen_on_val: bool = False
-    """Val rows decided what it or one of its networks is, so that they are no evidence for it."""
+    """Whether the candidate or one of its networks was selected on val rows, which are then no evidence for it."""
 
 
 def recommend(
@@ -47,19 +47,20 @@ def recommend(
     units: RowUnits | None = None,
     latencies: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The candidate to use, by out-of-sample rows.
+    """Recommend a candidate by out-of-sample rows.
 
-    The record is `{name, reason, note, evidence, latency_ms, fast, best_single, not_compared}`, the last {candidate:
-    why it was not compared with the others}.
+    Returns `{name, reason, note, evidence, latency_ms, fast, best_single, not_compared}`, the last {candidate: why it
+    was not compared with the others}.
 
-    Candidates with train rows are compared on the rows they all share. Without any, and where members alone have some
-    and ensembles none, all are compared on val. The lowest log-loss wins. Candidates that were chosen on val take part
-    only where there are no others. A candidate with val rows alone replaces the winner only when the interval of the
-    paired difference on the val rows lies above 0, with Bonferroni's correction for the number of such candidates.
+    Candidates with train rows are compared on the rows that they all share. If no candidate has train rows, or if only
+    members have some but no ensemble does, all are compared on val. The lowest log-loss wins. Candidates that were
+    selected on val are used only if there are no others. A candidate with val rows only replaces the winner if the
+    interval of the paired difference on the val rows is above 0, with Bonferroni's correction for the number of
+    candidates with val rows only.
 
-    `evidence` holds the winner's own scores, and under `after_selection` those of the rule: per fold, of the candidate
-    that is lowest on the other folds. `fast` is the cheapest by `latencies` {name: milliseconds for one image} within
-    one standard error of the winner. `units` are the folds and groups of the rows.
+    `evidence` has the scores of the winner, and under `after_selection` those of the rule: on each fold, the scores of
+    the candidate with the lowest log-loss on the other folds. `fast` is the cheapest candidate by `latencies` {name:
+    milliseconds per image} within one standard error of the winner. `units` are the folds and groups of the rows.
     """
     units = units or RowUnits({}, {})
     unbiased = [candidate for candidate in candidates if not candidate.chosen_on_val] or list(candidates)
@@ -126,7 +127,7 @@ def _why_not_compared(candidate: Candidate) -> str:
 
 
 def _compared(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that are compared with each other: with train rows where there are such, else with val rows."""
+    """Return the candidates that are compared: those with train rows, or else those with val rows; see `recommend`."""
     with_train, with_val = (
         [candidate for candidate in candidates if any(part == split for part, _ in candidate.keys)]
         for split in ("train", "val")
@@ -139,7 +140,7 @@ def _compared(candidates: Sequence[Candidate]) -> list[Candidate]:
 def _val_only_challenger(
     candidates: Sequence[Candidate], compared: Sequence[Candidate], winner: Candidate, units: RowUnits
 ) -> Candidate | None:
-    """The candidate of lowest log-loss among those that are clearly better than the winner on val rows alone."""
+    """Return the best of the candidates that are significantly better than the winner on val rows; None without any."""
     names = {candidate.name for candidate in compared}
     others = [candidate for candidate in candidates if candidate.name not in names]
     clear: dict[str, tuple[float, Candidate]] = {}
@@ -157,7 +158,7 @@ def _val_only_challenger(
 def _scores(
     losses: np.ndarray, hits: np.ndarray, groups: np.ndarray | None, *, widening: float = 1.0
 ) -> dict[str, Any]:
-    """`{log_loss, log_loss_ci95, accuracy}`; the interval is None where rows, groups or errors are too few for one."""
+    """Return `{log_loss, log_loss_ci95, accuracy}`; the interval is None with too few rows, groups or errors."""
     bounds = mean_interval(losses, groups) if (~hits).sum() >= MIN_ERRORS else None
     mean = float(losses.mean())
     return {
@@ -173,8 +174,10 @@ def _on(candidate: Candidate, values: np.ndarray, keys: Iterable[Key]) -> np.nda
 
 
 def recommended(store: Store, members: Mapping[str, Member], saved: Mapping[str, Ensemble]) -> dict[str, Any]:
-    """Which member or ensemble to use, by out-of-sample rows alone; `recommend_among` is the rule."""
-    current = {name: each for name, each in saved.items() if not ensembles.is_stated_otherwise(store.catalog, each)}
+    """Recommend a member or saved ensemble by out-of-sample rows only, by the rule of `recommend_among`."""
+    current = {
+        name: ensemble for name, ensemble in saved.items() if not ensembles.is_stated_otherwise(store.catalog, ensemble)
+    }
     crossfits = [(ensemble, ensembles.load_crossfit(store.workspace, name)) for name, ensemble in current.items()]
     parts = store.out_of_sample_parts(list(members.values()))
     keys = [(split, sample_id) for split in ("train", "val") for sample_id in store.samples(split).sample_ids]
@@ -191,11 +194,11 @@ def recommend_among(
     groups: Mapping[Key, int] | None = None,
     latencies: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Which member or ensemble to use; `recommend` is the rule.
+    """Recommend a member or ensemble by the rule of `recommend`.
 
     `parts` are {member: its out-of-sample rows}, `crossfits` ensembles with their cross-fitted predictions, `groups`
-    {(split, sample id): group} where rows are not independent. Those whose training data is unknown are left out.
-    Raises LeakageError where nothing is left.
+    {(split, sample id): group} if rows are not independent. Candidates with unknown training data are left out. Raises
+    LeakageError if no candidate is left.
     """
     candidates = []
     unknown = training_data.unknown_names(catalog, parts)
@@ -223,14 +226,14 @@ def recommend_among(
 
 
 def _without_rows(catalog: Catalog, names: Iterable[str]) -> str:
-    """The message where none of the named members has out-of-sample rows."""
+    """Return the error message if none of the named members has out-of-sample rows."""
     members = [catalog.members[name] for name in names]
     if not members:
         return (
             "no member and no ensemble has out-of-sample rows, by which one could be recommended: no member is "
             "selected. Name some in backbones.include"
         )
-    # Statements are about declared networks; those of the base pipeline record theirs.
+    # Statements are made for declared networks; those of the base pipeline record their training data.
     corrigible = [member.name for member in members if member.trained_on != TRAIN and member.pretrained_on == NONE]
     correction = f", or correct what it was trained on: {training_data.command(corrigible[:1], 'STATEMENT')}"
     return (

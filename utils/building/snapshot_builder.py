@@ -1,8 +1,8 @@
-"""The section `runs.snapshot_ensemble`: BASE-BACK trains cyclically, and the mean of the snapshots is an ensemble.
+"""The section `runs.snapshot_ensemble`: BASE-BACK trains with a cyclic schedule; the ensemble averages the snapshots.
 
-The training is the bundled pipeline's stage `snapshots`, in a process of its own, so that it resumes as every training
-does. `ensembles/snapshots.json` records the request, by which the next build recognises the result. Huang et al. 2017,
-Snapshot Ensembles: Train 1, get M for free.
+The training is the bundled pipeline's stage `snapshots` in a separate process, so that it can be resumed like every
+training. `ensembles/snapshots.json` records the request, by which the next build recognises the result. Huang et al.
+(2017), Snapshot Ensembles: Train 1, get M for free.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same request would be answered by other snapshots
+VERSION = 1  # incremented when the same request would give different snapshots
 CONFIG_KEY = "runs.snapshot_ensemble"
 NAME, METHOD = "snapshot_ensemble", "snapshot"
 DECIDING = ("DBT_BATCH_SIZE", "DBT_BACKBONE_LR", "DBT_DEBUG_MODE", "DBT_DEBUG_BATCH_SIZE")
-"""Variables that the weights depend on and that no checkpoint tells."""
+"""Environment variables that the weights depend on and that checkpoints do not record."""
 AGAIN = "Remove it, then run build-ensemble again"
 
 
 class SnapshotBuilder(Builder):
-    """The mean of all snapshots of the selected backbones, which are trained where they are not yet.
+    """The mean of all snapshots of the selected backbones, which are trained if they are missing.
 
-    Finished trainings are kept, `force` or not: `main.py --stages snapshots --force` repeats them. A backbone whose
-    training fails is a failure; the mean is then that of the others.
+    Finished trainings are kept even with `force`; `main.py --stages snapshots --force` repeats them. If the training of
+    a backbone fails, it is reported as a failure, and the mean is that of the other backbones.
     """
 
     config_key = CONFIG_KEY
 
     def names(self, session: Session) -> list[str]:
-        """The one ensemble, where BASE-BACK can train a selected backbone."""
+        """Return the single ensemble if BASE-BACK can train a selected backbone."""
         is_on = session.config.runs.snapshot_ensemble.enable
         return [NAME] if is_on and parents_of(session.plain_members) else []
 
     def check(self, session: Session) -> None:
-        """Warn about selected members of which there are no snapshots."""
+        """Warn about selected members that cannot have snapshots."""
         parents = parents_of(session.plain_members)
         others = [m.name for m in session.plain_members if m not in parents and m.source != "derived"]
         if parents and others:
             logger.warning("%s: no snapshots of %s, which BASE-BACK cannot train anew", CONFIG_KEY, ", ".join(others))
 
     def problems(self, session: Session) -> list[str]:
-        """No backbone to train, or snapshots that discovery refuses."""
+        """Return that there is no backbone to train, or the snapshots that discovery refuses."""
         parents = parents_of(session.plain_members)
         if not parents:
             return [f"{CONFIG_KEY}: none of the selected members is a network that BASE-BACK can train"]
@@ -67,18 +67,18 @@ class SnapshotBuilder(Builder):
         return [_unusable(member) for member in snapshots if not member.usable]
 
     def inputs_digest(self, session: Session, name: str) -> str:
-        """Of the usable snapshots of the last training."""
+        """Return the digest of the usable snapshots of the last training."""
         names = _recorded(session.store, parents_of(session.plain_members)) or ()
         return _digest(session, [session.catalog.members[name] for name in names])
 
     def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
-        """The last training was another one, or its snapshots are no longer those of the ensemble."""
+        """Return that the training or its snapshots have changed; None if the ensemble is current."""
         if _recorded(session.store, parents_of(session.plain_members)) is None:
             return "its backbones, images or settings have changed since the build, or a snapshot is gone"
         return None if record["inputs_digest"] == self.inputs_digest(session, name) else "its snapshots have changed"
 
     def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
-        """Train what is missing, take the snapshots into the catalog, save their mean."""
+        """Train missing snapshots, add them to the catalog and save their mean."""
         parents = parents_of(session.plain_members)
         snapshots = _recorded(session.store, parents)
         failures: list[str] = []
@@ -98,7 +98,7 @@ class SnapshotBuilder(Builder):
         return Build(session, (NAME,) if is_built else (), failures=tuple(failures))
 
     def describe_one(self, session: Session, name: str, state: str) -> list[str]:
-        """The ensemble, and how many snapshots it averages."""
+        """Return the line of the ensemble with its number of snapshots."""
         record = ensembles.record_of(session.workspace, name) or {}
         snapshots = [session.catalog.members[member] for member in record["members"]]
         backbones = {parent for member in snapshots for parent in member.parents}
@@ -116,12 +116,12 @@ def _digest(session: Session, snapshots: Sequence[Member]) -> str:
 
 
 def parents_of(members: Sequence[Member]) -> list[Member]:
-    """Members whose networks BASE-BACK can train anew: its own, under their own names."""
+    """Return the members that BASE-BACK can train again: its trained networks, named by their architecture."""
     return [member for member in members if member.source == "trained" and member.architecture == member.name]
 
 
 def _recorded(store: Store, parents: Sequence[Member]) -> list[str] | None:
-    """Names of the snapshots where the last training had the same request and all its files are there."""
+    """Return the names of the snapshots of the last training; None if its request differs or files are missing."""
     record = record_once(store.workspace.snapshots, remedy=AGAIN, form={"members": list})
     if record is None or record["key"] != _key(store, parents):
         return None
@@ -134,7 +134,7 @@ def _recorded(store: Store, parents: Sequence[Member]) -> list[str] | None:
 
 
 def _key(store: Store, parents: Sequence[Member]) -> str:
-    """Everything that the snapshots depend on."""
+    """Return the digest of everything that the snapshots depend on."""
     settings = store.config.runs.snapshot_ensemble
     code = [base_back.source_digest(folder) for folder in dict.fromkeys((base_back.BUNDLED, base_back.locate()))]
     return digest_of(
@@ -147,13 +147,13 @@ def _key(store: Store, parents: Sequence[Member]) -> str:
     )
 
 
-# the training ------------------------------------------------------------------------------------------------------
+# training ------------------------------------------------------------------------------------------------------------
 
 
 def _train(session: Session, parents: Sequence[Member]) -> tuple[Session, list[str], list[str]]:
-    """Have the base pipeline train what is not finished, take the snapshots into the catalog.
+    """Run unfinished trainings in the base pipeline and add the snapshots to the catalog.
 
-    Returns the session with the new catalog, the snapshots' names, and the failures.
+    Returns the session with the new catalog, the names of the snapshots, and the failures.
     """
     store = session.store
     settings = store.config.runs.snapshot_ensemble
@@ -183,7 +183,7 @@ def _train(session: Session, parents: Sequence[Member]) -> tuple[Session, list[s
 
 
 def _updated_catalog(store: Store, parents: Sequence[Member], names: Sequence[str]) -> Catalog:
-    """The catalog with what the training has written and replaced, and without what it has removed."""
+    """Return the catalog with the snapshots that the training wrote or replaced, without those that it removed."""
     before = [
         name
         for name, member in store.catalog.members.items()
@@ -221,14 +221,14 @@ def _command(store: Store, parents: Sequence[Member]) -> list[str]:
 
 
 def _environment(store: Store) -> dict[str, str]:
-    """Environment variables of the training: the workspace's folders and the device of the configuration."""
+    """Return the environment variables of the training: the workspace's folders and the configured device."""
     workspace, device = store.workspace, store.config.device
     variables = {
         "DBT_SPLIT_DIR": str(workspace.split_dir),
         "DBT_TRAINED_DIR": str(workspace.checkpoints),
         "DBT_IMAGE_CACHE_DIR": str(workspace.image_cache),
     }
-    if base_back.kind(base_back.locate()) == "external":  # whose checkpoints do not tell their size
+    if base_back.kind(base_back.locate()) == "external":  # whose checkpoints do not record the image size
         variables["DBT_IMG_SIZE"] = os.environ.get("DBT_IMG_SIZE") or str(base_back.settings().IMG_SIZE)
     if device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,7 +1,7 @@
 """The section `runs.model_soup`: averages of each backbone's checkpoints, as derived members and as ensembles.
 
-Averaging works where the checkpoints are linearly connected, which is tested first; the others are named.
-`ensembles/soups/<backbone>.json` records the result, by which the next build recognises it.
+Averaging requires checkpoints that are linearly connected, which is tested first; other checkpoints are left out and
+named. `ensembles/soups/<backbone>.json` records the result, by which the next build recognises it.
 """
 
 from __future__ import annotations
@@ -35,45 +35,45 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same checkpoints and images would give another soup
+VERSION = 1  # incremented when the same checkpoints and images would give a different soup
 CONFIG_KEY = "runs.model_soup"
 STAGE = re.compile(r"final|finetune_best|head_best|snapshot\d+|finetune_epoch(?P<epoch>\d+)|fold\d+")
-"""Checkpoints of a backbone that are looked at, of single epochs those in the later half of fine-tuning."""
+"""Checkpoints of a backbone that are considered; of single epochs, only those in the later half of fine-tuning are."""
 HEAD = "head_best"
 STEPS = 10  # of the alpha sweep
 AGAIN = "Remove it, then run build-ensemble again"
 
 
 class Method(NamedTuple):
-    """One way to make one network of several."""
+    """A method to mix several checkpoints into one network."""
 
     role: str
-    """Method of the ensemble, ending of the checkpoint."""
+    """Method of the ensemble and suffix of the checkpoint's name."""
     make: Callable[[Survey], Soup | str]
-    """The soup, or why there is none."""
+    """Returns the soup, or why there is none."""
 
 
 @dataclass(frozen=True)
 class Soup:
-    """One mixture of checkpoints that becomes a network of its own."""
+    """One mixture of checkpoints, which becomes a derived member."""
 
     mix: Mix
     trial: Trial
     rival: str
-    """The best checkpoint that it was made from."""
+    """The best of its checkpoints."""
     notes: dict[str, Any]
-    """What else records keep of it."""
+    """Further entries of its record."""
     words: str
-    """How it was made, for a person."""
+    """Description of its ingredients for messages."""
 
 
 class SoupBuilder(Builder):
-    """The soups of every selected backbone; trouble with one backbone is a failure, and the others go on."""
+    """The soups of every selected backbone; an error of one backbone is a failure and does not stop the others."""
 
     config_key = CONFIG_KEY
 
     def names(self, session: Session) -> list[str]:
-        """One per backbone and method."""
+        """Return one name per backbone and method."""
         if not session.config.runs.model_soup.enable:
             return []
         return [
@@ -81,7 +81,7 @@ class SoupBuilder(Builder):
         ]
 
     def left_out(self, session: Session) -> Mapping[str, str]:
-        """Soups that the checkpoints of a backbone do not give, by the last build with the same inputs."""
+        """Return {soup: why it could not be made} of the last build with the same inputs."""
         reasons: dict[str, str] = {}
         for member in backbones_of(session.plain_members):
             try:
@@ -96,7 +96,7 @@ class SoupBuilder(Builder):
         return reasons
 
     def problems(self, session: Session) -> list[str]:
-        """That no backbone has a soup at all."""
+        """Return a problem if no backbone has any soup."""
         left_out = self.left_out(session)
         if not all(name in left_out for name in self.names(session)):
             return []
@@ -106,13 +106,13 @@ class SoupBuilder(Builder):
         ]
 
     def inputs_digest(self, session: Session, name: str) -> str:
-        """Of the soup's own network, which is one derived member."""
+        """Return the digest of the soup's network, a derived member."""
         key, member = self._part(session, name)
         derived = session.catalog.members[member_name(key, member)]
         return fitting.inputs_digest(session.config, session.store, [derived], METHODS[key].role)
 
     def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
-        """The record of the backbone is of other checkpoints, or the files of the soup are not those of the record."""
+        """Return that the soup is not built, or that its inputs or files differ from the record; None if current."""
         key, member = self._part(session, name)
         soups = _record(session, member)
         if soups is None:
@@ -129,7 +129,7 @@ class SoupBuilder(Builder):
         return None if is_intact else "its files have changed since the build"
 
     def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
-        """All soups of the backbones that the names are of, since these share most of the work."""
+        """Build all soups of the backbones of the named ensembles, since the soups of a backbone share most work."""
         backbones = [
             member
             for member in backbones_of(session.plain_members)
@@ -142,7 +142,7 @@ class SoupBuilder(Builder):
             start = time.monotonic()
             try:
                 if not force:
-                    _record(session, member)  # where it is damaged, the user decides
+                    _record(session, member)  # raises if it is damaged, so that the user decides
                 session, soups = _build_backbone(session, member)
             except UserError as error:
                 failures.append(f"{CONFIG_KEY}: {member.name}: {error}")
@@ -155,7 +155,7 @@ class SoupBuilder(Builder):
         return Build(session, tuple(built), tuple(failed), tuple(failures))
 
     def describe(self, session: Session, states: Mapping[str, str]) -> list[str]:
-        """Of every backbone its soups, whether they help, and which checkpoints were left out of them."""
+        """Return lines on the soups of every backbone, whether they help, and which checkpoints were left out."""
         lines = []
         for member in backbones_of(session.plain_members):
             requested = {key: ensemble_name(key, member) for key in _methods(session)}
@@ -165,18 +165,18 @@ class SoupBuilder(Builder):
         return lines
 
     def _part(self, session: Session, name: str) -> tuple[str, Member]:
-        """The method and the backbone that an ensemble is named by."""
+        """Return the method and the backbone of an ensemble, from its name."""
         parts = ((key, member) for member in backbones_of(session.plain_members) for key in _methods(session))
         return next((key, member) for key, member in parts if ensemble_name(key, member) == name)
 
 
 def backbones_of(members: Sequence[Member]) -> list[Member]:
-    """Members with checkpoints of their own training."""
+    """Return the members that were trained in the base pipeline."""
     return [member for member in members if member.source == "trained"]
 
 
 def inputs_digest(store: Store, member: Member) -> str:
-    """Digest of everything that the soups of one backbone depend on; needs no image and no checkpoint."""
+    """Return the digest of everything that the soups of one backbone depend on; needs no image and no checkpoint."""
     config = store.config
     files = [[entry["stage"], entry["sha256"]] for entry in _entries(member)]
     splits = [store.catalog.splits[split]["digest"] for split in ("train", "val")]
@@ -188,12 +188,12 @@ def inputs_digest(store: Store, member: Member) -> str:
 
 
 def _record(session: Session, member: Member) -> dict[str, Any] | None:
-    """What the last build of a backbone's soups has recorded."""
+    """Return the record of the last build of a backbone's soups; None if there is none."""
     return record_once(session.workspace.soup(member.name), remedy=AGAIN)
 
 
 def _build_backbone(session: Session, member: Member) -> tuple[Session, list[str]]:
-    """Build the soups of one backbone; returns the session with their networks, and the ensembles."""
+    """Build the soups of one backbone; return the session with their networks, and the names of the ensembles."""
     require_no_symlink(session.workspace.derived_checkpoints)
     from utils.building import soup_trials
 
@@ -214,11 +214,11 @@ def _build_backbone(session: Session, member: Member) -> tuple[Session, list[str
     return session, [part["ensemble"] for part in facts.values()]
 
 
-# three ways ----------------------------------------------------------------------------------------------------------
+# methods -------------------------------------------------------------------------------------------------------------
 
 
 def _uniform(survey: Survey) -> Soup | str:
-    """The plain mean of the connected checkpoints (Wortsman et al. 2022)."""
+    """Average all connected checkpoints (Wortsman et al. 2022)."""
     if len(survey.connected) < 2:
         return _nothing_to_average(survey)
     mix = _mix(dict.fromkeys(survey.connected, 1))
@@ -226,7 +226,7 @@ def _uniform(survey: Survey) -> Soup | str:
 
 
 def _greedy(survey: Survey) -> Soup | str:
-    """The best checkpoint, then whatever does not make the mean worse on val (Wortsman et al. 2022)."""
+    """Start with the best checkpoint and add those that do not make the mean worse on val (Wortsman et al. 2022)."""
     from utils.networks.soups import greedy_soup
 
     if len(survey.connected) < 2:
@@ -241,7 +241,7 @@ def _greedy(survey: Survey) -> Soup | str:
 
 
 def _wise_ft(survey: Survey) -> Soup | str:
-    """The best point on the line from the trained head to the fine-tuned network (Wortsman et al. 2021, WiSE-FT)."""
+    """Select the best point on the line from `head_best` to the fine-tuned network (WiSE-FT, Wortsman et al. 2021)."""
     from utils.building.soup_trials import SHARED
 
     trials, tuned = survey.trials, survey.ingredients[0]["stage"]
@@ -279,13 +279,13 @@ METHODS = {
 }
 
 
-# what is kept --------------------------------------------------------------------------------------------------------
+# saving --------------------------------------------------------------------------------------------------------------
 
 
 def _save(
     session: Session, member: Member, soups: Mapping[str, Soup], survey: Survey
 ) -> tuple[Session, dict[str, dict[str, Any]]]:
-    """Write checkpoint, member and ensemble of each soup; returns the session with them, and their record entries."""
+    """Write checkpoint, member and ensemble of each soup; return the session with them, and their record entries."""
     store = session.store
     val = [("val", sample_id) for sample_id in store.images("val").sample_ids]
     groups = row_groups(store, val)
@@ -320,7 +320,10 @@ def _save(
 
 
 def _facts(soup: Soup, survey: Survey, groups: np.ndarray | None) -> dict[str, Any]:
-    """What a record says of a soup; val rows, with these groups, chose it, so that ingredients count as comparisons."""
+    """Return the record of a soup, compared with its best ingredient on the val rows with these groups (N,).
+
+    Since val rows selected the soup, the number of ingredients counts as the number of comparisons.
+    """
     kept, rival = soup.trial.kept, survey.trials.single(soup.rival)
     compared = compare_losses(
         (kept.hits, rival.hits), (kept.losses, rival.losses), groups, comparisons=len(survey.ingredients)
@@ -340,7 +343,7 @@ def _facts(soup: Soup, survey: Survey, groups: np.ndarray | None) -> dict[str, A
 
 
 def _explanation(store: Store, member: Member, role: str, facts: Mapping[str, Any], survey: Survey) -> dict[str, Any]:
-    """`extra` of the checkpoint: what the base pipeline needs to open it, and what it was made of."""
+    """Return `extra` of the checkpoint: what the base pipeline needs to open it, and its ingredients."""
     kept = training_metadata(store.workspace.base / member.checkpoints[0]["path"])
     digests = {entry["stage"]: entry["sha256"] for entry in survey.ingredients}
     return kept | {
@@ -362,21 +365,21 @@ def _explanation(store: Store, member: Member, role: str, facts: Mapping[str, An
 
 
 def _entries(member: Member) -> list[dict[str, str]]:
-    """The checkpoints that may be averaged, the one that the member uses first."""
+    """Return the checkpoints that may be averaged, the member's first."""
     matched = [(entry, match) for entry in member.checkpoints if (match := STAGE.fullmatch(entry["stage"]))]
-    if member.trunk is not None:  # its fold checkpoints hold heads alone
+    if member.trunk is not None:  # its fold checkpoints contain only heads
         matched = [(entry, match) for entry, match in matched if not entry["stage"].startswith("fold")]
     last = max((int(match["epoch"]) for _, match in matched if match["epoch"]), default=0)
     return [entry for entry, match in matched if match["epoch"] is None or 2 * int(match["epoch"]) >= last]
 
 
 def ensemble_name(key: str, member: Member) -> str:
-    """Name of the ensemble that a method (`uniform`, `greedy`, `wise_ft`) makes of a backbone."""
+    """Return the name of the ensemble of a method (`uniform`, `greedy`, `wise_ft`) and a backbone."""
     return f"{METHODS[key].role}_{member.name}"
 
 
 def member_name(key: str, member: Member) -> str:
-    """Name of the derived member that is the soup's network."""
+    """Return the name of the derived member that is the soup's network."""
     return f"{member.name}_{METHODS[key].role}"
 
 
@@ -385,7 +388,7 @@ def _methods(session: Session) -> list[str]:
 
 
 def _lines(session: Session, member: Member, states: Mapping[str, str]) -> list[str]:
-    """Of one backbone: `states` {method: built, up to date or left out}, and what was left out of the soups and why."""
+    """Return lines on one backbone: its soups, by `states` {method: state}, and the checkpoints that were left out."""
     record = _record(session, member) or {}
     lines = []
     for key, state in states.items():
@@ -406,10 +409,10 @@ def _lines(session: Session, member: Member, states: Mapping[str, str]) -> list[
 
 def _words(part: Mapping[str, Any], metric: str) -> str:
     best, gain = part["best_ingredient"], part["gain"]
-    anew = ", normalisation recomputed" if part["normalisation"]["kept"] == "recomputed" else ""
+    suffix = ", normalisation recomputed" if part["normalisation"]["kept"] == "recomputed" else ""
     if list(part["shares"]) == [best]:
         return f"{part['words']}: nothing is gained by averaging"
     figures = f"{metric} {gain['score']:+.4f}, log-loss {gain['log_loss']:+.4f}"
     harms = part.get("harms", False)  # not in records of earlier versions
     words = "is better than" if part["helps"] else "is worse than" if harms else f"{CANNOT_TELL} from"
-    return f"{part['words']}{anew}: {words} {best} on the val rows that chose it ({figures})"
+    return f"{part['words']}{suffix}: {words} {best} on the val rows that chose it ({figures})"

@@ -1,4 +1,4 @@
-"""One backbone's checkpoints and their mixtures on the val split: which are linearly connected, how good each is."""
+"""Checkpoints of one backbone and their mixtures: scores on the val split and tests of linear connectivity."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-SHARED = 0.1  # cosine of weights from which on two networks count as begun alike; by chance it stays below 0.03
-TOLERATED = 0.02  # error of a midpoint above its better end's that is noise (Frankle et al. 2020: above the mean)
-TOLERATED_ROWS = 1.5  # and always one row, which on few images is more
-TOLERATED_LOSS = 0.1  # nats, likewise: errors alone say little where there are few
-ALL_PAIRS = 4  # checkpoints up to which every pair is tried; of more, each with the best one
+SHARED = 0.1  # least cosine of weights of networks with the same initialisation; that of others is below 0.03
+TOLERATED = 0.02  # rise of a midpoint's error over its better end that counts as noise (Frankle et al. 2020: the mean)
+TOLERATED_ROWS = 1.5  # one more wrong row is always tolerated, also with few images
+TOLERATED_LOSS = 0.1  # rise of the log-loss in nats, since error rates of few images are imprecise
+ALL_PAIRS = 4  # most checkpoints for which every pair is tested; with more, each is paired with the best one
 BATCHES = 100
-KEPT_BYTES = 64 * 2**20  # of all checkpoints of a member, up to which each is read once
-FEWEST_IMAGES = 16  # in a batch: the variance of fewer says little
+KEPT_BYTES = 64 * 2**20  # of all checkpoints of a member, up to which they stay in memory
+FEWEST_IMAGES = 16  # per batch, since the variance of fewer is imprecise
 
 Mix = tuple[tuple[str, int], ...]
 """(name of an ingredient, its share), sorted by name."""
@@ -44,44 +44,44 @@ Mix = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class SoupScores:
-    """How one network does on the val rows."""
+    """Scores of one network on the val rows."""
 
     score: float
-    """by the metric that the configuration selects by"""
+    """By `runs.score_ensemble.optimization_metric`"""
     accuracy: float
     log_loss: float
     rank: tuple[float, float]
-    """The higher the better: score, then log-loss."""
+    """Score, then log-loss, with signs so that higher is better."""
     hits: np.ndarray = field(compare=False, repr=False)
-    """bool (N,)"""
+    """bool (N,): whether the row is classified correctly"""
     losses: np.ndarray = field(compare=False, repr=False)
     """Log-loss of each row (N,) in nats"""
 
     def as_record(self) -> dict[str, float]:
-        """JSON-ready."""
+        """Return the scores as JSON values."""
         return {"score": self.score, "accuracy": self.accuracy, "log_loss": self.log_loss}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A mixture with the averages of its parts' BatchNorm statistics, and with statistics of its own."""
+    """Scores of a mixture with averaged BatchNorm statistics of its ingredients, and with recomputed statistics."""
 
     averaged: SoupScores
     recomputed: SoupScores | None
-    """None where there is nothing to recompute, or it is switched off."""
+    """None if there is nothing to recompute, or if recomputation is switched off."""
 
     @property
     def is_recomputed(self) -> bool:
-        """Whether the recomputed statistics are better; of equals the averaged ones are kept."""
+        """Whether the recomputed statistics are better; the averaged ones win ties."""
         return self.recomputed is not None and self.recomputed.rank > self.averaged.rank
 
     @property
     def kept(self) -> SoupScores:
-        """Of the better one."""
+        """Scores with the better statistics."""
         return self.recomputed if self.recomputed is not None and self.is_recomputed else self.averaged
 
     def as_record(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return both scores and which are kept, as JSON values."""
         return {
             "averaged": self.averaged.as_record(),
             "recomputed": self.recomputed.as_record() if self.recomputed else None,
@@ -91,25 +91,26 @@ class Trial:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two checkpoints and the middle of the line between them."""
+    """Two checkpoints and the midpoint of the line between their weights."""
 
     names: tuple[str, str]
     similarity: float
+    """Cosine of the weights"""
     error: float
-    """Of the midpoint above the mean of the ends, as a share of the val rows: the barrier."""
+    """Error barrier: error rate of the midpoint minus the mean of the ends."""
     log_loss: float
-    """The same in nats."""
+    """Log-loss barrier in nats."""
     error_rise: float
-    """Error of the midpoint above the better end's."""
+    """Error rate of the midpoint minus that of the better end."""
     log_loss_rise: float
-    """The same in nats."""
+    """Log-loss of the midpoint minus that of the better end, in nats."""
     is_recomputed: bool
-    """Whether the midpoint was better with statistics of its own."""
+    """Whether the midpoint was better with recomputed BatchNorm statistics."""
     is_connected: bool
-    """Begun alike, and halfway no worse than the better of them."""
+    """Whether the weights are similar and the midpoint is no worse than the better end, within the tolerances."""
 
     def as_record(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the pair as JSON values."""
         return {
             "between": list(self.names),
             "similarity": round(self.similarity, 4),
@@ -123,7 +124,7 @@ class Pair:
 
 
 class Trials:
-    """Every mixture is computed and run once; one network is in memory at a time."""
+    """Scores of mixtures; each mixture is computed and run once, with one network in memory at a time."""
 
     def __init__(self, store: Store, member: Member, ingredients: Mapping[str, Ingredient]) -> None:
         self.store = store
@@ -136,15 +137,15 @@ class Trials:
         normalised = any(name.endswith("running_mean") for name in first)
         self.recomputes = normalised and store.config.runs.model_soup.recompute_bn
         self.bn_threads: int | None = None
-        """Intra-op threads with which BatchNorm statistics were recomputed; None on a GPU, and where none were."""
+        """Intra-op threads with which BatchNorm statistics were recomputed; None on a GPU, and if none were."""
         self._known: dict[tuple[Mix, bool], SoupScores] = {}
 
     def single(self, name: str) -> SoupScores:
-        """One checkpoint as it is."""
+        """Return the scores of one checkpoint."""
         return self._figures(((name, 1),))
 
     def trial(self, mix: Mix) -> Trial:
-        """A mixture with both kinds of statistics; a checkpoint alone keeps its own."""
+        """Score a mixture with both kinds of statistics; those of a single checkpoint are not recomputed."""
         if (mix, True) not in self._known and self.recomputes and len(mix) > 1:
             weights = self.weights(mix, recompute=False)
             self._figures(mix, weights)
@@ -152,7 +153,7 @@ class Trials:
         return Trial(self._figures(mix), self._known.get((mix, True)))
 
     def weights(self, mix: Mix, *, recompute: bool) -> Mapping[str, Tensor]:
-        """The state dictionary of a mixture."""
+        """Return the state dict of a mixture."""
         if len(mix) == 1:
             return self.ingredients[mix[0][0]].open()
         mixed = soups.weighted_average([self.ingredients[name] for name, _ in mix], [share for _, share in mix])
@@ -170,7 +171,7 @@ class Trials:
             memory.safe_delete_model(model)
 
     def _figures(self, mix: Mix, weights: Mapping[str, Tensor] | None = None) -> SoupScores:
-        """Of the averaged statistics; `weights` where they are at hand."""
+        """Return the scores with averaged statistics; `weights` are those of the mixture if they are in memory."""
         if (mix, False) not in self._known:
             self._known[mix, False] = self._scored(mix, weights or self.weights(mix, recompute=False))
         return self._known[mix, False]
@@ -195,7 +196,7 @@ class Trials:
         return SoupScores(score, float(hits.mean()), loss, rank, hits, losses)
 
     def _named(self, mix: Mix) -> construction.NetworkSpec:
-        """Messages about a mixture name what it was made of; there is no file yet."""
+        """Return a specification whose path names the ingredients, for messages; the file does not exist yet."""
         parts = " + ".join(name for name, _ in mix)
         return replace(self.spec, checkpoint=self.spec.checkpoint.with_name(f"{self.member.name}: {parts}"))
 
@@ -205,9 +206,10 @@ class Trials:
 
     @cached_property
     def _shuffled(self) -> tuple[ImageSplit, Any, int]:
-        """Train images in a seeded order, their pixels, and how many make a batch; every batch is full.
+        """Train images in a seeded order, their pixels, and the batch size; every batch is full.
 
-        In the order of the folders a batch would hold one class, and its mean would be no mean of the data.
+        In the order of the folders a batch would contain a single class, and its statistics would not be those of the
+        data.
         """
         train = self.store.images("train")
         size = min(max(self.store.config.dataset.batch_size, FEWEST_IMAGES), len(train.paths))
@@ -226,12 +228,12 @@ class Trials:
             yield images_in, torch.from_numpy(images.labels[start : start + size])
 
     def pair(self, one: str, other: str) -> Pair:
-        """Whether two checkpoints began alike, and what lies halfway between them.
+        """Test whether two checkpoints are linearly connected.
 
-        A barrier rises above the mean of the ends. There is none on a slope either, where the middle between a good
-        network and an unfinished one is worse than the good one: so the better end is what the middle must come up to.
-        Where it does not, it is given statistics of its own, whose lack alone may be the cause (Jordan et al. 2022,
-        REPAIR).
+        A barrier is a rise over the mean of the ends. Between a good and an unfinished network the loss falls without a
+        barrier, but the midpoint is worse than the good network: the midpoint is therefore compared with the better
+        end. If it is worse, it is also scored with recomputed BatchNorm statistics, since averaged ones may be the only
+        cause (REPAIR, Jordan et al. 2022).
         """
         similarity = soups.weight_cosine(self.ingredients[one], self.ingredients[other])
         ends = (self.single(one), self.single(other))
@@ -258,26 +260,26 @@ class Trials:
         )
 
 
-# looking at checkpoints ---------------------------------------------------------------------------------------------
+# survey of checkpoints -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Which of one backbone's checkpoints may be averaged, and how good they are."""
+    """Checkpoints of one backbone that may be averaged, and their scores."""
 
     trials: Trials
     connected: tuple[str, ...]
     """Stages that may be averaged, the best on val first."""
     pairs: tuple[dict[str, Any], ...]
     ingredients: tuple[dict[str, Any], ...]
-    """All checkpoints: stage, path, sha256, figures on val, `left_out` with the reason or null."""
+    """All checkpoints: stage, path, sha256, scores on val, and `left_out`, the reason or null."""
 
 
 def survey_checkpoints(store: Store, member: Member, entries: Sequence[Mapping[str, str]]) -> Survey:
-    """Which of a backbone's checkpoints can be averaged at all, how good they are, which lie together.
+    """Score a backbone's checkpoints and test which of them are usable and linearly connected.
 
-    `entries` are the catalog's, first the one that the member uses; the anchor is the best on val of those that share
-    its initialisation. Raises UserError where the first cannot be used.
+    `entries` are those of the catalog, the one that the member uses first; the anchor is the best on val of those that
+    share its initialisation. Raises UserError if the first checkpoint cannot be used.
     """
     used = entries[0]["stage"]
     ingredients, left_out = _usable(store, member, entries)
@@ -292,8 +294,8 @@ def survey_checkpoints(store: Store, member: Member, entries: Sequence[Mapping[s
             logger.warning("%s; left out of the soups of %s", error, member.name)
             left_out[name] = str(error)
     ordered = sorted(figures, key=lambda name: (-figures[name].rank[0], -figures[name].rank[1], name))
-    alike = {name: soups.weight_cosine(ingredients[used], ingredients[name]) for name in ordered}
-    related = [name for name in ordered if alike[name] >= SHARED]
+    similarities = {name: soups.weight_cosine(ingredients[used], ingredients[name]) for name in ordered}
+    related = [name for name in ordered if similarities[name] >= SHARED]
     unrelated = [name for name in ordered if name not in related]
     left_out |= dict.fromkeys(unrelated, "another initialisation")
     pairs = _pairs(trials, related, unrelated)
@@ -320,7 +322,7 @@ def survey_checkpoints(store: Store, member: Member, entries: Sequence[Mapping[s
 
 
 def _pairs(trials: Trials, related: Sequence[str], unrelated: Sequence[str]) -> list[Pair]:
-    """The best with every other checkpoint; where few began alike, also those connected with it among themselves."""
+    """Pair the best checkpoint with every other; with few related checkpoints, also all those connected with it."""
     pairs = [trials.pair(related[0], name) for name in (*related[1:], *unrelated)]
     if len(related) <= ALL_PAIRS:
         near = [pair.names[1] for pair in pairs if pair.is_connected]
@@ -331,7 +333,7 @@ def _pairs(trials: Trials, related: Sequence[str], unrelated: Sequence[str]) -> 
 def _usable(
     store: Store, member: Member, entries: Sequence[Mapping[str, str]]
 ) -> tuple[dict[str, Ingredient], dict[str, str]]:
-    """The checkpoints with weights of their own that fit the first, and why the others are none: {stage: reason}."""
+    """Return distinct checkpoints that are compatible with the first, and {stage: reason} of the others."""
     ingredients: dict[str, Ingredient] = {}
     left_out: dict[str, str] = {}
     stage_of: dict[str, str] = {}
@@ -363,11 +365,11 @@ def _usable(
             logger.warning("%s: left out of the soups of %s: made for other preprocessing", path, member.name)
             left_out[stage] = f"other preprocessing than {entries[0]['stage']}"
             continue
-        same = stage_of.setdefault(_weights_digest(store, entry["sha256"], weights), stage)
-        if same == stage:
+        original = stage_of.setdefault(_weights_digest(store, entry["sha256"], weights), stage)
+        if original == stage:
             ingredients[stage] = ingredient
         else:
-            left_out[stage] = f"the weights of {same}"
+            left_out[stage] = f"the weights of {original}"
     return ingredients, left_out
 
 
@@ -389,7 +391,7 @@ def _weights(path: Path) -> Mapping[str, Tensor]:
 
 
 def _weights_digest(store: Store, sha256: str, weights: Mapping[str, Tensor]) -> str:
-    """Of the weights alone; remembered by the digest of the file."""
+    """Return the digest of the weights only, cached by the digest of the file."""
     key = digest_of(["weights", sha256])
     digest: str | None = store.digests.facts(key)
     if digest is None:

@@ -1,4 +1,4 @@
-"""Time a sparse combiner: real networks on real images, only those members that each image needs."""
+"""Timing of a sparse combiner: real networks on real images, with only the members that each image needs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from utils.predictions.store import Store
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST, ENOUGH = 5, 0.5  # runs, and seconds of them, after which nothing is timed again
+MOST, ENOUGH = 5, 0.5  # timing ends after 5 runs or 0.5 s
 
 
 @dataclass
 class Stopwatch:
     """Run members' networks on some images of a split and measure forward passes and routing.
 
-    Opening a network, decoding and one image for the warm-up are not counted, since a service keeps its networks in
-    memory. Pixels are on the device before the clock starts.
+    Opening networks, decoding and a warm-up with one image are not counted, since a service keeps its networks in
+    memory. Pixels are on the device before the timing starts.
     """
 
     store: Store
@@ -38,19 +38,19 @@ class Stopwatch:
     uncounted: float = field(default=0.0, init=False)
 
     def of_combiner(self, combiner: SparseCombiner) -> float:
-        """Milliseconds per image of all that `combiner` needs, in batches of `dataset.batch_size` per member."""
+        """Return the milliseconds per image of a combiner, in batches of `dataset.batch_size` per member."""
         shape = (len(self.members), len(self.images.sample_ids), len(self.store.catalog.classes))
         return self._per_image(lambda: run_sparse(combiner, self.run, shape))
 
     def of_member(self, member: int) -> float:
-        """Milliseconds per image of one member on all the images."""
+        """Return the milliseconds per image of one member on all images."""
         rows = np.arange(len(self.images.sample_ids))
         return self._per_image(lambda: self.run(member, rows))
 
     def run(self, member: int, rows: np.ndarray) -> np.ndarray:
-        """Logits (n, C) of one member on some rows."""
-        chosen, logits = self.members[member], []
-        spec, size = chosen.network(self.store.workspace), self.store.config.dataset.batch_size
+        """Return logits (n, C) of one member on `rows` (n,)."""
+        entry, logits = self.members[member], []
+        spec, size = entry.network(self.store.workspace), self.store.config.dataset.batch_size
         with ExitStack() as stack:
             with self._pause():
                 pixels = self._pixels(spec.preprocessing)
@@ -62,7 +62,7 @@ class Stopwatch:
                 logits.append(network(batch).float().cpu().numpy())
             with self._pause():
                 stack.close()
-        return np.concatenate(logits)[:, _columns(self.store, chosen)]
+        return np.concatenate(logits)[:, _columns(self.store, entry)]
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -78,7 +78,7 @@ class Stopwatch:
         return image_splits.open_images(self.images, preprocessing, image_cache=cache, threads=threads)
 
     def _per_image(self, once: Callable[[], Any]) -> float:
-        """Median over the runs; a combiner that takes long is run once."""
+        """Return the median milliseconds per image over the runs; a slow combiner is run once."""
         seconds: list[float] = []
         while not seconds or (sum(seconds) < ENOUGH and len(seconds) < MOST):
             self.uncounted, start = 0.0, time.perf_counter()
@@ -94,5 +94,5 @@ def _normalised(pixels: Any, rows: np.ndarray, preprocessing: Preprocessing) -> 
 
 
 def _columns(store: Store, member: Member) -> list[int]:
-    """Indices of the workspace's classes among the member's outputs."""
+    """Return the indices (C,) of the workspace's classes among the member's outputs."""
     return [member.classes.index(name) for name in store.catalog.classes]

@@ -33,8 +33,8 @@ REFUSED = ("oof_refused", *REFUSING)
 def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: bool = False) -> Result:
     """Fit the meta-learners that the configuration lists on out-of-sample rows.
 
-    Members without out-of-fold predictions are left out with a warning, or refused when `strict`; where none has them,
-    the meta-learners are fitted and cross-fitted on val, and a warning says so. An ensemble with equal inputs is kept,
+    Members without out-of-fold predictions are left out with a warning, or refused if `strict`; if no member has them,
+    the meta-learners are fitted and cross-fitted on val, with a warning. An ensemble with unchanged inputs is kept,
     unless `force`. Raises UserError without catalog or members.
     """
     builder = StackingBuilder(strict=strict)
@@ -62,33 +62,33 @@ class StackingBuilder(Builder):
         self.strict = strict
 
     def names(self, session: Session) -> list[str]:
-        """Of the meta-learners that this version has."""
+        """Return one name per listed meta-learner that this version has."""
         settings = session.config.runs.stacking
         methods = [f"stacking_{learner}" for learner in settings.meta_learners] if settings.enable else []
         return [method for method in methods if method in COMBINERS]
 
     def members(self, session: Session) -> Sequence[Member]:
-        """Those with out-of-sample train rows; all of them where none has any."""
+        """Return the members with out-of-sample train rows; all members if none has any."""
         store = session.store
         return [member for member in session.members if training_data.has_train_rows(store, member)] or session.members
 
     def check(self, session: Session) -> None:
-        """Warn about members without out-of-fold predictions, or refuse them."""
+        """Warn about members without out-of-fold predictions, or refuse them if strict."""
         _require_out_of_fold(session, strict=self.strict)
 
     def problems(self, session: Session) -> list[str]:
-        """Meta-learners that this version does not have."""
+        """Return the listed meta-learners that this version does not have."""
         methods = [f"stacking_{learner}" for learner in session.config.runs.stacking.meta_learners]
         return [f"{name}: this version builds {', '.join(COMBINERS)}" for name in methods if name not in COMBINERS]
 
     def inputs_digest(self, session: Session, name: str) -> str:
-        """Of members, images and settings, and of the fold networks that may answer in place of the full ones."""
+        """Return the digest of members, images, settings and the fold networks that may replace the full networks."""
         members = self.members(session)
         extra_inputs = _extra_inputs(session.config, members, name)
         return fitting.inputs_digest(session.config, session.store, members, name, extra_inputs=extra_inputs)
 
     def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
-        """Choose the networks that answer, then fit; what a missing library prevents is a failure."""
+        """Select the networks of inference, then fit; a meta-learner whose library is missing is a failure."""
         config, store, members = session.config, session.store, self.members(session)
         session.ensure(members)
         facts = fitting.member_facts(store, members)
@@ -126,7 +126,7 @@ class StackingBuilder(Builder):
         return Build(session, built, tuple(failures), tuple(failures.values()))
 
     def describe(self, session: Session, states: Mapping[str, str]) -> list[str]:
-        """Each ensemble with its verdict and its networks, and once how the members' confidence shifts."""
+        """Return lines on each ensemble, its verdict and its networks, and once on the shift of members' confidence."""
         lines = []
         records = {name: ensembles.record_of(session.workspace, name) or {} for name in states}
         for name, record in records.items():
@@ -138,9 +138,9 @@ class StackingBuilder(Builder):
 
 
 def _measure_inference(session: Session, members: Sequence[Member], facts: MemberFacts) -> Measurement:
-    """Full networks compared with the means of fold networks, where these may be chosen.
+    """Compare full networks with the means of fold networks, if the latter may be selected.
 
-    Raises UserError where the configuration requires fold networks and a member lacks them.
+    Raises UserError if the configuration requires fold networks and a member lacks them.
     """
     requested, lacking = session.config.runs.stacking.inference_members, _lacking(members)
     if requested == FOLDS and lacking:
@@ -161,7 +161,7 @@ def _measure_inference(session: Session, members: Sequence[Member], facts: Membe
 def _prepare(
     session: Session, members: Sequence[Member], facts: MemberFacts, inference: str
 ) -> tuple[OutOfSampleRows, Baselines]:
-    """The rows to fit on, with the networks that are to answer, and the baselines on them."""
+    """Return the rows of the fit, with the networks of inference, and the baselines on them."""
     if inference != FULL:
         fold_networks.ensure(session.store, members, STREAMED_SPLITS, inference)
     fitted = session.rows(members, kind=session.config.runs.stacking.fit_rows, inference=inference)
@@ -170,7 +170,7 @@ def _prepare(
 
 
 def _lacking(members: Sequence[Member]) -> list[Member]:
-    """Members without a complete set of fold networks."""
+    """Return the members without a complete set of fold networks."""
     return [member for member in members if not fold_networks.stages(member)]
 
 
@@ -180,12 +180,12 @@ def _feeds_fuser(config: Config, method: str) -> bool:
 
 
 def _extra_inputs(config: Config, members: Sequence[Member], method: str) -> list[Any]:
-    """Inputs of a stacker alone: whether it feeds the fuser, and the fold networks."""
+    """Return the extra inputs of a stacker: whether it is an input of the fuser, and its fold networks."""
     return [_feeds_fuser(config, method), [fold_networks.digest(member, FOLDS) for member in members]]
 
 
 def _require_out_of_fold(session: Session, *, strict: bool) -> None:
-    """Warn about members without out-of-fold predictions; raise UserError where `strict` or the section needs them."""
+    """Warn about members without out-of-fold predictions; raise UserError if `strict` or the section requires them."""
     members = session.members
     without = [member for member in members if not training_data.has_train_rows(session.store, member)]
     names = [member.name for member in without]

@@ -1,8 +1,8 @@
-"""The section `tta`: views of test-time augmentation, where out-of-sample rows gain by them.
+"""The section `tta`: views of test-time augmentation, used if they lower the log-loss of out-of-sample rows.
 
-Members for which views are chosen get a derived member `<member>_tta`, which takes the member's place in every other
-ensemble; `tta_ensemble` is the mean of all selected members with their views. `ensembles/tta/<member>.json` records
-each choice, by which the next build recognises it.
+A member for which views are selected gets a derived member `<member>_tta`, which replaces it in every other ensemble;
+`tta_ensemble` is the mean of all selected members with their views. `ensembles/tta/<member>.json` records each choice,
+by which the next build recognises it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same networks and images would give another choice
+VERSION = 1  # incremented when the same networks and images would give a different choice
 CONFIG_KEY = "tta"
 NAME, METHOD = "tta_ensemble", "tta"
 COUNTS = {"flip": 1, "five_crop": 5, "rotations": 3, "multi_scale": 2}
@@ -38,20 +38,20 @@ NONE_HELPS = "no views lower the log-loss of out-of-sample rows by more than cha
 
 
 class ViewBuilder(Builder):
-    """Chooses views, derives the members that average over them, and saves the mean of all."""
+    """Selects views, derives the members that average over them, and saves the mean of all members."""
 
     config_key = CONFIG_KEY
 
     def names(self, session: Session) -> list[str]:
-        """The one ensemble."""
+        """Return the single ensemble if the section is on."""
         return [NAME] if session.config.tta.enable else []
 
     def members(self, session: Session) -> Sequence[Member]:
-        """The selected members, each with its views where it has some."""
+        """Return the selected members, each with its views if it has any."""
         return view_members.preferred(session.catalog, session.config, session.plain_members)
 
     def left_out(self, session: Session) -> Mapping[str, str]:
-        """The ensemble, where views help no member."""
+        """Return the ensemble if views help no member."""
         if not session.config.tta.enable:
             return {}
         try:
@@ -63,22 +63,22 @@ class ViewBuilder(Builder):
         return {NAME: NONE_HELPS}
 
     def problems(self, session: Session) -> list[str]:
-        """None: that no views help is a result."""
+        """Return no problems: that no views help is a valid result."""
         return []
 
     def inputs_digest(self, session: Session, name: str) -> str:
-        """Of the members with their views, and of what the choice of the views depends on."""
+        """Return the digest of the members with their views, and of everything that the choice of views depends on."""
         extra = _keys(session)
         return fitting.inputs_digest(session.config, session.store, self.members(session), METHOD, extra_inputs=extra)
 
     def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
-        """A member's networks, images or the settings of the choice have changed."""
+        """Return that a member's networks, images or the settings of the choice have changed; None if current."""
         if _records(session) is None:
             return "its networks, images or settings have changed since the views were chosen"
         return super().stale_reason(session, name, record)
 
     def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
-        """Run the networks on all views, choose, derive the members, save their mean."""
+        """Run the networks on all views, select views, derive the members and save their mean."""
         store, plain = session.store, session.plain_members
         session.ensure(plain)
         reasons = {member.name: view_outputs.reason_without(store, member) for member in plain}
@@ -116,7 +116,7 @@ class ViewBuilder(Builder):
         return Build(session, (NAME,))
 
     def describe_one(self, session: Session, name: str, state: str) -> list[str]:
-        """The ensemble's scores, and for each member its views and what out-of-sample rows gain by the choice."""
+        """Return lines on the ensemble's scores, and on each member's views with their gain on out-of-sample rows."""
         if state.startswith(LEFT_OUT):
             lines = [f"{name:36} none        {NONE_HELPS}"]
         else:
@@ -127,7 +127,7 @@ class ViewBuilder(Builder):
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """What was chosen for a member, in words."""
+    """Return text on the views of a member, from its recorded choice."""
     if not record["views"]:
         return f"without views: {why_without(record)}"
     interval = record["log_loss_gain_ci95"]
@@ -137,12 +137,12 @@ def describe(record: Mapping[str, Any]) -> str:
 
 
 def forward_passes(views: Sequence[str]) -> int:
-    """Number of passes for one image: of itself and of the views of these groups."""
+    """Return the number of forward passes per image: the image itself and the views of these groups."""
     return 1 + sum(COUNTS[group] for group in views)
 
 
 def why_without(record: Mapping[str, Any]) -> str:
-    """Why a member is used without views; empty where it has some."""
+    """Return why a member is used without views; "" if it has some."""
     if record["views"]:
         return ""
     if record.get("reason"):
@@ -158,19 +158,19 @@ def _preferred(session: Session, listed: catalog.Catalog) -> list[Member]:
 
 
 def _keys(session: Session) -> dict[str, str]:
-    """{member: digest of everything that the choice of its views depends on}; needs no image and no checkpoint."""
+    """Return {member: digest of everything that the choice of its views depends on}, without images or checkpoints."""
     store, members = session.store, session.plain_members
     splits = [store.catalog.splits[split]["digest"] for split in ("train", "val")]
     rule = store.config.digest("tta", "dataset.group_regex", "seed")
     networks = {member.name: view_members.networks_digest(member) for member in members}
     stated = training_data.stated(store.catalog, networks)
     common = [VERSION, view_outputs.VERSION, splits, list(store.catalog.classes), rule]
-    together = networks if store.config.tta.scope == "ensemble" else {}
-    return {name: digest_of([*common, digest, together, stated.get(name)]) for name, digest in networks.items()}
+    all_networks = networks if store.config.tta.scope == "ensemble" else {}
+    return {name: digest_of([*common, digest, all_networks, stated.get(name)]) for name, digest in networks.items()}
 
 
 def _records(session: Session) -> dict[str, dict[str, Any]] | None:
-    """{selected member: its recorded choice}; None where one is missing or of other inputs."""
+    """Return {selected member: its recorded choice}; None if one is missing or has other inputs."""
     records = {}
     for name, key in _keys(session).items():
         record = view_members.record_of(session.workspace, name)
@@ -181,7 +181,7 @@ def _records(session: Session) -> dict[str, dict[str, Any]] | None:
 
 
 def _choices(store: Store, outputs: Mapping[str, MemberViews]) -> dict[str, ViewChoice]:
-    """{member: its views}, each chosen by itself, or one choice for all on the rows that all of them share."""
+    """Return {member: its views}, selected per member, or one choice for all on the rows that all members share."""
     if store.config.tta.scope == "member":
         return {name: choose_views(shared_outputs(store, [part])) for name, part in outputs.items()}
     if not outputs:
@@ -190,7 +190,10 @@ def _choices(store: Store, outputs: Mapping[str, MemberViews]) -> dict[str, View
 
 
 def shared_outputs(store: Store, parts: Sequence[MemberViews]) -> ViewOutputs:
-    """The outputs of some members on the rows that all of them have."""
+    """Return the outputs of members on the rows that all of them have.
+
+    Raises UserError if they share no row.
+    """
     listed = [part.keys() for part in parts]
     shared = set.intersection(*map(set, listed))
     keys = [key for key in listed[0] if key in shared]
@@ -218,7 +221,7 @@ def shared_outputs(store: Store, parts: Sequence[MemberViews]) -> ViewOutputs:
 
 
 def _save_oof(store: Store, member: Member, choice: ViewChoice, outputs: MemberViews) -> dict[str, Any] | None:
-    """Write the member's out-of-fold predictions with its views; their entry of the catalog, None without any."""
+    """Write the member's out-of-fold predictions with its views; return their catalog entry, None without any."""
     rows = np.flatnonzero(outputs.network != FULL_NETWORK)
     if not choice.views or not len(rows):
         return None

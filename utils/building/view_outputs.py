@@ -1,6 +1,6 @@
-"""Out-of-sample logits of one member by groups of views: the fold networks answer for train rows, as for K-fold.
+"""Out-of-sample logits of one member per group of views; the fold networks predict train rows, as in K-fold.
 
-They are kept in `ensembles/tta/<member>_views.npz`, so that another choice among the same views runs no network.
+They are stored in `ensembles/tta/<member>_views.npz`, so that another choice among the same views runs no network.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 1  # raised whenever the same networks and images would give other logits
+VERSION = 1  # incremented when the same networks and images would give different logits
 MAX_PROBABILITY_DIFFERENCE = 0.02  # mean over the rows; half precision on CUDA stays below it
-FULL_NETWORK = -1  # in place of the number of a fold
+FULL_NETWORK = -1  # instead of the number of a fold
 
 
 @dataclass(frozen=True)
 class MemberViews:
-    """One member's out-of-sample rows, with its logits on each group of views."""
+    """Out-of-sample rows of one member, with its logits for each group of views."""
 
     split: np.ndarray
     """unicode (N,)"""
@@ -40,17 +40,17 @@ class MemberViews:
     labels: np.ndarray
     """int64 (N,)"""
     network: np.ndarray
-    """int64 (N,): number of the fold network that answers, or `FULL_NETWORK`"""
+    """int64 (N,): number of the fold network that predicts the row, or `FULL_NETWORK`"""
     logits: dict[str, np.ndarray]
     """{`ORIGINAL` or name of a group: float32 (N, C)}"""
 
     def keys(self) -> list[tuple[str, str]]:
-        """(split, sample id) of each row."""
+        """Return (split, sample id) of each row."""
         return list(zip(self.split.tolist(), self.sample_ids.tolist(), strict=True))
 
 
 def reason_without(store: Store, member: Member) -> str | None:
-    """Why there are no out-of-sample rows of a member's views; None where there are some."""
+    """Return why a member has no out-of-sample rows for views; None if it has some."""
     if member.source == catalog.IMPORTED:
         return "imported predictions; there is no network that could look at views"
     if member.oof is not None and not fold_networks.stages(member):
@@ -62,35 +62,35 @@ def reason_without(store: Store, member: Member) -> str | None:
 
 
 def measure(store: Store, member: Member, groups: Sequence[str]) -> MemberViews:
-    """The member's logits on its out-of-sample rows, of the image itself and of each group of views.
+    """Return the member's logits on its out-of-sample rows, for the image itself and for each group of views.
 
-    Networks run where the logits are not kept. Raises UserError where the fold networks do not give the out-of-fold
-    predictions that are known.
+    Networks run if the logits are not stored. Raises UserError if the networks do not reproduce the member's stored
+    out-of-sample predictions.
     """
     names = (ORIGINAL, *groups)
-    rows, known = _rows(store, member)
+    rows, recorded = _rows(store, member)
     splits = [store.catalog.splits[split]["digest"] for split in ("train", "val")]
     key = digest_of([VERSION, view_members.networks_digest(member), splits, list(store.catalog.classes)])
     path = store.workspace.view_outputs(member.name)
-    kept: dict[str, Any] = read_arrays(path, remedy=view_members.AGAIN) if path.is_file() else {}
-    if str(kept.get("key")) != key or kept["sample_ids"].tolist() != rows.sample_ids.tolist():
-        kept = {}
-    missing = [name for name in names if name not in kept]
+    stored: dict[str, Any] = read_arrays(path, remedy=view_members.AGAIN) if path.is_file() else {}
+    if str(stored.get("key")) != key or stored["sample_ids"].tolist() != rows.sample_ids.tolist():
+        stored = {}
+    missing = [name for name in names if name not in stored]
     if missing:
-        kept |= _run(store, member, rows, missing)
-        write_arrays(path, {**kept, "key": np.array(key), "sample_ids": rows.sample_ids})
-    difference = float(np.abs(softmax(kept[ORIGINAL]) - softmax(known)).mean())
+        stored |= _run(store, member, rows, missing)
+        write_arrays(path, {**stored, "key": np.array(key), "sample_ids": rows.sample_ids})
+    difference = float(np.abs(softmax(stored[ORIGINAL]) - softmax(recorded)).mean())
     if difference > MAX_PROBABILITY_DIFFERENCE:
         raise UserError(
             f"member {member.name}: its networks do not give its out-of-sample predictions (mean difference "
             f"{difference:.3f}), so they are others. Make them again: "
             f"{catalog.kfold_command(store.workspace, [member])}"
         )
-    return MemberViews(rows.split, rows.sample_ids, rows.labels, rows.network, {name: kept[name] for name in names})
+    return MemberViews(rows.split, rows.sample_ids, rows.labels, rows.network, {name: stored[name] for name in names})
 
 
 def _rows(store: Store, member: Member) -> tuple[MemberViews, np.ndarray]:
-    """The member's out-of-sample rows without logits, and the logits (N, C) that are known of them."""
+    """Return the member's out-of-sample rows without logits, and their stored logits (N, C)."""
     parts = store.out_of_sample_parts([member])[member.name]
     networks = [np.full(len(part.sample_ids), FULL_NETWORK) if part.fold is None else part.fold for part in parts]
     rows = MemberViews(
@@ -104,7 +104,7 @@ def _rows(store: Store, member: Member) -> tuple[MemberViews, np.ndarray]:
 
 
 def _run(store: Store, member: Member, rows: MemberViews, groups: Sequence[str]) -> dict[str, np.ndarray]:
-    """{group: logits float32 (N, C)}; one network is in memory at a time."""
+    """Compute {group: logits float32 (N, C)}, with one network in memory at a time."""
     order = [member.classes.index(name) for name in store.catalog.classes]
     logits = {group: np.empty((len(rows.labels), len(order)), dtype=np.float32) for group in groups}
     for number in np.unique(rows.network).tolist():
@@ -112,15 +112,15 @@ def _run(store: Store, member: Member, rows: MemberViews, groups: Sequence[str])
         catalog.check_current(store.workspace, member, store.digests, stage=stage)
         spec = member.network(store.workspace, stage=stage)
         for split in ("train", "val"):
-            answered = np.flatnonzero((rows.network == number) & (rows.split == split))
-            if not len(answered):
+            indices = np.flatnonzero((rows.network == number) & (rows.split == split))
+            if not len(indices):
                 continue
             images = store.images(split)
             row_of = {sample_id: row for row, sample_id in enumerate(images.sample_ids)}
-            part = images.take([row_of[sample_id] for sample_id in rows.sample_ids[answered].tolist()])
+            part = images.take([row_of[sample_id] for sample_id in rows.sample_ids[indices].tolist()])
             logger.info(
                 "views of %s (%s) on %d rows of %s: %s",
-                *(member.name, stage or "the full network", len(answered), split, ", ".join(groups)),
+                *(member.name, stage or "the full network", len(indices), split, ", ".join(groups)),
             )
             for group in groups:
                 batches = streaming.stream(
@@ -133,13 +133,13 @@ def _run(store: Store, member: Member, rows: MemberViews, groups: Sequence[str])
                     val=store.images("val"),
                     opener=partial(_open, group=group),
                 )
-                logits[group][answered] = np.concatenate([batch.logits[:, order] for batch in batches])
+                logits[group][indices] = np.concatenate([batch.logits[:, order] for batch in batches])
     store.digests.save()
     return logits
 
 
 def _open(spec: NetworkSpec, group: str) -> Any:
-    """The network on one group of views alone."""
+    """Open the network, averaged over the views of one group."""
     network = streaming.open_network(spec)
     if group == ORIGINAL:
         return network

@@ -18,17 +18,17 @@ class VotingBuilder(Builder):
     config_key = "runs.score_ensemble"
 
     def names(self, session: Session) -> list[str]:
-        """Of the methods that this version has."""
+        """Return one name per listed method that this version has."""
         settings = session.config.runs.score_ensemble
         methods = settings.methods if settings.enable else ()
         return [ensembles.NAMES[method] for method in methods if method in ensembles.NAMES]
 
     def covers(self, session: Session, name: str) -> bool:
-        """Also for a method that the configuration does not list: the digest does not depend on the section."""
+        """Return whether it is a voting ensemble, also if not listed: the digest does not depend on the section."""
         return name in METHOD_OF
 
     def check(self, session: Session) -> None:
-        """Raise UserError where no method can be built."""
+        """Raise UserError if no listed method can be built."""
         config, methods = session.config, session.config.runs.score_ensemble.methods
         if not self.names(session):
             raise UserError(
@@ -37,16 +37,16 @@ class VotingBuilder(Builder):
             )
 
     def problems(self, session: Session) -> list[str]:
-        """Methods that this version does not have."""
+        """Return the listed methods that this version does not have."""
         unknown = [name for name in session.config.runs.score_ensemble.methods if name not in ensembles.NAMES]
         return [f"{method}: this version builds {', '.join(ensembles.NAMES)}" for method in unknown]
 
     def inputs_digest(self, session: Session, name: str) -> str:
-        """Of members, images and the method's settings."""
+        """Return the digest of members, images and the method's settings."""
         return fitting.inputs_digest(session.config, session.store, session.members, METHOD_OF[name])
 
     def build(self, session: Session, names: Sequence[str], *, force: bool = False) -> Build:
-        """Fit each on the rows of `fit_rows`, or on all out-of-sample rows where it learns nothing."""
+        """Fit each method on the rows of `fit_rows`, or on all out-of-sample rows if it learns nothing."""
         config, store, members = session.config, session.store, session.members
         session.ensure(members)
         facts = fitting.member_facts(store, members)

@@ -2,20 +2,27 @@
 
     python benchmarks/pipeline.py            scikit-learn's handwritten digits; trains the members once, then 10 minutes
     python benchmarks/pipeline.py --quick    two members on 120 and 240 images, not the form to report
+    python benchmarks/pipeline.py --against 2d52cc4    12 members at 1,000 images, beside the same of another commit
 
 Small members (32 px, two folds) are trained once per number of images and kept in `benchmarks/zoo/pipeline`, out of
 git. At each point `pipeline` runs into an empty folder and then once more, every family on that can be built, without
 tflite. How the time grows with members and with images is the slope of its logarithm. The last line of the output is
 one JSON object.
+
+`--against` takes another commit's files from git and runs both pipelines in turn, each with its own configuration of
+the demo, on the same members; the recommended ensembles' test log-losses stand beside the ratio of the times.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
+import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,7 +32,7 @@ from typing import Any
 from reporting import clean_environment, report, row
 
 PROJECT = Path(__file__).resolve().parents[1]
-CONFIG = PROJECT / "configs" / "digits_demo.yaml"
+CONFIG = Path("configs", "digits_demo.yaml")
 ZOO = PROJECT / "benchmarks" / "zoo" / "pipeline"
 BACKBONES = (
     *("CustomConvNeXt", "CustomViTHybrid", "CustomMobileOne", "CustomResNetMish", "CustomRegNet", "CustomGhostNetV2"),
@@ -36,6 +43,7 @@ POINTS = ((3, 1000), (6, 1000), (12, 1000), (6, 500), (6, 1797))
 QUICK_POINTS = ((2, 120), (3, 120))  # a fusion needs two members
 FORMATS = "exports.formats=[state_dict,checkpoint,torchscript,onnx]"
 ALLOWED = "at most 1 + 3% of the first, no torch"
+MEMBERS, IMAGES, TURNS = 12, 1000, 2  # beside another commit
 LEFT_OUT = 4  # finished without some requested part
 
 
@@ -43,15 +51,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all points; returns 0, also where a goal is missed."""
     parser = argparse.ArgumentParser(prog="pipeline.py", description="The whole pipeline on five points.")
     parser.add_argument("--quick", action="store_true", help="few members and images, not the form to report")
+    parser.add_argument("--against", metavar="COMMIT", help="run this commit's pipeline in turn with that of the files")
     options = parser.parse_args(argv)
     points = QUICK_POINTS if options.quick else POINTS
     folder = ZOO.with_name("pipeline-quick") if options.quick else ZOO
+    if options.against:
+        return compare(options.against, folder, quick=options.quick)
     for images in sorted({images for _, images in points}):
         members = BACKBONES[: max(count for count, own in points if own == images)]
         train(folder / f"digits{images}", images, members, epochs=1 if options.quick else 4)
     found = [measure(folder / f"digits{images}", count) | {"images": images} for count, images in points]
     report("pipeline", rows(found), quick=options.quick, packages=("torch", "numpy", "scikit-learn"), points=found)
     return 0
+
+
+def compare(commit: str, folder: Path, *, quick: bool) -> int:
+    """Run this pipeline and that of another commit in turn; returns 0, also where a goal is missed."""
+    members, images = QUICK_POINTS[0] if quick else (MEMBERS, IMAGES)
+    workspace = folder / f"digits{images}"
+    train(workspace, images, BACKBONES[:members], epochs=1 if quick else 4)
+    runs: dict[str, list[dict[str, Any]]] = {"here": [], commit: []}
+    with tempfile.TemporaryDirectory(prefix="pipeline-") as name:
+        projects = {"here": PROJECT, commit: project_of(commit, Path(name, "project"))}
+        for turn in range(1 if quick else TURNS):
+            for version, project in projects.items():
+                output = Path(name, f"output-{version}-{turn}")
+                run = pipeline(workspace, output, BACKBONES[:members], project=project)
+                runs[version].append(run | {"log_loss": recommended_loss(output)})
+    table = comparison_rows(f"{members} members, {images:,} images", runs["here"], runs[commit], commit)
+    packages = ("torch", "numpy", "scikit-learn")
+    report("pipeline-against", table, quick=quick, packages=packages, commit=commit, runs=runs)
+    return 0
+
+
+def comparison_rows(
+    size: str, here: Sequence[dict[str, Any]], there: Sequence[dict[str, Any]], commit: str
+) -> list[dict[str, Any]]:
+    """Median seconds and the recommended ensembles' log-loss, beside those of the other commit."""
+    seconds, seconds_there = (statistics.median(run["seconds"] for run in runs) for runs in (here, there))
+    loss, loss_there = (statistics.median(run["log_loss"] for run in runs) for runs in (here, there))
+    ratio = seconds / seconds_there
+    other = f"{loss_there:.4f} at {commit}"
+    return [
+        row(f"{size}: pipeline", ratio, "of the other's time", "at most 0.5", ratio <= 0.5, None),
+        row(f"{size}: seconds", seconds, "s", None, None, f"{seconds_there:.1f} s at {commit}"),
+        row("recommended ensemble, test log-loss", loss, "nats", "no higher", loss <= loss_there, other),
+    ]
+
+
+def project_of(commit: str, folder: Path) -> Path:
+    """The files of a commit of this repository, below `folder`."""
+    command = ["git", "archive", "--format=tar", commit]
+    archive = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(folder, filter="data")
+    return folder
+
+
+def recommended_loss(output: Path) -> float:
+    """Log-loss on the test split of the ensemble that the ranking recommends."""
+    ranking = json.loads(next(output.rglob("ranking.json")).read_text(encoding="utf-8"))
+    chosen = ranking["recommended"]["name"]
+    return float(next(entry["log_loss"] for entry in ranking["rows"] if entry["name"] == chosen))
 
 
 def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -129,10 +190,20 @@ def measure(workspace: Path, count: int) -> dict[str, Any]:
     }
 
 
-def pipeline(workspace: Path, output: Path, members: Sequence[str]) -> dict[str, Any]:
-    """One run: seconds, whether torch was imported, stages, and what was left out."""
+def pipeline(workspace: Path, output: Path, members: Sequence[str], *, project: Path = PROJECT) -> dict[str, Any]:
+    """One run of the program in `project`: seconds, whether torch was imported, stages, and what was left out."""
     arguments = [
-        *("pipeline", "--json", "--quiet", "--config", str(CONFIG), "--device", "cpu", "--workspace", str(workspace)),
+        *(
+            "pipeline",
+            "--json",
+            "--quiet",
+            "--config",
+            str(project / CONFIG),
+            "--device",
+            "cpu",
+            "--workspace",
+            str(workspace),
+        ),
         *("--output", str(output), "--set", f"backbones.include=[{','.join(members)}]", "--set", FORMATS),
     ]
     code = (
@@ -142,11 +213,11 @@ def pipeline(workspace: Path, output: Path, members: Sequence[str]) -> dict[str,
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env=clean_environment() | {"PYTHONPATH": str(PROJECT)},
+        env=clean_environment() | {"PYTHONPATH": str(project)},
         stdout=subprocess.PIPE,
         text=True,
         check=False,
-        cwd=PROJECT,
+        cwd=project,
     )
     seconds = time.perf_counter() - start
     if done.returncode not in (0, LEFT_OUT):

@@ -190,6 +190,31 @@ def test_a_second_run_is_held_to_a_second_and_three_percent(pipeline):
     assert verdicts(second=0.4, torch=True) == [False]
 
 
+def test_another_commit_is_held_to_half_its_time_and_its_log_loss(pipeline):
+    def verdicts(seconds, loss):
+        here = [{"seconds": value, "log_loss": loss} for value in seconds]
+        rows = pipeline.comparison_rows("2 members", here, [{"seconds": 10.0, "log_loss": 0.3}], "abc")
+        return [(row["figure"], row["holds"]) for row in rows if row["goal"]]
+
+    assert verdicts((4.0, 6.0), 0.3) == [(0.5, True), (0.3, True)]
+    assert verdicts((5.1, 5.3), 0.31) == [(0.52, False), (0.31, False)]
+
+
+def test_the_log_loss_beside_another_commit_is_that_of_the_recommended_ensemble(pipeline, tmp_path):
+    rows = [{"name": "first", "log_loss": 0.1}, {"name": "second", "log_loss": 0.2}]
+    (tmp_path / "metrics_output").mkdir()
+    ranking = tmp_path / "metrics_output" / "ranking.json"
+    ranking.write_text(json.dumps({"recommended": {"name": "second"}, "rows": rows}), encoding="utf-8")
+    assert pipeline.recommended_loss(tmp_path) == 0.2
+
+
+@pytest.mark.skipif(not (PROJECT / ".git").exists(), reason="not a git checkout")
+def test_the_files_of_a_commit_are_taken_from_git(pipeline, tmp_path):
+    folder = pipeline.project_of("HEAD", tmp_path / "project")
+    assert (folder / "ensemble_orchestrator.py").is_file()
+    assert not (folder / ".git").exists()
+
+
 @pytest.fixture(scope="module")
 def verbs():
     return module("verbs")

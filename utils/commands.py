@@ -233,17 +233,22 @@ COMMANDS: dict[str, Command] = {
                 "help": "columns of the ranking, as keys of metrics.json, such as balanced_accuracy and "
                 "matthews_corrcoef (default: accuracy f1_macro log_loss ece)",
             },
+            "--plots": {
+                "choices": ("compared", "all", "none"),
+                "help": "models to draw plots of: those that the report compares (default: compared), all in the "
+                "ranking, or none; plots of other models are removed",
+            },
             "--maps": {
                 "action": "store_true",
                 "help": "also show class-activation maps of the report's example images (runs the networks on them)",
             },
             "--mlflow": {
                 "metavar": "URI",
-                "help": "also log a run for each model, with its scores and plots, to this MLflow server or folder",
+                "help": "also log the scores and drawn plots of each model to this MLflow server or folder",
             },
             "--tensorboard": {
                 "metavar": "DIR",
-                "help": "also log the scores and plots of each model to this TensorBoard folder",
+                "help": "also log the scores and drawn plots of each model to this TensorBoard folder",
             },
         },
         writes=True,

@@ -6,10 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from given_predictions import CONFIG, empty_workspace, opened, take_in, write
+from given_predictions import CONFIG, NAMES, empty_workspace, opened, take_in, write
 
-from utils.building import ensembles, fitting
+from utils.building import build_commands, ensembles, fitting
 from utils.building.baselines import Baselines
+from utils.core.config_file import load_config
 from utils.core.errors import LeakageError
 from utils.ensemble_methods import COMBINERS
 from utils.predictions.store import Store
@@ -19,6 +20,10 @@ def imported(tmp_path, stems=("oof", "val", "test")) -> Store:
     workspace = empty_workspace(tmp_path / "base")
     take_in(workspace, write(tmp_path / "given", stems=stems))
     return opened(workspace)
+
+
+def configured(*overrides):
+    return load_config(CONFIG.source, overrides=list(overrides))
 
 
 def members(store: Store):
@@ -72,6 +77,32 @@ def test_build_saves_what_fit_computed_and_the_digest_of_its_inputs(tmp_path):
     assert expected != fitting.inputs_digest(CONFIG, store, members(store), "soft_voting")
     saved = ensembles.load_crossfit(store.workspace, "one")
     assert fitting.scores(saved) == record["crossfit"]
+
+
+def test_records_of_equal_inputs_are_equal_however_the_members_were_selected(tmp_path):
+    """An ensemble that is kept has the record of one that is built anew, though `backbones` has changed since."""
+    named = configured(f"backbones.include=[{','.join(NAMES)}]")
+    records = []
+    for config, folder in ((CONFIG, "one"), (named, "other")):
+        workspace = empty_workspace(tmp_path / folder)
+        take_in(workspace, write(tmp_path / f"given-{folder}"))
+        build_commands.build_ensemble(config, workspace)
+        records.append((workspace.ensemble("soft_voting_ensemble") / "ensemble.json").read_text())
+    assert records[0] == records[1]
+
+
+def test_other_settings_of_the_combiner_have_another_digest(tmp_path):
+    digests = set()
+    for number, value in enumerate(("f1_macro", "log_loss")):
+        workspace = empty_workspace(tmp_path / str(number))
+        take_in(workspace, write(tmp_path / f"given-{number}"))
+        methods = "runs.score_ensemble.methods=[weighted]"
+        build_commands.build_ensemble(
+            configured(methods, f"runs.score_ensemble.optimization_metric={value}"), workspace
+        )
+        record = json.loads((workspace.ensemble("weighted_ensemble") / "ensemble.json").read_text())
+        digests.add(record["config_digest"])
+    assert len(digests) == 2
 
 
 def test_facts_of_imported_members_have_no_size_and_measured_latencies_alone(tmp_path):

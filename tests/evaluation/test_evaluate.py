@@ -14,7 +14,7 @@ from in_process import run
 
 from utils.building import build_commands
 from utils.core import parsed_files
-from utils.evaluation import plots
+from utils.evaluation import score_plots
 from utils.evaluation.evaluate import evaluate
 from utils.numeric import uncertainty
 from utils.numeric.metrics import softmax
@@ -104,10 +104,14 @@ def test_latency_is_that_of_the_networks_and_the_combiner_and_measured_once(own_
 
 def test_pictures_and_tables_lie_beside_the_scores(built):
     scores = built / "metrics_output" / "ensembles"
+    shown = plotted(built)
+    assert {"soft_voting_ensemble", read(scores / "ranking.json")["recommended"]["name"]} <= shown
+    for name in shown:
+        folder = scores / name if name in NAMES else scores / "members" / name
+        for kind in score_plots.KINDS:
+            assert (folder / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
     for name in NAMES:
-        for kind in plots.KINDS:
-            assert (scores / name / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
-        tables = {path.name for path in (scores / name).iterdir()} - {f"{kind}.png" for kind in plots.KINDS}
+        tables = {path.name for path in (scores / name).iterdir()} - {f"{kind}.png" for kind in score_plots.KINDS}
         both = {f"{kind}.{suffix}" for kind in ("per_class", "confusion_matrix") for suffix in ("csv", "md", "tex")}
         assert tables == both | {"curves.csv", "metrics.json"}
     assert {path.suffix for path in scores.glob("ranking.*")} == {".json", ".csv", ".md", ".tex"}
@@ -115,6 +119,27 @@ def test_pictures_and_tables_lie_beside_the_scores(built):
     assert first[0].startswith("rank,split,sample_id,image,label,suggested")
     for line in first[1:]:
         assert (built / line.split(",")[3]).is_file()
+
+
+def test_plots_are_those_of_the_selection_and_no_others(own_copy, orchestrator):
+    ranking = read(own_copy / "metrics_output" / "ensembles" / "ranking.json")
+    ranked = {row["name"] for row in ranking["rows"]}
+    compared = plotted(own_copy)
+    assert compared < ranked
+    for selection, expected in (("all", ranked), ("none", set()), ("compared", compared)):
+        done = orchestrator("evaluate", "--plots", selection, *DEMO, workspace=own_copy)
+        assert done.returncode == 0, done.stderr
+        assert plotted(own_copy) == expected
+    (left_out, *_) = sorted(ranked - compared)
+    for selection, expected in (("all", compared | {left_out}), ("none", compared)):
+        done = orchestrator("evaluate", "--model-name", left_out, "--plots", selection, *DEMO, workspace=own_copy)
+        assert done.returncode == 0, done.stderr
+        assert plotted(own_copy) == expected
+
+
+def plotted(workspace):
+    """Names of the models of which there are plots of the test split."""
+    return {path.parent.name for path in (workspace / "metrics_output" / "ensembles").rglob("reliability.png")}
 
 
 def test_conformal_sets_cover_test_rows_as_promised_over_ten_resplits(built):

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from utils.building import build_commands
 from utils.core.config_file import load_config
 from utils.core.errors import ConfigError, UserError
-from utils.evaluation import plots
+from utils.evaluation import score_plots
 from utils.evaluation.evaluate import evaluate
 from utils.numeric import proportions, statistics
 from utils.numeric.means import paired_interval
@@ -42,7 +42,7 @@ def built(tmp_path, *, config=CONFIG, **given):
 def few_pictures():
     """One kind of them; they take most of the time and have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "KINDS", {"reliability": plots.reliability})
+        patch.setattr(score_plots, "KINDS", {"reliability": score_plots.reliability})
         yield
 
 

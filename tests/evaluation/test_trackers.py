@@ -15,7 +15,7 @@ from conftest import PROJECT
 from finished_workspace import at
 from in_process import run
 
-from utils.evaluation import plots
+from utils.evaluation import score_plots
 from utils.evaluation.trackers import tracked_runs
 
 DEMO = ("--config", "configs/votes.yaml")
@@ -86,7 +86,7 @@ def test_scalars_are_all_numbers_and_the_ends_of_intervals_under_names_that_trac
 def test_pictures_that_an_earlier_version_drew_are_drawn_again(own_copy, monkeypatch):
     before = tracked_runs.of_evaluation(at(own_copy), "test", None)
     assert any(run.pictures for run in before)
-    monkeypatch.setattr(plots, "VERSION", plots.VERSION + 1)
+    monkeypatch.setattr(score_plots, "VERSION", score_plots.VERSION + 1)
     after = tracked_runs.of_evaluation(at(own_copy), "test", None)
     assert [run.pictures for run in after] == [run.pictures for run in before]
 

@@ -216,8 +216,13 @@ class Soak:
             raise ViolationError("; ".join(found))
 
     def settle(self) -> None:
-        """After `clean` and `pipeline`, a workspace from nothing with the same configuration has equal bytes."""
+        """After `clean` and `pipeline`, a workspace from nothing with the same configuration has equal bytes.
+
+        All backbones and their soups are selected first: what is stored of others stays for the day that they are
+        selected again, and a workspace from nothing has none of it.
+        """
         self.user.add_again()
+        self.command("config", *(word for value in steps.SELECT_ALL for word in ("--set", value)))
         for line in (
             ("discover",),
             ("clean", "--confirm", "--stale"),

@@ -37,6 +37,7 @@ EDITS = (
     *("backbones.exclude=[]", "backbones.exclude=[CustomViTHybrid]", "runs.cascade.enable=true"),
     *("runs.cascade.enable=false", "runs.score_ensemble.temperature=off", "runs.score_ensemble.temperature=auto"),
 )
+SELECT_ALL = ("backbones.exclude=[]", "runs.model_soup.enable=true")
 WRITERS: tuple[tuple[str, ...], ...] = (
     *(("discover",), ("discover", "--verify"), ("build-ensemble",), ("build-ensemble", "--force"), ("stack",)),
     *(("fusion-train",), ("meta-fuse",), ("evaluate",), ("evaluate", "--split", "val"), ("evaluate", "--force")),

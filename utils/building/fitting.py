@@ -240,7 +240,7 @@ def build(
         **(post_fit(fitted.combiner, fitted.crossfit) if post_fit else {}),
         **({} if extra_inputs is None else {"depends_on": extra_inputs}),
         **({"overrides": list(recorded)} if (recorded := store.config.recorded_overrides) else {}),
-        "config_digest": store.config.digest("backbones", *recipe.settings, "dataset.group_regex", "seed"),
+        "config_digest": store.config.digest(*recipe.settings, "dataset.group_regex", "seed"),
     }
     ensembles.save(store.workspace, ensemble, fitted.crossfit, record)
     logger.info("built %s from %d of %d members", name, len(ensemble.members), len(rows.members))

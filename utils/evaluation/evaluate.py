@@ -28,8 +28,8 @@ from utils.evaluation import (
     evaluation_inputs,
     evaluation_results,
     leaderboard,
-    plots,
     recommended_names,
+    score_plots,
     scoring,
 )
 from utils.evaluation.evaluation_inputs import EvaluationSettings, SavedEnsemble, UncertaintyOptions
@@ -58,15 +58,17 @@ def evaluate(
     wanted_error: float | None = None,
     class_conditional: bool = False,
     metrics: Sequence[str] | None = None,
+    plots: str | None = None,
     maps: bool = False,
     force: bool = False,
 ) -> Result:
     """Evaluate all members and ensembles, or the one named, and write their records, plots, ranking and report.
 
     `model_name` may also be `recommended` or `recommended_fast`. `metrics` are the columns of the ranking's tables,
-    keys of `leaderboard.HEADINGS`. `wanted_error` is the deprecated name of `target_risk`. With `maps` the
-    report shows class-activation maps. One model alone gets no ranking and no report. A member or ensemble that cannot
-    be evaluated, maps that cannot be made, and a report that cannot be written, are failures of the result.
+    keys of `leaderboard.HEADINGS`. `plots` is one of `score_plots.SELECTIONS`, `compared` by default; plots of models
+    that are not selected are removed. `wanted_error` is the deprecated name of `target_risk`. With `maps` the report
+    shows class-activation maps. One model alone gets no ranking and no report. A member or ensemble that cannot be
+    evaluated, maps that cannot be made, and a report that cannot be written, are failures of the result.
 
     Raises UserError without a catalog, for an unknown name, and where nothing or not the model named can be evaluated;
     ConfigError for options outside (0, 1), unknown metrics, and `maps` of one model; ContaminatedError where the model
@@ -99,6 +101,7 @@ def evaluate(
         config.seed,
         options,
         None if metrics is None else tuple(dict.fromkeys(metrics)),
+        plots or score_plots.COMPARED,
     )
     if model_name is None and not force and stored and _is_current(workspace, stored, digest, settings):
         result = _ranking_result(workspace, stored, split, "up to date", apart)
@@ -118,7 +121,7 @@ def evaluate(
     results = evaluation_results.compute(inputs)
     for line in catalog.problem_lines(results.suspicions):
         logger.warning("%s", line.removeprefix("warning: "))
-    _write_records(workspace, results, split, inputs.rows.labels)
+    _write_records(workspace, results, settings, inputs.rows.labels)
     store.digests.save()
     if model_name is not None:
         return _model_result(workspace, results, model_name, split)
@@ -176,9 +179,16 @@ def _is_current(workspace: Workspace, ranking: Mapping[str, Any], digest: str, s
     return ranking.get("options") == settings.ranking_options()
 
 
-def _write_records(workspace: Workspace, results: EvaluationResults, split: str, labels: np.ndarray) -> None:
-    """Write `metrics.json` of each model, and the plots of ensembles or of the one model that is evaluated."""
-    pictures: list[plots.Picture] = []
+def _write_records(
+    workspace: Workspace, results: EvaluationResults, settings: EvaluationSettings, labels: np.ndarray
+) -> None:
+    """Write `metrics.json` of each model and the plots that the settings select; remove the others' plots."""
+    pictures: list[score_plots.Picture] = []
+    split = settings.split
+    if results.ranking is not None:
+        shown = score_plots.shown_models(results.ranking, settings.plots)
+    else:
+        shown = set() if settings.plots == score_plots.NONE else set(results.models)
     for name, record in results.metrics.items():
         is_ensemble = results.models[name].kind == "ensemble"
         path_of = workspace.ensemble_metrics if is_ensemble else workspace.member_metrics
@@ -189,12 +199,15 @@ def _write_records(workspace: Workspace, results: EvaluationResults, split: str,
                 table = workspace.class_table(path, kind, suffix)
                 write_text(table, text) if text else remove_file(table)
         write_json(path, record)
-        if is_ensemble or results.ranking is None:
-            folder = name if is_ensemble else f"members/{name}"
-            pictures += [
-                plots.Picture(kind, record, workspace.plot(folder, kind, split)) for kind in plots.kinds_of(record)
-            ]
-    plots.draw_all(pictures)
+        folder = name if is_ensemble else f"members/{name}"
+        kinds = score_plots.kinds_of(record) if name in shown else []
+        for kind in score_plots.KINDS:
+            plot = workspace.plot(folder, kind, split)
+            if kind in kinds:
+                pictures.append(score_plots.Picture(kind, record, plot))
+            else:
+                remove_file(plot)  # it would show scores of an earlier evaluation
+    score_plots.draw_all(pictures)
 
 
 def _write_confusion_counts(path: Path, model: ScoredModel, labels: np.ndarray, record: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from utils.building.ensembles import Crossfit, Ensemble
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.distillation import controls
-from utils.evaluation import costs, evaluated_rows, scoring
+from utils.evaluation import costs, evaluated_rows, score_plots, scoring
 from utils.evaluation.costs import Costs
 from utils.evaluation.scoring import ScoredModel
 from utils.numeric import selective, uncertainty
@@ -59,10 +59,13 @@ class EvaluationSettings:
     options: UncertaintyOptions
     columns: Sequence[str] | None = None
     """Metrics that the tables of the ranking show; None: the usual ones"""
+    plots: str = score_plots.COMPARED
+    """Models whose plots are drawn, one of `score_plots.SELECTIONS`; one that is evaluated alone counts as compared"""
 
     def ranking_options(self) -> dict[str, Any]:
         """Options as a ranking records them."""
-        return self.options.as_record() | {"metrics": None if self.columns is None else list(self.columns)}
+        columns = None if self.columns is None else list(self.columns)
+        return self.options.as_record() | {"metrics": columns, "plots": self.plots}
 
 
 @dataclass(frozen=True)

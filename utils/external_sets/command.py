@@ -29,7 +29,8 @@ def evaluate(
 
     Runs are also written to the MLflow server or folder `mlflow` and to the folder `tensorboard`.
 
-    Raises ConfigError for options that belong to `--data` without it, and for `metrics`, `maps` and trackers with it.
+    Raises ConfigError for options that belong to `--data` without it, and for `metrics`, `plots`, `maps` and trackers
+    with it.
     """
     from utils.evaluation import evaluate as own
 
@@ -42,6 +43,8 @@ def evaluate(
         raise ConfigError("evaluate --mlflow and --tensorboard: hold the scores of a split; expected without --data")
     if options.get("metrics") is not None:
         raise ConfigError("evaluate --metrics: chooses the columns of a split's ranking; expected without --data")
+    if options.get("plots") is not None:
+        raise ConfigError("evaluate --plots: chooses the plots of a split's scores; expected without --data")
     if options.get("maps"):
         raise ConfigError("evaluate --maps: adds pictures of the split's images to the report; expected without --data")
     from utils.evaluation.evaluation_inputs import EvaluationSettings

@@ -13,7 +13,7 @@ from utils.building import ensembles
 from utils.core.artifacts import digest_of, read_record
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
-from utils.evaluation import plots
+from utils.evaluation import score_plots
 from utils.evaluation.evaluation_records import METRICS, RANKING
 
 VERSION = 1  # raised whenever the same scores would give other runs
@@ -62,9 +62,11 @@ def _run(workspace: Workspace, split: str, name: str, kind: str, tags: Mapping[s
     folder = name if is_ensemble else f"members/{name}"
     path = (workspace.ensemble_metrics if is_ensemble else workspace.member_metrics)(name, split)
     record = _required(path, METRICS)
-    pictures = [plots.Picture(each, record, workspace.plot(folder, each, split)) for each in plots.kinds_of(record)]
+    pictures = [
+        score_plots.Picture(each, record, workspace.plot(folder, each, split)) for each in score_plots.kinds_of(record)
+    ]
     pictures = [picture for picture in pictures if picture.path.is_file()]
-    plots.draw_all(pictures)  # again where an earlier version of the program drew them
+    score_plots.draw_all(pictures)  # again where an earlier version of the program drew them
     scores = {key: value for key, value in record.items() if key not in REMEASURED}
     return TrackedRun(
         name,

@@ -11,7 +11,7 @@ import pytest
 from conftest import PROJECT
 
 from utils.core import engines
-from utils.evaluation import plots
+from utils.evaluation import score_plots
 from utils.evaluation.class_scores import add_class_scores
 from utils.numeric import selective
 from utils.numeric.metrics import point_metrics, softmax
@@ -27,7 +27,7 @@ def record(classes, count=60, name="some_ensemble"):
     return found | {"name": name, "split": "test", "selective": curve}
 
 
-@pytest.mark.parametrize("kind", sorted(plots.KINDS))
+@pytest.mark.parametrize("kind", sorted(score_plots.KINDS))
 @pytest.mark.parametrize(
     ("classes", "name"),
     [
@@ -41,7 +41,7 @@ def test_every_picture_is_drawn(tmp_path, kind, classes, name):
     from PIL import Image
 
     path = tmp_path / "new" / "picture.png"
-    plots.draw(plots.Picture(kind, record(classes, name=name), path))
+    score_plots.draw(score_plots.Picture(kind, record(classes, name=name), path))
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert min(image.size) > 400
@@ -53,25 +53,28 @@ def test_scores_of_many_classes_are_points_in_place_of_thousands_of_bars(count, 
     from matplotlib.figure import Figure
 
     axes = Figure().add_subplot()
-    plots.per_class_metrics(axes, record([f"c{number}" for number in range(count)]))
+    score_plots.per_class_metrics(axes, record([f"c{number}" for number in range(count)]))
     assert (len(axes.patches), len(axes.lines)) == (bars, 0 if bars else 3)
 
 
 def test_a_picture_of_the_same_scores_is_kept(tmp_path):
     path = tmp_path / "picture.png"
     scores = record(["a", "b"])
-    plots.draw_all([plots.Picture("reliability", scores, path)])
+    score_plots.draw_all([score_plots.Picture("reliability", scores, path)])
     before = path.stat().st_mtime_ns
-    plots.draw_all([plots.Picture("reliability", scores | {"created": "later"}, path)])
+    score_plots.draw_all([score_plots.Picture("reliability", scores | {"created": "later"}, path)])
     assert path.stat().st_mtime_ns == before
-    plots.draw_all([plots.Picture("reliability", scores | {"ece": 0.5}, path)])
+    score_plots.draw_all([score_plots.Picture("reliability", scores | {"ece": 0.5}, path)])
     assert path.stat().st_mtime_ns != before
 
 
 def test_many_pictures_are_drawn_in_processes_with_the_same_bytes(tmp_path, monkeypatch):
     def drawn(folder):
-        pictures = [plots.Picture(kind, record(["a", "b"]), tmp_path / folder / f"{kind}.png") for kind in plots.KINDS]
-        plots.draw_all(pictures)
+        pictures = [
+            score_plots.Picture(kind, record(["a", "b"]), tmp_path / folder / f"{kind}.png")
+            for kind in score_plots.KINDS
+        ]
+        score_plots.draw_all(pictures)
         return [picture.path.read_bytes() for picture in pictures]
 
     here = drawn("here")
@@ -82,10 +85,11 @@ def test_many_pictures_are_drawn_in_processes_with_the_same_bytes(tmp_path, monk
 
 def test_neither_pyplot_nor_a_window_is_needed(tmp_path):
     code = (
-        "import sys, test_plots, pathlib\n"
-        "from utils.evaluation import plots\n"
+        "import sys, test_score_plots, pathlib\n"
+        "from utils.evaluation import score_plots\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "plots.draw(plots.Picture('confusion_matrix', test_plots.record(['a', 'b']), pathlib.Path(sys.argv[1])))\n"
+        "scores = test_score_plots.record(['a', 'b'])\n"
+        "score_plots.draw(score_plots.Picture('confusion_matrix', scores, pathlib.Path(sys.argv[1])))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "DISPLAY"}
@@ -95,21 +99,43 @@ def test_neither_pyplot_nor_a_window_is_needed(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("kind", sorted(plots.KINDS))
+@pytest.mark.parametrize("kind", sorted(score_plots.KINDS))
 def test_settings_of_the_user_change_no_picture(tmp_path, kind):
     """`text.usetex` would start LaTeX, which may not be installed."""
     import matplotlib
 
     scores = record(["a", "b"])
-    plots.draw(plots.Picture(kind, scores, tmp_path / "plain.png"))
+    score_plots.draw(score_plots.Picture(kind, scores, tmp_path / "plain.png"))
     with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red", "savefig.dpi": 7, "font.size": 30}):
-        plots.draw(plots.Picture(kind, scores, tmp_path / "set.png"))
+        score_plots.draw(score_plots.Picture(kind, scores, tmp_path / "set.png"))
         assert matplotlib.rcParams["text.usetex"]
     assert (tmp_path / "set.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
 
 
 def test_many_classes_have_neither_matrix_nor_curves():
     scores = record(["a", "b", "c"])
-    assert plots.kinds_of(scores) == list(plots.KINDS)
+    assert score_plots.kinds_of(scores) == list(score_plots.KINDS)
     bare = {"confusion_matrix", "roc_curves", "precision_recall_curves"}
-    assert set(plots.kinds_of(scores | {"confusion_matrix": None, "curves": None})) == plots.KINDS.keys() - bare
+    assert (
+        set(score_plots.kinds_of(scores | {"confusion_matrix": None, "curves": None}))
+        == score_plots.KINDS.keys() - bare
+    )
+
+
+RANKING = {
+    "rows": [{"name": name} for name in ("first", "second", "third", "soft_voting_ensemble", "single", "last")],
+    "recommended": {"name": "second"},
+    "recommended_fast": {"name": "single"},
+    "peers": {"best_single": "single", "soft_voting": "soft_voting_ensemble", "greedy_selection_ensemble": None},
+}
+
+
+def test_plots_are_drawn_of_the_models_that_the_report_compares():
+    assert score_plots.shown_models(RANKING, "compared") == {"first", "second", "soft_voting_ensemble", "single"}
+    without = RANKING | {"recommended_fast": None, "peers": {"best_single": "not in the ranking"}}
+    assert score_plots.shown_models(without, "compared") == {"first", "second"}
+
+
+def test_plots_are_drawn_of_all_models_or_of_none_on_request():
+    assert score_plots.shown_models(RANKING, "all") == {row["name"] for row in RANKING["rows"]}
+    assert score_plots.shown_models(RANKING, "none") == set()

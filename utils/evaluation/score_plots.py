@@ -19,6 +19,8 @@ from utils.evaluation.drawing import library_defaults
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+COMPARED, ALL, NONE = SELECTIONS = ("compared", "all", "none")
+"""Whose plots are drawn: of the models that the report compares, of all in the ranking, of no model."""
 VERSION = 4  # raised whenever the same scores would give other pictures
 SHOWN = (
     *("name", "split", "n_samples", "n_classes", "confusion_matrix", "per_class", "reliability", "ece", "mce"),
@@ -49,6 +51,21 @@ class Picture:
     def is_current(self) -> bool:
         """Whether the file shows these scores already."""
         return self.path.is_file() and self.digest.encode() in self.path.read_bytes()[:HEADER_BYTES]
+
+
+def shown_models(ranking: Mapping[str, Any], selection: str) -> set[str]:
+    """Names of the models in a ranking that plots are drawn of, by one of `SELECTIONS`.
+
+    Compared are the recommended ones, the best single member, soft voting, greedy selection and the first in the order
+    of the ranking.
+    """
+    ranked = [row["name"] for row in ranking["rows"]]
+    if selection == ALL:
+        return set(ranked)
+    if selection == NONE:
+        return set()
+    chosen = [(ranking[key] or {}).get("name") for key in ("recommended", "recommended_fast")]
+    return {*chosen, *ranking["peers"].values(), *ranked[:1]} & set(ranked)
 
 
 def draw_all(pictures: Sequence[Picture]) -> None:

@@ -9,10 +9,13 @@ import sys
 import numpy as np
 import pytest
 from conftest import PROJECT
+from given_predictions import CONFIG, empty_workspace
 
 from utils.core import engines
+from utils.core.errors import ConfigError
 from utils.evaluation import score_plots
 from utils.evaluation.class_scores import add_class_scores
+from utils.external_sets import command
 from utils.numeric import selective
 from utils.numeric.metrics import point_metrics, softmax
 
@@ -139,3 +142,8 @@ def test_plots_are_drawn_of_the_models_that_the_report_compares():
 def test_plots_are_drawn_of_all_models_or_of_none_on_request():
     assert score_plots.shown_models(RANKING, "all") == {row["name"] for row in RANKING["rows"]}
     assert score_plots.shown_models(RANKING, "none") == set()
+
+
+def test_plots_of_an_external_set_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="evaluate --plots: .* expected without --data"):
+        command.evaluate(CONFIG, empty_workspace(tmp_path / "w"), data="images", plots="all")

@@ -145,5 +145,5 @@ def test_plots_are_drawn_of_all_models_or_of_none_on_request():
 
 
 def test_plots_of_an_external_set_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="evaluate --plots: .* expected without --data"):
+    with pytest.raises(ConfigError, match=r"evaluate --plots: .* expected without --data"):
         command.evaluate(CONFIG, empty_workspace(tmp_path / "w"), data="images", plots="all")

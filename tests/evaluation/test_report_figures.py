@@ -23,11 +23,13 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("kind", FIGURES)
-def test_a_figure_is_labelled_svg_in_the_colours_of_the_page(kind):
+def test_a_figure_is_labelled_svg_in_the_colours_of_the_page(kind, monkeypatch):
+    monkeypatch.setattr(report_figures, "MAX_KEPT", 1)
     svg = FIGURES[kind]('errors < 5 & "more"')
     root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
     assert root.attrib["aria-label"] == 'errors < 5 & "more"'
     assert not set(report_figures.VARIABLES) & set(re.findall(r"#[0-9a-f]{6}", svg))
+    FIGURES[kind]("another, so that the first is drawn again")
     assert FIGURES[kind]('errors < 5 & "more"') == svg
 
 
@@ -66,3 +68,27 @@ def test_names_of_points_that_lie_close_together_do_not_cover_each_other(monkeyp
     boxes = [note.get_window_extent() for note in notes if note.axes is not None]
     assert len(boxes) >= 4
     assert not [1 for row, one in enumerate(boxes) for other in boxes[:row] if one.overlaps(other)]
+
+
+def test_a_figure_of_equal_values_is_drawn_once(monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(savefig(self, *args, **kwargs)))
+    counts = [[3, 1], [0, 4]]
+    first = report_figures.confusion(counts, ["ant", "bee"], "drawn once")
+    assert report_figures.confusion([list(row) for row in counts], ["ant", "bee"], "drawn once") == first
+    assert len(drawn) == 1
+    counts[0][0] = 5
+    other = report_figures.confusion(counts, ["ant", "bee"], "drawn once")
+    assert other != first
+    assert len(drawn) == 2
+
+
+def test_figures_are_kept_up_to_a_number(monkeypatch):
+    monkeypatch.setattr(report_figures, "MAX_KEPT", 2)
+    calls = []
+    draw = report_figures._drawn_once(lambda value: calls.append(value) or str(value))
+    assert [draw(value) for value in (1, 2, 1, 3, 1)] == ["1", "2", "1", "3", "1"]
+    assert calls == [1, 2, 3, 1]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import html
 import io
+import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
@@ -22,6 +24,8 @@ from utils.evaluation.drawing import library_defaults
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+P = ParamSpec("P")
 
 INK, MUTED, LINE, ACCENT, SECOND, THIRD = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f", "#101112"
 VARIABLES = {
@@ -41,6 +45,7 @@ PLACES = [
     *((x, y, side) for y in (22, -22, 34, -34) for x, side in ((4, "left"), (-4, "right"))),
 ]
 """Where a point's name may stand: points to the right and up, and the side of the text that is there; best first."""
+MAX_KEPT = 64  # figures of each kind
 MAX_NUMBERED_CLASSES = 15  # with more, cells are too small for numbers
 MAX_TICK_LABELS = 40
 SETTINGS: dict[Any, Any] = {
@@ -136,6 +141,33 @@ def _checksum(text: str) -> int:
     return zlib.crc32(text.encode("utf-8", "backslashreplace"))
 
 
+def _plain(value: Any) -> Any:
+    """Arguments of figures that JSON has no form of, as lists and dictionaries."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return sorted(value) if isinstance(value, set) else vars(value)
+
+
+def _drawn_once(draw: Callable[P, str]) -> Callable[P, str]:
+    """Return the SVG of an earlier call with equal arguments where there is one.
+
+    A pipeline writes the page after every stage that changes a part of it, and drawing is most of the time.
+    """
+    drawn: dict[str, str] = {}
+
+    @wraps(draw)
+    def figure(*args: P.args, **kwargs: P.kwargs) -> str:
+        key = json.dumps([args, kwargs], default=_plain)
+        if key not in drawn:
+            if len(drawn) >= MAX_KEPT:
+                drawn.clear()
+            drawn[key] = draw(*args, **kwargs)
+        return drawn[key]
+
+    return figure
+
+
+@_drawn_once
 def forest(bars: Sequence[Bar], axis: str, label: str) -> str:
     """A forest plot: values with their intervals, the first at the top."""
     with _drawing(label, height=0.9 + 0.2 * len(bars)) as drawing:
@@ -154,6 +186,7 @@ def forest(bars: Sequence[Bar], axis: str, label: str) -> str:
     return drawing.svg
 
 
+@_drawn_once
 def front(points: Mapping[str, tuple[float, float]], best: set[str], focus: str, axis: str, label: str) -> str:
     """Score against cost on a logarithmic axis, {name: (cost, score)}; models on the Pareto front are labelled."""
     with _drawing(label, height=3.6) as drawing:
@@ -217,6 +250,7 @@ def _plain_ticks(axes: Axes, costs: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
+@_drawn_once
 def reliability(panels: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> str:
     """Reliability diagrams of panels (title, bins), with the number of rows per bin below."""
     width = min(WIDTH, 1.2 + 2.6 * len(panels))
@@ -241,6 +275,7 @@ def reliability(panels: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> 
     return drawing.svg
 
 
+@_drawn_once
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], label: str) -> str:
     """A confusion matrix: rows are true classes, columns predicted ones, colours fractions of the true class."""
     counts = np.asarray(matrix, dtype=float)
@@ -249,6 +284,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], label: st
     return _cells(fractions, cells, classes, ("true class", "predicted class"), label)
 
 
+@_drawn_once
 def pairs(matrix: np.ndarray, names: Sequence[str], label: str) -> str:
     """A symmetric matrix of pairs, -1 to 1, coloured by absolute value."""
     cells = [[f"{value:.2f}" for value in row] for row in matrix]
@@ -287,6 +323,7 @@ def _cells(
     return drawing.svg
 
 
+@_drawn_once
 def risk_coverage(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str) -> str:
     """Risk-coverage curves {name: (coverage, risk)}: error rate among the rows answered, and their fraction."""
     with _drawing(label, height=3.2) as drawing:
@@ -302,6 +339,7 @@ def risk_coverage(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     return drawing.svg
 
 
+@_drawn_once
 def class_curves(
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     areas: Mapping[str, float],

@@ -58,19 +58,22 @@ def test_a_second_scan_reads_no_checkpoint_and_loads_no_torch(workspace, orchest
 
 def test_without_oof_the_specifications_words_and_both_remedies(workspace, orchestrator):
     (workspace / "kfold_results" / "CustomConvNeXt_oof_predictions.npz").unlink()
-    done = orchestrator("pipeline", *DEMO, workspace=workspace)
-    assert done.returncode == 0
-    assert "No K-fold results for backbone CustomConvNeXt" in done.stdout
-    assert "ENABLE_KFOLD_CV=True" in done.stdout
-    assert "backbones.exclude" in done.stdout
-    assert "only the val rows are out-of-sample for all members" in done.stderr
+    discovered, built, evaluated = (
+        orchestrator(command, *DEMO, workspace=workspace) for command in ("discover", "build-ensemble", "evaluate")
+    )
+    assert (discovered.returncode, built.returncode, evaluated.returncode) == (0, 0, 0)
+    assert "No K-fold results for backbone CustomConvNeXt" in discovered.stdout
+    assert "ENABLE_KFOLD_CV=True" in discovered.stdout
+    assert "backbones.exclude" in discovered.stdout
+    assert "only the val rows are out-of-sample for all members" in built.stderr
     ranking = json.loads((workspace / "metrics_output" / "ensembles" / "ranking.json").read_text())
     assert ranking["recommended"]["evidence"]["n"] in (28, 252)
 
 
 def test_class_order_is_matched_by_name(workspace, orchestrator):
     """A checkpoint whose outputs stand in another order gives the same probabilities by class."""
-    assert orchestrator("pipeline", *DEMO, workspace=workspace).returncode == 0
+    for command in ("discover", "build-ensemble"):
+        assert orchestrator(command, *DEMO, workspace=workspace).returncode == 0
     before = np.load(workspace / "ensembles" / "predictions" / "CustomConvNeXt" / "test" / "logits.npy")
     path = workspace / "checkpoints" / "CustomConvNeXt_final.pth"
     record = torch.load(path, weights_only=True)
@@ -80,9 +83,10 @@ def test_class_order_is_matched_by_name(workspace, orchestrator):
         record["model_state_dict"][name] = record["model_state_dict"][name][order]
     record["extra"]["classes"] = [record["extra"]["classes"][k] for k in order]
     torch.save(record, path)
-    done = orchestrator("pipeline", *DEMO, workspace=workspace)
-    assert done.returncode == 0, done.stderr
+    done = orchestrator("discover", *DEMO, workspace=workspace)
     assert "its classes are in another order; they are matched by name" in done.stdout
+    done = orchestrator("build-ensemble", *DEMO, workspace=workspace)
+    assert done.returncode == 0, done.stderr
     after = np.load(workspace / "ensembles" / "predictions" / "CustomConvNeXt" / "test" / "logits.npy")
     np.testing.assert_allclose(after, before, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""When a model looks at the background: its maps and the shortcut probes of the audit agree."""
+"""Decides when a model depends on the background: if its maps and the shortcut probes of the audit agree."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from utils.core.display_text import join_names
 
-MOST_OUTSIDE = 0.5  # of the mass of the maps, outside the central square with half of the area
+MOST_OUTSIDE = 0.5  # share of the maps' mass outside the central square with half of the area
 BACKGROUND_PROBES = ("border pixels", "background colours")
-"""Shortcut probes of the audit that see no more than the background"""
+"""Shortcut probes of the audit that use only the background"""
 
 
 def background_sentence(subject: str, outside: float, probes: Sequence[Mapping[str, Any]]) -> str:
-    """That the subject looks at the background, without a full stop; empty unless maps and audit agree.
+    """Sentence that the subject looks at the background, without a full stop; empty unless maps and audit agree.
 
     `outside` is the mean fraction of the maps' mass outside the central square, `probes` are those of `audit.json`.
     """

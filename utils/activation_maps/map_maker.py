@@ -1,6 +1,6 @@
 """Class-activation maps of a member or an ensemble for image files, averaged over its networks.
 
-All maps are brought into the frame of one member: the square that its network sees.
+All maps are resampled to the frame of one member: the input square of its network.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class ImageMap:
     """The map of one image for one class."""
 
     pixels: np.ndarray
-    """uint8 (S, S, 3): what the network of the frame sees"""
+    """uint8 (S, S, 3), the input square of the frame's network"""
     mass: np.ndarray
-    """float32 (S, S), at least 0; sums to 1"""
+    """float32 (S, S), nonnegative; sums to 1"""
 
     @cached_property
     def outside_centre(self) -> float:
@@ -52,21 +52,21 @@ class ImageMap:
 
 
 class MapMaker:
-    """Maps of the networks that answer for a model.
+    """Maps of the networks of a model.
 
-    Members of an ensemble count by the weights that its record holds, or else alike. Of a member with views or fold
-    networks it is the full network, on the image itself, that is looked into.
+    Members of an ensemble are weighted by the weights in its record, or else equally. For a member with views or fold
+    networks, the map is that of the full network on the image itself.
     """
 
     def __init__(self, store: Store, name: str, members: Sequence[Member]) -> None:
-        """Raises NoMapError where all members have imported predictions."""
+        """Raises NoMapError if all members have imported predictions."""
         from utils.networks.class_maps import NoMapError
 
         self.store = store
         self.refused = {
             member.name: "imported predictions, without a network" for member in members if member.source == IMPORTED
         }
-        """{member: why it has no map}"""
+        """{member: reason why it has no map}"""
         weights = _weights(store, name, [member.name for member in members])
         self.counted = [
             (member, weight)
@@ -76,15 +76,15 @@ class MapMaker:
         if not self.counted:
             raise NoMapError(name, "no member that counts has a network, so it has no class-activation map")
         frames = (member.image_preprocessing for member, _ in self.counted)
-        self.frame = max(frames, key=lambda each: each.input_size)
+        self.frame = max(frames, key=lambda preprocessing: preprocessing.input_size)
         self.device = streaming.resolve_device(store.config.device)
         self.threads = image_splits.decoding_threads(store.config.dataset.num_workers)
 
     def maps(self, paths: Sequence[Path], contents: Sequence[str], targets: np.ndarray) -> list[ImageMap]:
-        """The maps of readable images, whose content digests are known, for a class of each (N,).
+        """The maps of readable images with content digests `contents` for the classes `targets` (N,).
 
-        One network is in memory at a time. Raises NoMapError where no network of the model has a map; a warning names
-        those that have none.
+        One network is in memory at a time. Raises NoMapError if no network of the model has a map; a warning names
+        networks without maps.
         """
         from utils.networks.class_maps import NoMapError
 
@@ -102,11 +102,11 @@ class MapMaker:
         with tempfile.TemporaryDirectory(prefix="maps-") as folder:
             for member, weight in self.counted:
                 columns = np.array([member.classes.index(name) for name in self.store.catalog.classes])
-                seen = member.image_preprocessing
+                preprocessing = member.image_preprocessing
                 try:
                     for start, block in self._of_member(member, images, columns[targets], Path(folder)):
                         for row, of_member in enumerate(block, start):
-                            total[row] += weight * _in_frame(of_member, seen, self.frame, paths[row])
+                            total[row] += weight * _in_frame(of_member, preprocessing, self.frame, paths[row])
                 except NoMapError as error:
                     refused.append(error)
                     if member.name not in self.refused:
@@ -144,29 +144,29 @@ class MapMaker:
 
 
 def _weights(store: Store, name: str, members: Sequence[str]) -> list[float]:
-    """The weights of an ensemble's members in its record, where there are some; else all alike. They sum to 1."""
+    """The weights of an ensemble's members in its record, if it has any, else equal weights. They sum to 1."""
     record = ensembles.record_of(store.workspace, name) if name in ensembles.names(store.workspace) else None
     recorded: Any = (record or {}).get("weights")
     weights = [0.0] * len(members)
     if isinstance(recorded, Mapping):
-        found = [recorded.get(member) for member in members]
-        if all(isinstance(weight, int | float) and weight >= 0 for weight in found):
-            weights = [float(weight) for weight in found]  # type: ignore[arg-type]  # checked above
+        recorded_weights = [recorded.get(member) for member in members]
+        if all(isinstance(weight, int | float) and weight >= 0 for weight in recorded_weights):
+            weights = [float(weight) for weight in recorded_weights]  # type: ignore[arg-type]  # checked above
     total = sum(weights)
     return [weight / total if total > 0 else 1 / len(members) for weight in weights]
 
 
-def _in_frame(of_member: Tensor, seen: Preprocessing, frame: Preprocessing, path: Path) -> np.ndarray:
-    """A member's map (h, w) in the frame, float32 (S, S): enlarged, and moved where the two crops differ; sums to 1."""
+def _in_frame(of_member: Tensor, preprocessing: Preprocessing, frame: Preprocessing, path: Path) -> np.ndarray:
+    """A member's map (h, w) resampled to the frame, float32 (S, S), aligned if the two crops differ; sums to 1."""
     import torch
     from torch.nn import functional as F
 
     side = frame.input_size
     stretch = (1.0, 1.0)
-    if seen.resizing() != frame.resizing():
+    if preprocessing.resizing() != frame.resizing():
         with base_back.load_bundled("image_files").open_image(path) as image:
-            own, other = (_half_extent(each, *image.size) for each in (frame, seen))
-        stretch = (own[0] / other[0], own[1] / other[1])
+            frame_extent, map_extent = (_half_extent(each, *image.size) for each in (frame, preprocessing))
+        stretch = (frame_extent[0] / map_extent[0], frame_extent[1] / map_extent[1])
     theta = torch.tensor([[[stretch[0], 0.0, 0.0], [0.0, stretch[1], 0.0]]])
     grid = F.affine_grid(theta, [1, 1, side, side], align_corners=False)
     moved = F.grid_sample(of_member[None, None], grid, padding_mode="border", align_corners=False)[0, 0]
@@ -176,9 +176,9 @@ def _in_frame(of_member: Tensor, seen: Preprocessing, frame: Preprocessing, path
 
 
 def _half_extent(preprocessing: Preprocessing, width: int, height: int) -> tuple[float, float]:
-    """Half of the width and height, in pixels of the image, of what a network sees around the centre."""
-    kept = preprocessing.input_size / preprocessing.resized / 2
+    """Half of the width and height, in pixels of the image, of a network's input square around the centre."""
+    fraction = preprocessing.input_size / preprocessing.resized / 2
     if preprocessing.resize == "squash":
-        return kept * width, kept * height
+        return fraction * width, fraction * height
     side = min(width, height) if preprocessing.resize == "shorter-side" else max(width, height)
-    return kept * side, kept * side
+    return fraction * side, fraction * side

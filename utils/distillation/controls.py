@@ -1,4 +1,4 @@
-"""The two controls of a student, its teacher and the same network trained without a teacher, on the same rows.
+"""The two controls of a student, on the same rows: its teacher, and the same network trained without a teacher.
 
 With several seeds, student and network alone are trained once per seed, and their means are compared.
 
@@ -24,7 +24,7 @@ from utils.numeric.temperature import fit_temperature
 STUDENT, ALONE, TEACHER = "student", "alone", "teacher"
 """Keys of the student and its controls: the same network trained without a teacher, and the teacher."""
 MIN_GAIN_ERRORS = 10
-"""Fewest rows on which the network alone or its teacher errs, for an interval of the fraction of the gain."""
+"""Minimum number of rows misclassified by the network alone or the teacher for an interval of the gain's fraction."""
 REMEDY = "Distill again: python ensemble_orchestrator.py distill --force"
 
 
@@ -36,7 +36,7 @@ def write_controls(workspace: Workspace, name: str, predictions: Mapping[str, Ma
 
 @dataclass(frozen=True)
 class Controls:
-    """What a student is compared with: its record, and the predictions of its teacher and of its baseline."""
+    """Data for comparing a student with its controls: its record, and the predictions of all three."""
 
     record: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray]
@@ -90,8 +90,8 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """`controls` and `gain_kept` of trainings {student, alone, teacher: probabilities (K, N, C)}, and notes on them.
 
-    Differences and fractions are of probabilities after temperature scaling by `fitted`, on equal terms; scores are
-    those of the networks as they are, means over the trainings. Groups (N,) are independent.
+    Differences and fractions are computed after temperature scaling by `fitted`; scores are those of the uncalibrated
+    networks, means over the trainings. Rows with equal `groups` (N,) are dependent.
     """
     calibrated = {
         key: np.stack([_scaled(*pair) for pair in zip(runs, fitted[key], strict=True)]) if key in fitted else runs
@@ -115,7 +115,7 @@ def compare(
 
 
 def temperatures(arrays: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """{student, alone, teacher: temperature of each training}, fitted on val alike; empty without val."""
+    """{student, alone, teacher: temperature of each training}, all fitted on val; empty without val."""
     if f"val/{STUDENT}" not in arrays:
         return {}
     labels = arrays["val/labels"]
@@ -130,16 +130,17 @@ def _scaled(probabilities: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def _trainings(arrays: Mapping[str, np.ndarray], split: str, key: str) -> np.ndarray:
-    """Probabilities (K, N, C); of the teacher, and in workspaces of earlier versions, there is one array (N, C)."""
+    """Probabilities (K, N, C); the teacher and workspaces of earlier versions have a single array (N, C), K = 1."""
     stored = arrays[f"{split}/{key}"]
     return stored if stored.ndim == 3 else stored[None]
 
 
 def _mean_scores(trainings: np.ndarray, calibrated: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Means over the trainings (K, N, C) of `scores`, and of the log-loss after temperature scaling."""
-    each = [scores(probabilities, labels) for probabilities in trainings]
-    means = {metric: float(np.mean([one[metric] for one in each])) for metric in each[0]}
-    return means | {"log_loss_calibrated": float(np.mean([log_loss(one, labels) for one in calibrated]))}
+    scores_of_trainings = [scores(probabilities, labels) for probabilities in trainings]
+    names = scores_of_trainings[0]
+    means = {name: float(np.mean([training[name] for training in scores_of_trainings])) for name in names}
+    return means | {"log_loss_calibrated": float(np.mean([log_loss(training, labels) for training in calibrated]))}
 
 
 def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -159,13 +160,13 @@ def agreement(probabilities: np.ndarray, reference: np.ndarray) -> float:
 def gain_kept(
     student: np.ndarray, alone: np.ndarray, teacher: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Fraction of the teacher's gain that the student keeps, and the reasons why it or its bounds are undefined.
+    """Fraction of the teacher's gain that the student keeps, and the reason why it or its bounds are undefined.
 
     `(student - alone) / (teacher - alone)` in accuracy, `{value, ci95}`, and the same in log-loss under `log_loss`.
     Probabilities (K, N, C) of K trainings, whose scores are averaged; labels (N,). The interval over rows, or groups
-    (N,), is Fieller's (1954). It has no bounds where a gain of zero is within the teacher's interval, since any
-    fraction is then possible, nor for fewer than 10 rows or groups, nor where alone and teacher err on fewer than
-    `MIN_GAIN_ERRORS` rows. `value` is None where the teacher is not better than the network trained alone.
+    (N,), is Fieller's (1954). It has no bounds if the teacher's interval contains a gain of zero, since any fraction is
+    then possible, with fewer than 10 rows or groups, or if alone and teacher err on fewer than `MIN_GAIN_ERRORS` rows.
+    `value` is None if the teacher is not better than the network trained alone.
     """
     gains, reasons = {}, []
     correct = np.concatenate([row_scores(each, labels, "accuracy") for each in (alone, teacher)]).min(axis=0)

@@ -1,4 +1,4 @@
-"""What a student can gain: how far its teacher is ahead of the student's architecture alone, on out-of-sample rows."""
+"""The possible gain of a student: the teacher's advantage over the student's architecture on out-of-sample rows."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SPLITS = ("train", "val")
 
 
 def before_training(store: Store, student: Student, teacher: Teacher) -> dict[str, Any] | None:
-    """Log how far the teacher is ahead of a member of the student's architecture, and what makes distilling pointless.
+    """Log the teacher's advantage over a member of the student's architecture, and warn if distillation has no use.
 
-    Returns `{member, rows, accuracy, log_loss}` with the teacher's advantages and their intervals; None where there is
-    no such member, or no row out of sample for both.
+    Returns `{member, rows, accuracy, log_loss}` with the teacher's advantages and their intervals; None if there is no
+    such member, or no row out of sample for both.
     """
     members = teachers.members_of(store, teacher)
     _log_inputs(student, members)
@@ -64,17 +64,17 @@ def before_training(store: Store, student: Student, teacher: Teacher) -> dict[st
 
 
 def _log_inputs(student: Student, members: list[Member]) -> None:
-    """A student that reads images otherwise than the teacher's members is trained on the same views all the same."""
-    others = [
+    """Log members with other preprocessing than the student; they still receive the same views."""
+    differing_names = [
         member.name
         for member in members
         if member.source != IMPORTED and member.image_preprocessing != student.preprocessing
     ]
-    if others:
+    if differing_names:
         logger.info(
             "the student reads images otherwise (%s) than %s: each network is shown the same view by its own "
             "preprocessing",
-            *(student.preprocessing.describe(), ", ".join(others)),
+            *(student.preprocessing.describe(), ", ".join(differing_names)),
         )
 
 
@@ -83,7 +83,7 @@ def _is_alike(student: Student, member: Member) -> bool:
 
 
 def _member_alike(store: Store, student: Student, teacher: Teacher) -> Member | None:
-    """The trained member of the student's architecture, of the student's input size where there are several."""
+    """The trained member of the student's architecture; of several, the one with the student's input size."""
     alike = [
         member
         for member in store.catalog.members.values()
@@ -93,7 +93,7 @@ def _member_alike(store: Store, student: Student, teacher: Teacher) -> Member | 
 
 
 def _differences(store: Store, teacher: Teacher, member: Member) -> tuple[dict[str, Difference], int] | None:
-    """The teacher's advantages over a member and the number of rows; None without rows that both have out of sample.
+    """The teacher's advantages over a member and the number of rows; None without rows out of sample for both.
 
     Both are calibrated by a temperature fitted on these rows.
     """

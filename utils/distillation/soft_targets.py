@@ -1,4 +1,4 @@
-"""Stored targets: a teacher's log-probabilities in half precision, of all classes or of the most probable ones."""
+"""Stored targets: a teacher's log-probabilities in half precision, of all classes or only the most probable ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.numeric.metrics import SMALLEST_PROBABILITY, clipped_log, softmax
 
 logger = logging.getLogger("disease_pipeline")
 
-TOP_CLASSES = 32  # number of probabilities that are stored of a row where there are more than twice as many classes
+TOP_CLASSES = 32  # number of probabilities stored per row if there are more than twice as many classes
 REMEDY = "Remove it, then distill again"
 
 
@@ -24,18 +24,18 @@ class Targets:
     """A teacher's predictions of N images."""
 
     log_probabilities: np.ndarray
-    """float32 (N, C); NaN where there is no target."""
+    """float32 (N, C); NaN for images without a target."""
     embeddings: np.ndarray | None = None
-    """float32 (N, D), those of its networks one beside the other; None where they are not matched."""
+    """float32 (N, D), concatenated over its networks; None if embeddings are not matched."""
 
 
 def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
-    """Log-probabilities float32 of probabilities (..., C), which are clipped from below."""
+    """Log-probabilities, float32, of probabilities (..., C), clipped from below."""
     return clipped_log(probabilities).astype(np.float32)
 
 
 def pack(targets: np.ndarray) -> dict[str, np.ndarray]:
-    """Convert log-probabilities (K, N, C) of N images in K views to half precision; NaN where there is no target."""
+    """Convert log-probabilities (K, N, C) of N images in K views to half precision; NaN means no target."""
     classes = targets.shape[2]
     if classes <= 2 * TOP_CLASSES:
         return {"values": targets.astype(np.float16), "classes": np.array(classes)}
@@ -58,7 +58,7 @@ def unpack(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _normalised(values: np.ndarray) -> np.ndarray:
-    """Rows in half precision do not sum exactly to 1."""
+    """Renormalise rows, since probabilities in half precision do not sum exactly to 1."""
     has_target = ~np.isnan(values).any(axis=2)
     log_probs = np.full(values.shape, np.nan, dtype=np.float32)
     log_probs[has_target] = log_probabilities(softmax(values[has_target]))
@@ -66,7 +66,7 @@ def _normalised(values: np.ndarray) -> np.ndarray:
 
 
 def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of names, types, shapes and values of arrays."""
+    """SHA-256 of names, dtypes, shapes and values of arrays."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
@@ -80,7 +80,7 @@ def save(path: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """Read the packed targets of `key`; None where there are none, and with a warning where they have another key.
+    """Read the packed targets of `key`; None if there are none, or, with a warning, if they have another key.
 
     Raises UserError for a damaged file.
     """

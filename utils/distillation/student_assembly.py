@@ -1,4 +1,4 @@
-"""Builds one student: trains it and its control, once per seed, and writes what `distill` leaves of them."""
+"""Builds one student: trains it and its control once per seed, and writes the files of `distill`."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _probabilities(trainings: Sequence[TrainedPair]) -> dict[str, dict[str, np.n
 
 
 def _initial_weights(store: Store, student: Student) -> str:
-    """Where the initial weights come from: random, member, or the source of pretrained ones."""
+    """Origin of the initial weights: random, member, or the source of pretrained weights."""
     if student.pretrained is not None:
         return student.pretrained.source
     setting: str = store.config.distillation.initial_weights
@@ -181,9 +181,9 @@ def _add_member(
 def _build_ensemble(
     store: Store, student: Student, teacher: Teacher, derived: Member, digest: str, facts: Mapping[str, Any]
 ) -> None:
-    """Write the ensemble of the student's member alone; `facts` are recorded in its `ensemble.json`.
+    """Write the ensemble that consists of the student's member; `facts` are recorded in its `ensemble.json`.
 
-    Its out-of-sample rows are those of val. What the teacher was fitted or selected on counts for the student as well.
+    Its out-of-sample rows are those of val. Rows that the teacher was fitted or selected on count for the student too.
     """
     extraction.ensure(store, [derived], STREAMED_SPLITS)
     val_rows = fitting.out_of_sample_rows(store, [derived])
@@ -214,7 +214,7 @@ def _warn_of_size(store: Store, student: Student, teacher: Teacher, model: nn.Mo
 
 
 def _estimate(store: Store, model: nn.Module, images: ImageSplit, img_size: int) -> estimates.Estimate:
-    """Of all trainings, one after the other."""
+    """Estimate of all trainings, run one after the other."""
     settings = store.config.distillation
     return estimates.estimate_training(
         [_model_bytes(model)],

@@ -24,7 +24,7 @@ from utils.predictions.store import Store
 
 
 def distill(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
-    """Train the configured student with the configured teacher, by way of an assistant where one is configured.
+    """Train the configured student with the configured teacher, through an assistant if one is configured.
 
     The student is compared with the same network trained without a teacher. A student that is up to date is kept
     unless `force`; an interrupted training resumes. Raises UserError for an unknown student or teacher, for a workspace
@@ -37,7 +37,7 @@ def distill(config: Config, workspace: Workspace, *, force: bool = False) -> Res
         caches.remove_temporary_files(folder)
     outcome = builder_protocol.run(builders, session, force=force)
     for name, state in outcome.states.items():
-        if state == UP_TO_DATE:  # a training may have been interrupted right after its record was written
+        if state == UP_TO_DATE:  # the training may have been interrupted right after writing its record
             trained_pairs.remove_progress(folders[name])
     document = {
         "built": [name for name, state in outcome.states.items() if state == BUILT],
@@ -50,22 +50,22 @@ def distill(config: Config, workspace: Workspace, *, force: bool = False) -> Res
 
 
 def _chosen(feature_weight: Mapping[str, Any]) -> str:
-    """The weight that val chose, with the calibrated log-loss of the student of each weight."""
+    """The weight selected on val, with the calibrated log-loss of the student of each weight."""
     losses = ", ".join(f"{loss:.4f} with {weight}" for weight, loss in feature_weight["val_log_loss"].items())
     return f"{feature_weight['value']:g}, chosen on val: calibrated log-loss {losses}; val is not out of sample for it"
 
 
 def _verdict(store: Store) -> str | None:
-    """Of the configured student, which is the last one."""
+    """The verdict on the configured student, which is the last one."""
     name = student_plan.distillation_steps(store.config)[-1].student
     record = student_plan.read_student_record(store, students.resolve(store, name))
     return record["verdict"] if record else None
 
 
 class StudentBuilder(Builder):
-    """The configured student, after its assistant where one is configured.
+    """Builder of the configured student and, before it, of its assistant if one is configured.
 
-    With `resolves_best` the teacher `best` is resolved again, which may run networks; otherwise it is that of the last
+    With `resolves_best`, the teacher `best` is resolved again, which may run networks; otherwise it is that of the last
     build.
     """
 
@@ -75,7 +75,7 @@ class StudentBuilder(Builder):
         self.resolves_best = resolves_best
 
     def names(self, session: Session) -> list[str]:
-        """The students' ensembles, an assistant's first."""
+        """Names of the students' ensembles, the assistant's first."""
         return student_plan.names(session.config) if session.config.distillation.enable else []
 
     def check(self, session: Session) -> None:
@@ -92,12 +92,12 @@ class StudentBuilder(Builder):
         return student_plan.step_digest(session.store, step.student, self._teacher(session, step))
 
     def stale_reason(self, session: Session, name: str, record: Mapping[str, Any]) -> str | None:
-        """The reason why the student on disk is out of date; None where it is up to date."""
+        """The reason why the student on disk is out of date; None if it is up to date."""
         step = self._steps(session)[name]
         return student_plan.stale_reason(session.store, step.student, self._teacher(session, step))
 
     def build(self, session: Session, names: Sequence[str], *, force: bool) -> Build:
-        """Train the named students, and those after them whose teacher has changed by that."""
+        """Train the named students, and later students whose teacher changes as a result."""
         built: list[str] = []
         for name, step in self._steps(session).items():
             state = builder_protocol.state_of(session, name, self) if built else None
@@ -118,7 +118,7 @@ class StudentBuilder(Builder):
         """The ensemble, its teacher, targets and number of epochs, and the comparison with its controls on val."""
         student = students.resolve(session.store, self._steps(session)[name].student)
         record = student_plan.read_student_record(session.store, student)
-        assert record is not None  # it is built or up to date
+        assert record is not None  # the student has been built or is up to date
         targets = f"{record['targets']['kind']} ({record['targets']['rows']})"
         note = record.get("schedule_note")  # records of earlier versions have none
         weights = (record.get("feature_weight") or {}).get("val_log_loss")

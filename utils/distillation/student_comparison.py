@@ -1,4 +1,4 @@
-"""Predictions of a student's two controls on val and test, their costs, and the comparison with the student on val."""
+"""Predictions and costs of a student's two controls on val and test, and the comparison with the student on val."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def compare_on_val(
 ) -> str:
     """Write the predictions of the student and its controls; returns the verdict on val.
 
-    `trainings` {split: {student, alone: probabilities (K, N, C)}} are of K trainings each, for all images of val and
-    test; `costs` are those of `measure_costs`.
+    `trainings` is {split: {student, alone: probabilities (K, N, C)}} of K trainings each, for all images of val and
+    test; `costs` is the result of `measure_costs`.
     """
     predictions: dict[str, dict[str, np.ndarray]] = {}
     for split, of_split in trainings.items():
         images = store.images(split)
         try:
             rows, probabilities = teachers.predict_split(store, teacher, split)
-        except UserError as error:  # an imported member without that split
+        except UserError as error:  # an imported member without this split
             logger.warning("%s; %s has no controls on %s", error, student.ensemble, split)
             continue
         row_of = {sample_id: row for row, sample_id in enumerate(rows.sample_ids.tolist())}

@@ -17,7 +17,7 @@ from utils.distillation.teachers import METHOD, Teacher
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.store import Store
 
-VERSION = 3  # raised whenever the same request would give another student
+VERSION = 3  # incremented whenever the student for the same request changes
 CONFIG_KEY = "distillation"
 DIGEST_SETTINGS = (
     *("temperature", "alpha", "epochs", "lr", "batch_size", "targets", "views", "mix"),
@@ -35,7 +35,7 @@ class DistillationStep:
 
 
 def distillation_steps(config: Config) -> list[DistillationStep]:
-    """A teacher assistant bridges a large gap in size (Mirzadeh et al. 2020)."""
+    """The configured steps: the student, preceded by a teacher assistant if configured (Mirzadeh et al. 2020)."""
     settings = config.distillation
     if settings.assistant is None:
         return [DistillationStep(settings.student, settings.teacher)]
@@ -44,12 +44,12 @@ def distillation_steps(config: Config) -> list[DistillationStep]:
 
 
 def names(config: Config) -> list[str]:
-    """Ensembles that the command builds."""
+    """Names of the ensembles that the command builds."""
     return [students.ensemble_name(step.student) for step in distillation_steps(config)]
 
 
 def stale_reason(store: Store, name: str, teacher_name: str) -> str | None:
-    """Why the student `name` on disk is not what its teacher would give now; None where it is; needs no torch."""
+    """The reason why the student `name` on disk is out of date with its teacher; None if it is not; needs no torch."""
     student = students.resolve(store, name)
     record = read_student_record(store, student)
     if record is None:
@@ -64,14 +64,14 @@ def stale_reason(store: Store, name: str, teacher_name: str) -> str | None:
 
 
 def step_digest(store: Store, name: str, teacher_name: str) -> str:
-    """`inputs_digest` of a student and a teacher by their names. Raises UserError where the teacher cannot be used."""
+    """`inputs_digest` of a student and a teacher by their names. Raises UserError if the teacher cannot be used."""
     student = students.resolve(store, name)
     teacher = teachers.resolve(store, teacher_name, excluded_member=student.member)
     return inputs_digest(store, student, teacher, unlabeled.unlabeled_images(store))
 
 
 def read_student_record(store: Store, student: Student) -> dict[str, Any] | None:
-    """The record of the student's last build; None where there is none."""
+    """The record of the student's last build; None if there is none."""
     path = store.workspace.distillation(student.ensemble) / "record.json"
     record: dict[str, Any] | None = read_record(path, remedy=REMEDY)
     return record
@@ -93,7 +93,7 @@ def inputs_digest(store: Store, student: Student, teacher: Teacher, unlabeled_sp
 
 
 def is_up_to_date(store: Store, student: Student, record: Mapping[str, Any], digest: str) -> bool:
-    """Whether checkpoint, member, ensemble and controls are those of the record, and the record has this digest."""
+    """Whether the record has this digest, and checkpoint, member, ensemble and controls match the record."""
     derived = store.catalog.members.get(student.member)
     path = store.workspace.derived_checkpoint(student.name, students.ROLE)
     return (

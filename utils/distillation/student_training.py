@@ -1,11 +1,11 @@
-"""Training of a student, with a teacher or by labels alone.
+"""Training of a student, with a teacher or from labels only.
 
-Optimizer and schedule are the mounted base pipeline's. The labels' loss is the cross-entropy without label smoothing,
-with a teacher and without: smoothed labels would contradict the teacher's probabilities, and smoothing in one of two
-compared networks alone would decide their log-losses. A training runs to the end of its schedule and keeps
-the averaged weights after the last epoch; val rows are measured and decide nothing. Where embeddings are matched, a
-linear projector maps those of the student to those of the teacher; it is trained with the student and then dropped. An
-interrupted training resumes at its last saved epoch and ends with equal weights on the CPU.
+Optimizer and schedule are the mounted base pipeline's. The label loss is cross-entropy without label smoothing, with
+and without a teacher: smoothed labels would contradict the teacher's probabilities, and smoothing only one of two
+compared networks would dominate the difference of their log-losses. A training runs to the end of its schedule and
+keeps the averaged weights after the last epoch; the val split is scored, but not used for selection. If embeddings are
+matched, a linear projector maps those of the student to those of the teacher; it is trained with the student and then
+discarded. An interrupted training resumes at its last saved epoch and, on the CPU, ends with equal weights.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from utils.training.progress import TrainingProgress, copied_weights, schedule_s
 
 logger = logging.getLogger("disease_pipeline")
 
-AVERAGED_EPOCHS = 2.0  # over which the moving average of the weights extends
-MAX_DECAY, MIN_DECAY = 0.9998, 0.9  # of the moving average
-RISEN = 0.1  # a val log-loss that ends by more than this fraction above its lowest value is logged
+AVERAGED_EPOCHS = 2.0  # time constant of the moving average of the weights, in epochs
+MAX_DECAY, MIN_DECAY = 0.9998, 0.9  # bounds of the decay of the moving average
+RISEN = 0.1  # a final val log-loss above its minimum by more than this fraction is logged
 LOGGED_SECONDS = 20.0  # an epoch of at least this duration is logged at level INFO
 
 EpochTargets = Callable[[int], Targets]
@@ -52,20 +52,20 @@ class StudentTrainingSettings:
     """Hyperparameters of a student's training."""
 
     backbone: str
-    """Selects rates and schedule of the base pipeline."""
+    """Name that selects rates and schedule of the base pipeline."""
     epochs: int
     lr: float
     temperature: float
     alpha: float
-    """Weight of the distillation loss; 0 trains by labels alone."""
+    """Weight of the distillation loss; 0 trains from labels only."""
     seed: int
     feature_weight: float = 0.0
-    """Weight of the matching of embeddings; 0 matches none."""
+    """Weight of the embedding matching loss; 0 disables it."""
 
 
 @dataclass
 class StudentTrainingResult:
-    """The averaged weights after the last epoch."""
+    """The result of a training, with the averaged weights after the last epoch."""
 
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
@@ -84,10 +84,10 @@ def train(
     device: str,
     progress: TrainingProgress | None = None,
 ) -> StudentTrainingResult:
-    """Train `model` in place; `epoch_targets` None trains by labels alone.
+    """Train `model` in place; with `epoch_targets` None, from labels only.
 
-    A training that resumes has as many threads as when it began. Raises UserError when the loss is not finite, and
-    where embeddings are to be matched and the network has none.
+    A resumed training uses the number of threads that it started with. Raises UserError if the loss is not finite, and
+    if embeddings should be matched but the network has none.
     """
     rule = base_back.load_bundled("threads")
     saved = progress.load() if progress is not None else None
@@ -110,14 +110,14 @@ def _train(
     saved: Mapping[str, Any] | None,
     threads: int | None,
 ) -> StudentTrainingResult:
-    """`train` with the number of threads set, from the state `saved` where there is one."""
+    """`train` with the number of threads set, resuming from the state `saved` if there is one."""
     training = base_back.load("training")
     layout = base_back.load_bundled("memory_layout").memory_format(model, is_trained=True)
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = training.create_optimized_optimizer(model, settings.lr, settings.backbone)
     matching = None
     if epoch_targets is not None and settings.feature_weight > 0:
-        epoch_targets = lru_cache(maxsize=1)(epoch_targets)  # the first ones tell the width as well
+        epoch_targets = lru_cache(maxsize=1)(epoch_targets)  # those of epoch 0 also determine the width
         width = saved["projector"]["weight"].shape[0] if saved is not None else _width(epoch_targets(0))
         matching = _EmbeddingMatching.of(model, validation_set, settings.backbone, width, device)
         optimizer.add_param_group({"params": list(matching.projector.parameters())})
@@ -131,8 +131,8 @@ def _train(
         history = saved["history"]
         logger.info("%s: resumed at epoch %d of %d", progress.path.stem, len(history) + 1, settings.epochs)
     labels = validation_set.images.labels
-    what = f"{settings.backbone}{'' if epoch_targets else ' without a teacher'}"
-    with progress_bar((settings.epochs - len(history)) * steps, what, unit="batch") as advance:
+    description = f"{settings.backbone}{'' if epoch_targets else ' without a teacher'}"
+    with progress_bar((settings.epochs - len(history)) * steps, description, unit="batch") as advance:
         for epoch in range(len(history), settings.epochs):
             start = time.monotonic()
             loss = run.epoch(batch_schedule, epoch, epoch_targets(epoch) if epoch_targets else None, advance)
@@ -147,7 +147,7 @@ def _train(
             logger.log(
                 logging.INFO if seconds >= LOGGED_SECONDS else logging.DEBUG,
                 "%s epoch %d/%d: train loss %.4f, val log-loss %.4f accuracy %.4f, %.1f s; at most %.0f min left",
-                *(what, epoch + 1, settings.epochs, loss, row["val_log_loss"], row["val_accuracy"], seconds),
+                *(description, epoch + 1, settings.epochs, loss, row["val_log_loss"], row["val_accuracy"], seconds),
                 seconds * (settings.epochs - epoch - 1) / 60,
             )
             if progress and (progress.is_due() or epoch + 1 == settings.epochs):
@@ -169,7 +169,7 @@ def _log_risen_loss(settings: StudentTrainingSettings, history: list[dict[str, f
 def predict_logits(
     model: nn.Module, image_source: ImageSource, device: str, weights: Mapping[str, Tensor] | None = None
 ) -> np.ndarray:
-    """Logits float32 (N, C) of images with the evaluation transform; `weights` replace those of the model."""
+    """Logits, float32 (N, C), of images with the evaluation transform; `weights` replace those of the model."""
     model.to(device).eval()
     batches = []
     replaced = {name: tensor.to(device) for name, tensor in (weights or {}).items()}
@@ -183,7 +183,7 @@ def predict_logits(
 
 def _width(targets: Targets) -> int:
     """Number of dimensions of the teacher's embeddings."""
-    assert targets.embeddings is not None  # requested together with the weight of their matching
+    assert targets.embeddings is not None  # requested whenever embeddings are matched
     return int(targets.embeddings.shape[1])
 
 
@@ -196,7 +196,7 @@ class _EmbeddingMatching:
 
     @classmethod
     def of(cls, model: nn.Module, image_source: ImageSource, name: str, width: int, device: str) -> _EmbeddingMatching:
-        """With a map to `width` dimensions that is 0 at first. Raises UserError for a network without embeddings."""
+        """Create it with a zero-initialised map to `width` dimensions. Raises UserError without embeddings."""
         extractor = EmbeddingExtractor(model, name, checks=False)
         _, images = next(iter(image_source.evaluation_batches(image_source.preprocessing)))
         model.eval()
@@ -223,7 +223,7 @@ class _StudentTraining:
     device: str
     matching: _EmbeddingMatching | None
     layout: torch.memory_format
-    """Of the network and of its images"""
+    """Memory format of the network and of its images"""
 
     def __post_init__(self) -> None:
         self.on_cuda = torch.device(self.device).type == "cuda"
@@ -236,17 +236,17 @@ class _StudentTraining:
         targets: Targets | None,
         advance: Callable[[int], object] = lambda count: None,
     ) -> float:
-        """One pass over the images; returns the mean loss per image. Without `targets` it trains by labels alone.
+        """Train one epoch; returns the mean loss per image. Without `targets`, train from labels only.
 
-        `advance` is told each batch.
+        `advance(1)` is called after each batch.
         """
-        # Random numbers of the network follow from the epoch, so that no generator state has to be saved.
+        # Random numbers of the network are seeded by the epoch, so that no generator state has to be saved.
         torch.manual_seed(derived_seed(self.settings.seed, "epoch", epoch))
         self.model.train()
         source = batch_schedule.image_source
         labels = torch.from_numpy(source.images.labels)
-        nowhere = np.zeros((len(source), len(source.images.classes)))
-        teacher = torch.as_tensor(nowhere if targets is None else targets.log_probabilities, dtype=torch.float32)
+        no_targets = np.zeros((len(source), len(source.images.classes)))
+        teacher = torch.as_tensor(no_targets if targets is None else targets.log_probabilities, dtype=torch.float32)
         embeddings = None
         if targets is not None and targets.embeddings is not None and self.matching is not None:
             embeddings = torch.from_numpy(standardised(targets.embeddings))
@@ -260,7 +260,7 @@ class _StudentTraining:
             if batch.mixing is not None and batch_schedule.mixes_targets:
                 batch_targets = batch.mixing.log_probabilities(batch_targets)
                 distilled = distilled & distilled[batch.mixing.partner]
-            if batch.mixing is not None:  # an unlabeled partner leaves no label for the mixed image
+            if batch.mixing is not None:  # an image mixed with an unlabeled one has no label
                 labelled = labelled & labelled[batch.mixing.partner]
             with torch.autocast("cuda") if self.on_cuda else nullcontext():
                 logits, projected = self._forward(self._placed(images))
@@ -278,7 +278,7 @@ class _StudentTraining:
             if projected is not None and embeddings is not None:
                 matched = embeddings[batch.rows].to(self.device)
                 loss = loss + self.settings.feature_weight * embedding_loss(projected.float(), matched)
-            value = loss.item()  # once: on a GPU each look at a value waits for it
+            value = loss.item()  # only once per batch, since it synchronises with the GPU
             if not math.isfinite(value):
                 raise UserError(
                     f"distillation: the loss became {value} in epoch {epoch + 1}; set a lower rate: "
@@ -290,12 +290,12 @@ class _StudentTraining:
         return total / count
 
     def _placed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) on the device; from pinned memory a GPU copies them beside its computations."""
+        """Move images (B, 3, H, W) to the device; a GPU copies from pinned memory during its computations."""
         images = images.pin_memory() if self.on_cuda else images
         return images.to(self.device, non_blocking=True, memory_format=self.layout)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, C), and the projected embeddings (B, D) where they are matched."""
+        """Logits (B, C), and the projected embeddings (B, D) if they are matched."""
         if self.matching is not None:
             logits, embeddings = self.matching.extractor(images)
             return logits, self.matching.projector(embeddings)
@@ -311,7 +311,7 @@ class _StudentTraining:
         self.average.update()
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next epoch needs, for `restore`."""
+        """The state that the next epoch depends on, for `restore`."""
         return {
             "weights": copied_weights(self.model.state_dict()),
             "average": copied_weights(self.average.weights),

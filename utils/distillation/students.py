@@ -27,7 +27,7 @@ logger = logging.getLogger("disease_pipeline")
 
 CONFIG_KEY = "distillation.student"
 ROLE = "distilled"
-SHORT_NAMES = {"MobileOne": "mobile"}  # as the specification prints it
+SHORT_NAMES = {"MobileOne": "mobile"}  # the name in the specification
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class Student:
     """A network that is trained with a teacher."""
 
     name: str
-    """As in the configuration: a backbone of BASE-BACK or a model of timm."""
+    """Name in the configuration: a backbone of BASE-BACK or a timm model."""
     architecture: str
-    """As in the catalog."""
+    """Architecture in the catalog's notation."""
     size: str
     preprocessing: Preprocessing
     reference: Member | None
-    """The trained member whose size, preprocessing and augmentation it takes; None: those of the settings."""
+    """The trained member whose size, preprocessing and augmentation it uses; None: those of the settings."""
     pretrained: PretrainedWeights | None = None
-    """The weights that its training starts from, whose preprocessing it has; None for random ones or a member's."""
+    """Its pretrained initial weights, whose preprocessing it uses; None for random weights or a member's."""
 
     @property
     def img_size(self) -> int:
-        """Side of the square input in px."""
+        """Side length of the square input in px."""
         return self.preprocessing.input_size
 
     @property
@@ -61,12 +61,12 @@ class Student:
         return ensemble_name(self.name)
 
     def identity(self) -> list[Any]:
-        """The part of it that decides the weights, JSON-ready."""
+        """The part of it that determines the weights, JSON-ready."""
         identity = [self.architecture, self.size, self.img_size, self.reference.digest if self.reference else None]
         return identity + ([self.pretrained.sha256] if self.pretrained else [])
 
     def network_spec(self, store: Store) -> NetworkSpec:
-        """How to construct the network."""
+        """The specification of the network."""
         options: dict[str, Any] = {"source": "timm"} if self.architecture.startswith(TIMM) else {}
         path = store.workspace.derived_checkpoint(self.name, ROLE)
         name = self.architecture.removeprefix(TIMM)
@@ -74,9 +74,9 @@ class Student:
 
 
 def ensemble_name(student: str) -> str:
-    """`distilled_mobile` for CustomMobileOne, `distilled_convnext` for CustomConvNeXt; names of timm do not change.
+    """`distilled_mobile` for CustomMobileOne, `distilled_convnext` for CustomConvNeXt; timm's names are kept.
 
-    The prefix `timm:` is left out.
+    The prefix `timm:` is omitted.
     """
     student = student.removeprefix(TIMM)
     if not student.startswith("Custom"):
@@ -86,11 +86,11 @@ def ensemble_name(student: str) -> str:
 
 
 def resolve(store: Store, name: str) -> Student:
-    """The student of a name, with the preprocessing of its backbone's member, else of most members.
+    """The student with this name, with the preprocessing of its backbone's member, else that of most members.
 
     A name that BASE-BACK does not have is assumed to be timm's, with or without its prefix; `require_architecture`
-    checks it. A network of timm that starts from pretrained weights has their preprocessing, at an input size that
-    suits the images. Only to find those needs torch.
+    checks it. A timm network with pretrained initial weights has their preprocessing, at an input size that suits the
+    images. Only the search for pretrained weights needs torch.
     """
     settings = base_back.settings()
     name = name.removeprefix(TIMM)
@@ -109,13 +109,13 @@ def resolve(store: Store, name: str) -> Student:
 
 
 def _same_architecture(trained: list[Member], name: str) -> Member | None:
-    """The trained member of that name, else the first by name with that architecture."""
+    """The trained member of this name, else the first by name with this architecture."""
     members = [member for member in trained if name in (member.name, member.architecture.removeprefix(TIMM))]
     return min(members, key=lambda member: (member.name != name, member.name), default=None)
 
 
 def require_architecture(name: str) -> None:
-    """Raise UserError for a name that neither BASE-BACK nor timm has."""
+    """Raise UserError for a name unknown to BASE-BACK and timm."""
     name = name.removeprefix(TIMM)
     if name in _backbones():
         return
@@ -135,22 +135,24 @@ def _backbones() -> list[str]:
 
 
 def _most_common(trained: list[Member]) -> Member | None:
-    """The first member by name with the most frequent size and image size; those of timm only where no other is."""
+    """The first member by name with the most frequent size and image size; timm members only if there is no other."""
     members = [member for member in trained if not member.architecture.startswith(TIMM)] or trained
     if not members:
         return None
-    most = Counter((member.size, member.img_size) for member in members).most_common(1)[0][0]
+    most_common_sizes = Counter((member.size, member.img_size) for member in members).most_common(1)[0][0]
     return next(
-        member for member in sorted(members, key=lambda member: member.name) if (member.size, member.img_size) == most
+        member
+        for member in sorted(members, key=lambda member: member.name)
+        if (member.size, member.img_size) == most_common_sizes
     )
 
 
 def training_facts(store: Store, student: Student) -> dict[str, str]:
-    """What the checkpoint of the reference member records of augmentation and split."""
+    """The entries on augmentation and split in the checkpoint of the reference member."""
     if student.reference is None:
         return {}
     facts = checkpoints.training_metadata(store.workspace.base / student.reference.checkpoints[0]["path"])
-    facts.pop("base_back", None)  # the student belongs to the BASE-BACK that is mounted now
+    facts.pop("base_back", None)  # the student belongs to the currently mounted BASE-BACK
     return facts
 
 
@@ -160,7 +162,7 @@ def initial_network(
     """The network with its initial weights: random ones of `seed` (default: the configuration's), pretrained ones with
     a new head, or those of the member among the teacher's `members` that has the same architecture.
 
-    Raises UserError where it cannot be constructed, or there is no such member.
+    Raises UserError if it cannot be constructed, or there is no such member.
     """
     import torch
 
@@ -179,7 +181,7 @@ def initial_network(
 
 
 def initial_member(student: Student, members: Sequence[Member], classes: Sequence[str]) -> Member:
-    """The member of the teacher that a student starts from. Raises UserError where none has its architecture."""
+    """The teacher's member with the student's initial weights. Raises UserError if none has its architecture."""
     for member in members:
         shape = (member.architecture, member.size, member.img_size)
         is_alike = shape == (student.architecture, student.size, student.img_size)

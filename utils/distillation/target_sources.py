@@ -1,4 +1,4 @@
-"""The targets of a student: out-of-fold predictions, the views of each epoch, or recurring views.
+"""The targets of a student: out-of-fold predictions, or predictions of the views of each epoch or of recurring views.
 
 Targets are computed in advance and stored, except those of `consistent`, which the teacher predicts for the views of
 each epoch.
@@ -37,13 +37,13 @@ logger = logging.getLogger("disease_pipeline")
 
 CONFIG_KEY = "distillation.targets"
 EXPENSIVE_PASS = 0.2
-"""Of the student's training time: the cost of one pass of the teacher from which on `auto` logs it."""
+"""Fraction of the student's training time above which `auto` logs the cost of a teacher's pass."""
 MAX_RECURRENCES = 4
-"""Epochs that a recurring view is shown in before a warning; with 5 and with 40 students were worse than the network
-alone (benchmarks/distillation.py)."""
+"""Largest number of epochs per recurring view without a warning; with 5 and with 40, students were worse than the
+network alone (benchmarks/distillation.py)."""
 OOF, CONSISTENT, VIEWS = "oof", "consistent", "views"
 ROWS = {OOF: "oof", CONSISTENT: "in_sample", VIEWS: "in_sample"}
-"""By kind of targets: whether the teacher's predictions of train rows are out-of-fold or in-sample."""
+"""Kind of targets -> whether the teacher's predictions of train rows are out-of-fold or in-sample."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class StudentTargets:
 
     kind: str
     batch_schedule: BatchSchedule
-    """Of the first seed."""
+    """Batch schedule of the first seed."""
     predict: Callable[[BatchSchedule, int], Targets]
-    """Batch schedule, epoch -> the teacher's predictions for the views of that epoch."""
+    """(batch schedule, epoch) -> the teacher's predictions for the views of that epoch."""
     digest: str | None
-    """Of the stored targets; None where the teacher predicts in every epoch."""
+    """Digest of the stored targets; None if the teacher predicts in every epoch."""
 
     def of_seed(self, seed: int) -> tuple[BatchSchedule, EpochTargets]:
         """Batches of a seed and the teacher's predictions for them; recurring views are those of the first seed."""
@@ -67,14 +67,13 @@ class StudentTargets:
 
 
 def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tuple[int, int]) -> tuple[str, np.ndarray]:
-    """The kind of targets, and the cross-fitted log-probabilities (N, C) of the train rows, NaN where there are none.
+    """The kind of targets, and the cross-fitted log-probabilities (N, C) of the train rows, NaN for rows without them.
 
-    `student` is (bytes of its weights, input size in px). `auto` resolves to `oof` where the teacher has members
-    without a network, else to `consistent` (function matching, Beyer et al. 2022), and logs the cost of an expensive
-    teacher.
+    `student` is (bytes of its weights, input size in px). `auto` resolves to `oof` if the teacher has members without a
+    network, else to `consistent` (function matching, Beyer et al. 2022), and logs the cost of an expensive teacher.
 
-    Raises LeakageError where `oof` is configured and there is no cross-fitted prediction, and UserError where the kind
-    needs a network that the teacher does not have.
+    Raises LeakageError if `oof` is configured and there is no cross-fitted prediction, and UserError if the kind needs
+    a network that the teacher does not have.
     """
     kind: str = store.config.distillation.targets
     without_network = teachers.members_without_network(store, teacher)
@@ -108,7 +107,7 @@ def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tup
 
 
 def _log_cost(store: Store, teacher: Teacher, student: tuple[int, int]) -> None:
-    """Log what the passes of an expensive teacher cost; sizes alone decide, so that it is repeatable."""
+    """Log the cost of the passes of an expensive teacher, estimated from sizes only, so that it is reproducible."""
     settings = store.config.distillation
     fraction = estimates.pass_fraction(teachers.network_sizes(store, teacher), student, epochs=settings.epochs)
     if fraction > EXPENSIVE_PASS:
@@ -121,9 +120,9 @@ def _log_cost(store: Store, teacher: Teacher, student: tuple[int, int]) -> None:
 
 
 def mixing_of(config: Config, kind: str) -> str:
-    """How images are mixed with a kind of targets; `auto` is both mixup and CutMix, and none with `oof`.
+    """The kind of mixing for a kind of targets; `auto` is both mixup and CutMix, but none with `oof`.
 
-    Cross-fitted targets belong to the evaluation view of an image, and mixing is an augmentation.
+    Cross-fitted targets apply to the evaluation view of an image, and mixing is an augmentation.
     """
     mix: str = config.distillation.mix
     if mix != "auto":
@@ -132,7 +131,7 @@ def mixing_of(config: Config, kind: str) -> str:
 
 
 def recurrence_note(epochs: int, views: int) -> str | None:
-    """A warning where few views of each image recur over many epochs; None where they do not."""
+    """A warning if few views of each image recur over many epochs, else None."""
     if epochs <= MAX_RECURRENCES * views:
         return None
     return (
@@ -214,7 +213,7 @@ def prepare(
 
 
 def _oof_targets(store: Store, teacher: Teacher, image_source: ImageSource, crossfit: np.ndarray) -> np.ndarray:
-    """Cross-fitted log-probabilities of the train images, then predictions of the unlabeled ones, (N, C)."""
+    """Cross-fitted log-probabilities of the train images, followed by predictions of the unlabeled ones, (N, C)."""
     n_train, n_unlabeled = len(crossfit), len(image_source) - len(crossfit)
     if not n_unlabeled:
         return crossfit
@@ -228,11 +227,11 @@ def _oof_targets(store: Store, teacher: Teacher, image_source: ImageSource, cros
 
 
 def unaugmented_frequency(image_source: ImageSource, kind: str, has_target: np.ndarray, alpha: float) -> np.ndarray:
-    """How often each image is loaded with the evaluation transform, unicode (N,): never, half, always.
+    """How often each image is loaded with the evaluation transform, unicode (N,): never, half or always.
 
-    Cross-fitted targets belong to that view, labels to any view. Half of each batch is loaded so and enters the
-    distillation loss, the other half enters the label loss, so that an epoch costs as much as one of plain training.
-    `has_target` (n,) is of the train images, which come first.
+    Cross-fitted targets apply only to that view, labels to any view. Half of each batch is loaded with it and enters
+    the distillation loss, the other half enters the label loss, so that an epoch costs as much as without a teacher.
+    `has_target` (n,) is about the train images, which come first.
     """
     frequency = np.full(len(image_source), NEVER, dtype="<U6")
     if kind != OOF or image_source.augmentation == NO_AUGMENTATION or alpha == 0:
@@ -243,7 +242,7 @@ def unaugmented_frequency(image_source: ImageSource, kind: str, has_target: np.n
 
 
 def views_digest(batch_schedule: BatchSchedule) -> str | None:
-    """Digest of the recurring views, which are drawn again from their seed; None where there are none."""
+    """Digest of the recurring views, which are sampled again from their seed; None if there are none."""
     if not batch_schedule.n_views:
         return None
     views = batch_schedule.recurring_views()
@@ -265,7 +264,7 @@ def all_views(
 
 
 def _predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epoch: int) -> Targets:
-    """The teacher's predictions for the views that the student is trained on in an epoch (Beyer et al. 2022)."""
+    """The teacher's predictions for the student's training views in an epoch (Beyer et al. 2022)."""
 
     def batches(preprocessing: Preprocessing) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for batch, images in batch_schedule.loader(epoch, preprocessing):

@@ -39,14 +39,14 @@ METHOD = "distilled"
 CONFIG_KEY = "distillation.teacher"
 
 ViewBatches = Callable[[Preprocessing], Iterable[tuple["Tensor", "Tensor"]]]
-"""Preprocessing -> batches of (indices int64 (B,), images float32 (B, 3, S, S)); the same views by any preprocessing.
+"""Preprocessing -> batches of (indices int64 (B,), images float32 (B, 3, S, S)); the same views for any preprocessing.
 
-Each member is shown the view at its own size, with its own interpolation, mean and deviation (see `ImageSource`)."""
+Each member receives the views at its own size, with its own interpolation, mean and deviation (see `ImageSource`)."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A saved ensemble, or a single member as an ensemble of itself."""
+    """A saved ensemble, or a single member wrapped as an ensemble."""
 
     name: str
     ensemble: Ensemble
@@ -54,12 +54,12 @@ class Teacher:
 
     @property
     def reads_embeddings(self) -> bool:
-        """Whether its combiner needs the members' embeddings beside their logits."""
+        """Whether its combiner needs the members' embeddings in addition to their logits."""
         return bool(getattr(self.ensemble.combiner, "reads_embeddings", False))
 
 
 def resolve(store: Store, name: str, *, excluded_member: str) -> Teacher:
-    """The teacher of a name: `best`, an ensemble with or without its suffix, or a member.
+    """The teacher with this name: `best`, an ensemble with or without its suffix, or a member.
 
     `excluded_member` is the student's own member, which no teacher may contain.
 
@@ -86,7 +86,7 @@ def resolve(store: Store, name: str, *, excluded_member: str) -> Teacher:
 
 
 def _recommended(store: Store, excluded_member: str) -> str:
-    """The ensemble or member that `evaluate` recommends, students left out."""
+    """The ensemble or member that `evaluate` recommends, excluding students."""
     selected = member_selection.select(store.catalog, store.config)
     members = {member.name: member for member in selected if member.name != excluded_member}
     extraction.ensure(store, list(members.values()), ("val",))
@@ -99,7 +99,7 @@ def _single_member(store: Store, member: Member) -> Ensemble:
     if not member.usable:
         raise UserError(f"{CONFIG_KEY} {member.name}: this member is not usable; discover reports why")
     oof = member.oof["sha256"] if member.oof else None
-    stated = training_data.stated(store.catalog, [member.name])
+    statements = training_data.stated(store.catalog, [member.name])
     return Ensemble(
         name=member.name,
         method="soft_voting",
@@ -108,10 +108,10 @@ def _single_member(store: Store, member: Member) -> Ensemble:
         classes=store.catalog.classes,
         combiner=SoftVoting(),
         provenance=ensembles.network_provenance(store, [member]),
-        inputs_digest=digest_of([member.digest, oof, *([stated] if stated else [])]),
+        inputs_digest=digest_of([member.digest, oof, *([statements] if statements else [])]),
         member_digests={member.name: member.digest},
         seed=store.config.seed,
-        training_data=stated,
+        training_data=statements,
     )
 
 
@@ -146,12 +146,12 @@ def inputs_digest(store: Store, teacher: Teacher) -> str:
 
 
 def members_without_network(store: Store, teacher: Teacher) -> list[str]:
-    """Members with imported predictions alone, which cannot predict other images."""
+    """Members with imported predictions only, which cannot predict other images."""
     return [member.name for member in members_of(store, teacher) if member.source == IMPORTED]
 
 
 def size_mb(store: Store, teacher: Teacher) -> float | None:
-    """Size of the networks that predict, in 10^6 bytes; None where a member has imported predictions alone."""
+    """Size of the networks that predict, in 10^6 bytes; None if a member has imported predictions only."""
     if members_without_network(store, teacher):
         return None
     return sum(n_bytes for n_bytes, _ in network_sizes(store, teacher)) / 1e6
@@ -171,7 +171,7 @@ def network_sizes(store: Store, teacher: Teacher) -> list[tuple[int, int]]:
 
 
 def crossfit_log_probabilities(store: Store, teacher: Teacher, split: str, sample_ids: Sequence[str]) -> np.ndarray:
-    """Cross-fitted log-probabilities float32 (N, C) of rows of a split; NaN where there are none."""
+    """Cross-fitted log-probabilities, float32 (N, C), of rows of a split; NaN for rows without them."""
     log_probs = np.full((len(sample_ids), len(store.catalog.classes)), np.nan, dtype=np.float32)
     if teacher.is_member:
         parts = store.out_of_sample_parts(members_of(store, teacher))[teacher.name]
@@ -195,7 +195,7 @@ def crossfit_log_probabilities(store: Store, teacher: Teacher, split: str, sampl
 
 
 def predict_split(store: Store, teacher: Teacher, split: str) -> tuple[Rows, np.ndarray]:
-    """Its members' rows of a split, and its probabilities (N, C) on them, as at inference."""
+    """Its members' rows of a split, and its probabilities (N, C) on them, computed as at inference."""
     members, inference = members_of(store, teacher), teacher.ensemble.inference
     fold_networks.ensure(store, members, (split,), inference)
     rows = fold_networks.aligned(store, members, split, inference, embeddings=teacher.reads_embeddings)
@@ -205,9 +205,9 @@ def predict_split(store: Store, teacher: Teacher, split: str) -> tuple[Rows, np.
 def predict_views(
     store: Store, teacher: Teacher, count: int, batches: ViewBatches, *, embeddings: bool = False
 ) -> Targets:
-    """Predictions of `count` augmented images, with the members' `embeddings` too; one network is in memory at a time.
+    """Predictions of `count` augmented images, optionally with embeddings; one network is in memory at a time.
 
-    Raises UserError where embeddings are requested and no member has any.
+    Raises UserError if embeddings are requested and no member has any.
     """
     reads_embeddings = embeddings or teacher.reads_embeddings
     ensemble, classes = teacher.ensemble, store.catalog.classes
@@ -272,7 +272,7 @@ def _run(
     try:
         outputs = EmbeddingExtractor(model, str(spec.checkpoint))
         for indices, images in batches(spec.preprocessing):
-            # Around the network alone: no gradient may flow through images made in inference mode.
+            # Only around the network: images created in inference mode could not be used for training.
             precision = torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else nullcontext()
             with torch.inference_mode(), rule.intra_op_threads(n_threads), precision:
                 device_images = images.to(device=device, memory_format=layout)

@@ -1,4 +1,4 @@
-"""Trains a student and its control of each seed, and lets val choose whether the teacher's embeddings are matched."""
+"""Trains a student and its control for each seed, and selects on val whether the teacher's embeddings are matched."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = logging.getLogger("disease_pipeline")
 
 AUTO = "auto"
 FEATURE_WEIGHTS = (0.0, 1.0)
-"""Weights of which `feature_weight: auto` takes one."""
+"""Candidate weights of `feature_weight: auto`."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class StudentImages:
     store: Store
     student: Student
     facts: Mapping[str, str]
-    """What the checkpoint of the student's reference member records of its training."""
+    """Training metadata of the checkpoint of the student's reference member."""
     device: str
     threads: int
 
     def source(self, images: ImageSplit) -> ImageSource:
-        """Images by the student's preprocessing, with its augmentation."""
+        """Images with the student's preprocessing and augmentation."""
         from utils.training.image_source import ImageSource, augmentation_kind
 
         augmentation, cache = augmentation_kind(self.facts), self.store.workspace.image_cache
         return ImageSource(images, self.student.preprocessing, augmentation, image_cache=cache, threads=self.threads)
 
     def decode(self, teacher: Teacher, images: ImageSplit) -> None:
-        """Decode every image once, by the rule of every network that reads it."""
+        """Decode every image once, with the resize rules of all networks that read it."""
         networks = [member for member in teachers.members_of(self.store, teacher) if member.source != IMPORTED]
         preprocessings = [self.student.preprocessing, *(member.image_preprocessing for member in networks)]
         splits = [images, *(self.store.images(split) for split in STREAMED_SPLITS)]
@@ -72,7 +72,7 @@ class TrainedPair:
     student: StudentTrainingResult
     alone: StudentTrainingResult
     probabilities: Mapping[str, Mapping[str, np.ndarray]]
-    """{student, alone: {split: probabilities (N, C)}} of val and test."""
+    """{student, alone: {split: probabilities (N, C)}} for val and test."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class PairTraining:
     images: StudentImages
     targets: StudentTargets
     members: Sequence[Member]
-    """Of the teacher."""
+    """Members of the teacher."""
     key: Sequence[str]
-    """What a progress file must have been written under."""
+    """Key that a progress file must have been written with."""
 
     def chosen_feature_weight(self) -> tuple[float, dict[str, float] | None]:
-        """The configured weight; for `auto` that of the student of lowest calibrated log-loss on val, with all of them.
+        """The configured weight; for `auto`, that of lowest calibrated log-loss on val, with {weight: log-loss}.
 
-        The students of the first seed are trained with every weight.
+        With `auto`, a student of the first seed is trained with every weight.
         """
         configured = self.images.store.config.distillation.feature_weight
         if configured != AUTO:
@@ -106,10 +106,10 @@ class PairTraining:
         return best, {f"{weight:g}": loss for weight, loss in losses.items()}
 
     def train(self, number: int, feature_weight: float) -> TrainedPair:
-        """Train the student and its control of one seed, or read what is trained already.
+        """Train the student and its control of one seed, or read the results of an earlier run.
 
-        The control is the same network with the same initial weights, trained without a teacher for as many images with
-        the same augmentation, mixing and loss of labels.
+        The control is the same network with the same initial weights, trained without a teacher on the same number of
+        images with the same augmentation, mixing and label loss.
         """
         student, student_probabilities = self._student(number, feature_weight)
         alone, alone_probabilities = self._alone(number)

@@ -1,4 +1,4 @@
-"""Unlabeled images: a folder of any depth, on which a student learns from its teacher alone."""
+"""Unlabeled images: a folder of any depth, on which a student learns only from its teacher."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from utils.predictions.store import Store
 logger = logging.getLogger("disease_pipeline")
 
 CONFIG_KEY = "distillation.unlabeled_dir"
-ID_PREFIX = "unlabeled:"  # keeps their ids apart from those of the splits
+ID_PREFIX = "unlabeled:"  # distinguishes their ids from those of the splits
 
 
 def unlabeled_images(store: Store) -> ImageSplit | None:
-    """The images of the configured folder, sorted by path; None where none is configured.
+    """The images of the configured folder, sorted by path; None if none is configured.
 
-    Duplicates and images that are also in train or val are left out with a warning, since val must remain unseen.
+    Duplicates and images that are also in train or val are omitted with a warning, since val must remain unseen.
 
-    Raises UserError for a folder that is missing, holds no image, or holds an image of the test split, by content.
+    Raises UserError for a folder that is missing, has no image, or has an image with the content of a test image.
     """
     configured = store.config.distillation.unlabeled_dir
     if configured is None:
@@ -74,7 +74,7 @@ def unlabeled_images(store: Store) -> ImageSplit | None:
 
 
 def append_unlabeled(train: ImageSplit, unlabeled: ImageSplit | None) -> ImageSplit:
-    """The train images, then the unlabeled ones."""
+    """The train images followed by the unlabeled ones."""
     if unlabeled is None:
         return train
     return replace(

@@ -1,7 +1,7 @@
-"""Whether a student differs from the same network trained without a teacher, and the sentences that say so.
+"""Tests whether a student differs from the same network trained without a teacher, and words the result.
 
-A comparison of one training per arm is about these two networks: its intervals are over the rows. With several seeds
-per arm the intervals also have the variation between trainings, and from `RECIPE_SEEDS` on they are about the recipe.
+A comparison of one training per arm applies to these two networks: its intervals are over the rows. With several seeds
+per arm the intervals include the variation between trainings; with at least `RECIPE_SEEDS` they apply to the recipe.
 Two metrics are compared, so each interval has the level 1 - 0.05 / 2 (Bonferroni).
 """
 
@@ -20,17 +20,17 @@ from utils.numeric.paired_comparison import CANNOT_TELL, compare_models
 METRICS = ("accuracy", "log_loss")
 LEVEL = 1 - 0.05 / len(METRICS)
 NEGLIGIBLE = 1e-4
-"""Difference in accuracy or nats that is never named; fitted temperatures alone differ by less."""
+"""Difference in accuracy or nats that is never reported; it exceeds the effect of fitted temperatures."""
 RECIPE_SEEDS = 3
-"""Trainings per arm from which on a verdict is about the recipe."""
+"""Minimum number of trainings per arm for a verdict on the recipe."""
 SHORT_SCHEDULE = 0.05
-"""Relative fall of the control's val log-loss over the last tenth of its epochs that calls a schedule too short."""
+"""Relative decrease of the control's val log-loss over the last tenth of its epochs that marks a schedule as short."""
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Advantage of one arm over the other in one metric, above 0 where it is better."""
+    """Advantage of one arm over the other in one metric, positive if it is better."""
 
     value: float
     low: float
@@ -38,11 +38,11 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval excludes 0 and differences of `NEGLIGIBLE`, else 0."""
+        """1 if the whole interval is above `NEGLIGIBLE`, -1 if it is below -`NEGLIGIBLE`, else 0."""
         return int(self.low > NEGLIGIBLE) - int(self.high < -NEGLIGIBLE)
 
     def as_record(self) -> dict[str, Any]:
-        """JSON-ready; no interval where rows or groups are too few for one."""
+        """The record, JSON-ready; without an interval if there are too few rows or groups."""
         bounds = [self.low, self.high] if np.isfinite(self.low) and np.isfinite(self.high) else None
         return {"value": self.value, "interval": bounds, "level": LEVEL}
 
@@ -74,13 +74,13 @@ def difference(
             else (compared.log_loss, compared.log_loss_interval)
         )
         return Difference(value, *(bounds or (-np.inf, np.inf)))
-    scores, others = row_scores(arm, labels, metric), row_scores(other, labels, metric)
-    paired = scores.mean(axis=0) - others.mean(axis=0)
+    scores, other_scores = row_scores(arm, labels, metric), row_scores(other, labels, metric)
+    paired = scores.mean(axis=0) - other_scores.mean(axis=0)
     value, count = float(paired.mean()), len(paired)
     _, unit_of_row = np.unique(np.arange(count) if groups is None else groups, return_inverse=True)
     sums = np.bincount(unit_of_row, weights=paired - value)
     row_variance = len(sums) * sums.var(ddof=1) / count**2 if len(sums) > 1 else np.inf
-    repeated = [each.mean(axis=1) for each in (scores, others) if len(each) > 1]
+    repeated = [each.mean(axis=1) for each in (scores, other_scores) if len(each) > 1]
     summands = [(means.var(ddof=1) / len(means), len(means) - 1) for means in repeated]
     variance = row_variance + sum(summand for summand, _ in summands)
     squares = sum(summand**2 / freedom for summand, freedom in summands)
@@ -91,15 +91,15 @@ def difference(
 
 def outcome(differences: Mapping[str, Difference], *, seeds: int) -> str:
     """What the differences establish: of the recipe with `RECIPE_SEEDS` trainings per arm, else of this network."""
-    named = {metric: metric.replace("_", "-") for metric in METRICS}
-    better = [named[metric] for metric in METRICS if differences[metric].sign > 0]
-    worse = [named[metric] for metric in METRICS if differences[metric].sign < 0]
+    metric_names = {metric: metric.replace("_", "-") for metric in METRICS}
+    improved = [metric_names[metric] for metric in METRICS if differences[metric].sign > 0]
+    worse = [metric_names[metric] for metric in METRICS if differences[metric].sign < 0]
     is_recipe = seeds >= RECIPE_SEEDS
     subject = f"with {seeds} seeds per arm the recipe" if is_recipe else "for this network distillation"
-    if not better and not worse:
+    if not improved and not worse:
         subject = f"the recipe, with {seeds} seeds per arm," if is_recipe else "this network"
         return f"{subject} {CANNOT_TELL} from the same network trained without a teacher"
-    parts = [f"helped in {' and '.join(better)}"] if better else []
+    parts = [f"helped in {' and '.join(improved)}"] if improved else []
     parts += [f"harmed {' and '.join(worse)}"] if worse else []
     return f"{subject} {' and '.join(parts)}"
 
@@ -115,7 +115,7 @@ def difference_text(differences: Mapping[str, Difference]) -> str:
 
 
 def speed_text(costs: Mapping[str, Mapping[str, Any]], student: str, teacher: str, points: float) -> str | None:
-    """`12 times faster than the teacher, 0.2 points behind`; None where a latency is unknown.
+    """`12 times faster than the teacher, 0.2 points behind`; None if a latency is unknown.
 
     `costs` are those of the record, whose entry `student` has the student's latency; `points` is the student's
     advantage in accuracy in percentage points.
@@ -132,9 +132,9 @@ def speed_text(costs: Mapping[str, Mapping[str, Any]], student: str, teacher: st
 
 
 def schedule_note(history: Sequence[Mapping[str, float]], epochs: int) -> str | None:
-    """A note where the network trained alone was still improving at the end, which hides what a teacher adds.
+    """A note if the network trained alone was still improving at the end, which hides the effect of a teacher.
 
-    `history` has the control's `val_log_loss` by epoch; `epochs` are the configured ones. None for a schedule that is
+    `history` has the control's `val_log_loss` by epoch; `epochs` is the configured number. None for a schedule that is
     long enough.
     """
     losses = [row["val_log_loss"] for row in history]

@@ -39,27 +39,27 @@ logger = logging.getLogger("disease_pipeline")
 
 @dataclass(frozen=True)
 class ConversionJob:
-    """What the files of one export are made from and compared with, and the folders that they are written to."""
+    """Inputs, reference rows and folders of one export."""
 
     store: Store
     source: ExportSource
     signature: ExportSignature
     source_digest: str
     onnx_exporter: str
-    """Which exporter of torch writes the ONNX file: `tracing` or `dynamo`."""
+    """torch's ONNX exporter: `tracing` or `dynamo`."""
     description: dict[str, Any]
-    """What the files record of themselves, ready for JSON."""
+    """Metadata of the files, JSON-ready."""
     sample: ParitySample
     threads: int
     """Intra-op threads of the runtimes that check the files"""
     staged: Path
-    """Becomes the export's folder."""
+    """Temporary folder that becomes the export's folder."""
     scratch: Path
-    """For files that only the conversion needs."""
+    """Folder of files that only the conversion needs."""
 
 
 def write_files(job: ConversionJob, network: ExportNetwork, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Write the files of the formats that are made from the network: {format: entry}, without parity."""
+    """Write the files of the formats that are converted from the network: {format: entry}, without parity."""
     import torch
 
     name = job.source.name
@@ -119,7 +119,7 @@ def check_parity(job: ConversionJob, format_name: str, entry: dict[str, Any]) ->
 
 
 def _fixed_size_network(job: ConversionJob, network: ExportNetwork) -> tuple[ExportNetwork, tuple[Tensor, ...]]:
-    """The network for one image at a time that already has the network's size, and such an image."""
+    """The network for a single image that has been resized, and such an image."""
     import torch
 
     takes_uint8 = job.signature.input == UINT8_NHWC
@@ -168,7 +168,7 @@ def _checked_entry(job: ConversionJob, format_name: str, entry: dict[str, Any]) 
         "latency_ms": facts.get("latency_ms"),
         "source_digest": job.source_digest,
         "threads": job.threads,
-        "members_run": "all",  # no file has control flow: a sparse combiner gives members that it skips the weight 0
+        "members_run": "all",  # files have no control flow: a sparse combiner gives weight 0 to members that it skips
     }
     if reasons:
         failure: dict[str, Any] = {"reason": "; ".join(reasons), "path": None, "sha256": None, "files": {}}
@@ -180,7 +180,7 @@ def _checked_entry(job: ConversionJob, format_name: str, entry: dict[str, Any]) 
 
 
 def _runtime_job(job: ConversionJob) -> dict[str, Any]:
-    """What a runtime needs to build the networks anew, for formats that hold weights alone."""
+    """Everything that a runtime needs to rebuild the networks, for formats with weights only."""
     workspace = job.store.workspace
     environment = {"DBT_BASE_DIR": str(workspace.base)}
     environment |= {"DBT_ENSEMBLE_DIR": str(workspace.output)} if workspace.output else {}

@@ -18,7 +18,7 @@ PARITY_FILE = "parity.npz"
 PREDICT_PROGRAM = Path(__file__).parents[1] / "inference" / "onnx_prediction.py"
 """Delivered as `custom/predict.py`; not imported here, since it needs onnxruntime."""
 MAX_PARITY_BYTES = 64_000_000
-ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # of every file in the zip, so that equal content gives equal bytes
+ZIP_TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # for every file in the zip, so that equal contents give equal bytes
 
 
 def write_custom_folder(
@@ -68,7 +68,7 @@ def readme(
 
 
 def _float_inputs(description: Mapping[str, Any]) -> str:
-    """What images in [0, 1] are, and how each input is made from a decoded image."""
+    """Description of images in [0, 1], and of how each input is computed from a decoded image."""
     inputs = description["inputs"]
     if len(inputs) == 1:
         return (
@@ -147,7 +147,7 @@ def model_card(
                 "may be too high."
             )
     parities = [entry["parity"] for entry in status.values() if entry.get("parity")]
-    parities = [parity for parity in parities if parity["tolerance"] == TOLERANCE]  # not of reduced precision
+    parities = [parity for parity in parities if parity["tolerance"] == TOLERANCE]  # excludes reduced precision
     if parities:
         largest = max(parity["max_abs_diff"] or 0.0 for parity in parities)
         lines += [

@@ -41,18 +41,18 @@ logger = logging.getLogger("disease_pipeline")
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """One export as it was asked for, and what an earlier export of the same source left."""
+    """One requested export, and the reusable files of an earlier export of the same source."""
 
     source: ExportSource
     signature: ExportSignature
     formats: tuple[str, ...]
-    """Requested, `custom` last and always."""
+    """Requested formats; `custom` is always included, last."""
     onnx_exporter: str
-    """Which exporter of torch writes ONNX files: `tracing` or `dynamo`."""
+    """torch's ONNX exporter: `tracing` or `dynamo`."""
     folder: Path
     """deployment_models/<name>"""
     source_digest: str
-    """Of everything that decides the contents of the files."""
+    """Digest of everything that determines the contents of the files."""
     reusable: Mapping[str, dict[str, Any]]
     """{format: entry} of an earlier export with an equal digest, whose files are intact"""
 
@@ -79,16 +79,15 @@ def export(
     compare: bool = False,
     force: bool = False,
 ) -> Result:
-    """Write `deployment_models/<name>/` for the ensemble or member named, else for the recommended one.
+    """Write `deployment_models/<name>/` for the named ensemble or member, by default the recommended one.
 
     `model_name` may also be `recommended` or `recommended_fast`.
 
-    Formats whose files are intact and of the same source are kept unless `force`. A format that fails does not stop
-    the others; the command then ends with exit code 4. `check_tools` lists instead which formats can be written here,
-    `verify` checks an earlier export (`trust`: also one that another workspace wrote), and `compare` lists what is
-    exported.
+    Formats whose files are intact and from the same source are kept unless `force`. If a format fails, the others are
+    still written; the exit code is then 4. Other modes: `check_tools` lists the formats that can be written here,
+    `verify` checks an earlier export (`trust`: also one written by another workspace), and `compare` lists all exports.
 
-    Raises UserError for an unknown name, changed checkpoints, a folder that holds something else, or a full disk, and
+    Raises UserError for an unknown name, changed checkpoints, a folder with other contents, or a full disk, and
     ConfigError for an unknown format or a wrong option.
     """
     if trust and verify is None:
@@ -126,23 +125,23 @@ def export(
 
 
 def _requested_formats(names: Sequence[str], precisions: Sequence[str]) -> tuple[str, ...]:
-    """The requested formats, each once, `custom` last and always; reduced precisions only with an ONNX file.
+    """The requested formats without duplicates, always with `custom` last; reduced precisions only with an ONNX file.
 
     Raises ConfigError for an unknown format.
     """
     requested = list(dict.fromkeys(part for name in names for part in name.split(",") if part))
     unknown = [name for name in requested if name not in FORMATS]
     if unknown:
-        first = nearest_first(unknown[0], FORMATS)
-        raise ConfigError(f"--formats: unknown {', '.join(map(repr, unknown))}{first}")
+        nearest_format = nearest_first(unknown[0], FORMATS)
+        raise ConfigError(f"--formats: unknown {', '.join(map(repr, unknown))}{nearest_format}")
     reduced = [name for name in REDUCED if "onnx" in requested and name.removeprefix("onnx_") in precisions]
     return (*(name for name in FORMATS if name in requested and name != CUSTOM), *reduced, CUSTOM)
 
 
 def _base_pipeline_export(name: str, folder: Path, *, is_requested: bool) -> Result:
-    """The result where the base pipeline's export occupies the folder; nothing is written.
+    """The result if the base pipeline's export occupies the folder; nothing is written.
 
-    Raises UserError where the member was requested by name.
+    Raises UserError if the member was requested by name.
     """
     if is_requested:
         raise UserError(
@@ -158,7 +157,7 @@ def _base_pipeline_export(name: str, folder: Path, *, is_requested: bool) -> Res
 
 
 def _estimated_bytes(workspace: Workspace, request: ExportRequest) -> int:
-    """Upper estimate of the disk space: the weights once per format, and three more times while files are written."""
+    """Upper bound of the disk space: the weights once per format, and three more times while files are written."""
     if request.source.is_imported:
         return 0
     files = [workspace.base / entry["path"] for member in request.source.members for entry in member.checkpoints[:1]]
@@ -166,7 +165,7 @@ def _estimated_bytes(workspace: Workspace, request: ExportRequest) -> int:
 
 
 def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, Any]]:
-    """Write the missing formats and the records, and swap the folder in: {format: entry} of the whole export."""
+    """Write the missing formats and the records, and swap the folder in; returns {format: entry} of all formats."""
     source, signature, workspace = request.source, request.signature, store.workspace
     with export_folder.replacing_folder(request.folder) as staged:
         network = exported_network.assemble_network(store, source, signature)
@@ -187,10 +186,10 @@ def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, An
             scratch=staged.parent / "scratch",
         )
         score = read_record(workspace.ensemble_metrics(source.name, "test"), remedy="Evaluate again", form=SCORES)
-        steps = 2 * sum(name != CUSTOM for name in request.missing)  # each is written, then checked
+        steps = 2 * sum(name != CUSTOM for name in request.missing)  # writing and checking
         with progress_bar(steps, f"export {source.name}", unit="step") as advance:
             status = conversion.write_files(job, network, request.missing)
-            del network  # the runtimes that check the files need the memory
+            del network  # frees memory for the runtimes that check the files
             advance(len(status))
             onnx_folder = request.folder if "onnx" in request.reusable else staged
             onnx_file = onnx_folder / "onnx" / f"{source.name}.onnx"
@@ -199,7 +198,7 @@ def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, An
             for name, entry in (status | reduced).items():
                 status[name] = conversion.check_parity(job, name, entry)
                 advance(1)
-        # Recorded before the folder is swapped in, so that a kill in between leaves no unrecorded export.
+        # Recorded before the swap, so that an interruption in between leaves no unrecorded export.
         exported_programs.record_files(workspace, source.name, status)
         for name, entry in request.reusable.items():
             export_folder.link_files(request.folder, staged, entry)
@@ -212,7 +211,7 @@ def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, An
 def _write_custom(
     job: ConversionJob, status: Mapping[str, dict[str, Any]], score: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Write `custom/`; its entry."""
+    """Write `custom/` and return its entry."""
     started = time.perf_counter()
     name, folder = job.source.name, job.staged / CUSTOM
     custom_format.write_custom_folder(folder, name, job.description, job.source.classes, status, score)
@@ -224,7 +223,7 @@ def _write_custom(
 
 
 def _metadata(job: ConversionJob) -> dict[str, Any]:
-    """`metadata.json`: what the packaging wrote of it, completed."""
+    """Contents of `metadata.json`: those written by the packaging, completed."""
     packaged = read_json(job.staged / export_folder.METADATA, remedy=export_folder.EXPORT_AGAIN) or {}
     images = job.description["input"]
     return {

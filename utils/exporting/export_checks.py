@@ -1,4 +1,4 @@
-"""Which formats can be written here, and the verification of an earlier export, also of another machine."""
+"""Lists the formats that can be written here, and verifies an earlier export, also one from another machine."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ REQUIRED_PACKAGES: dict[str, tuple[str, ...]] = {
     CUSTOM: (),
 }
 STANDALONE = ("torchscript", "exported_program", "onnx", *REDUCED, TFLITE)
-"""Formats whose files hold the networks, so that they run without the workspace."""
+"""Formats whose files contain the networks, so that they run without the workspace."""
 
 DESCRIPTION_FORM: Form = {"ensemble": str, "input": {"kind": str}, "outputs": Each(str, list), "jumps": bool}
 
 
 def list_tools() -> Result:
-    """List for each format the packages that it needs, their versions, and how to install missing ones."""
+    """List the packages that each format needs, their versions, and how to install missing ones."""
     tools = {name: _tools_of(name) for name in FORMATS}
     lines = [f"{name:<12} {'ready' if facts['ready'] else 'no   '}  {facts['words']}" for name, facts in tools.items()]
     return Result("\n".join(lines), {"formats": tools})
@@ -85,11 +85,11 @@ def _installed_version(name: str) -> str | None:
 
 
 def verify(workspace: Workspace, folder: Path, *, trust: bool = False) -> Result:
-    """Check the checksums of an export, and its parity on the rows that it holds.
+    """Check the checksums of an export, and its parity on the rows in it.
 
     `folder` is relative to the working directory, else to the workspace. State dicts and checkpoints are loaded into
-    networks of the workspace, and are skipped where it lacks the ensemble. Programs run if this workspace wrote them,
-    or with `trust`. Raises UserError for a folder that is not an export, for changed files, each named, for programs
+    networks of the workspace, and are skipped if it lacks the ensemble. Programs run if this workspace wrote them, or
+    with `trust`. Raises UserError for a folder that is not an export, for changed files (naming each), for programs
     that may not run, and for a failed parity check.
     """
     folder = _existing_folder(workspace, folder)
@@ -115,7 +115,7 @@ def verify(workspace: Workspace, folder: Path, *, trust: bool = False) -> Result
 
 
 def _existing_folder(workspace: Workspace, folder: Path) -> Path:
-    """The absolute folder. Raises UserError where there is none."""
+    """The absolute path of the folder. Raises UserError if it does not exist."""
     candidates = list(dict.fromkeys([folder.absolute(), workspace.root / folder]))
     for candidate in candidates:
         if candidate.is_dir():
@@ -141,7 +141,7 @@ def _check_format(
     arrays: Mapping[str, np.ndarray],
     scratch: Path,
 ) -> dict[str, Any]:
-    """Run the files of one format over the stored rows and compare: `status`, `words` and `parity`."""
+    """Run the files of one format on the stored rows and compare: `status`, `words` and `parity`."""
     is_tflite = format_name == TFLITE
     if is_tflite and (reason := tflite_conversion.missing_tools()):
         return {"status": "skipped", "words": reason, "parity": None}
@@ -155,7 +155,7 @@ def _check_format(
         "name": description["ensemble"],
         "signature": signature,
         "environment": {},
-        "threads": entry.get("threads"),  # as when it was written; earlier exports recorded none
+        "threads": entry.get("threads"),  # as when the export was written; missing in earlier exports
     }
     files = [folder / file for file in export_folder.entry_files(folder, entry) if not file.endswith(".data")]
     try:
@@ -176,7 +176,7 @@ def _check_format(
     for file, file_outputs in zip(files, outputs_of_files, strict=True):
         outcome = parity_check.compare_outputs(reference, file_outputs, tolerance)
         parity = outcome["parity"]
-        # The combiner, which would show where its discontinuities are, is not part of the export.
+        # The combiner, which determines the discontinuities, is not part of the export.
         is_excused = description["jumps"] and _few_rows_differ(reference, file_outputs, tolerance)
         if not outcome["passed"] and not is_excused:
             return {"status": "failed", "words": f"{file.name}: {outcome['reason']}", "parity": parity}
@@ -186,14 +186,14 @@ def _check_format(
 
 
 def _few_rows_differ(reference: ReferenceBatches, file_outputs: FileOutputs, tolerance: float) -> bool:
-    """Whether no more rows differ than may lie at a discontinuity of the combiner."""
+    """Whether the number of differing rows is within the allowance for discontinuities of the combiner."""
     expected = reference.probabilities[file_outputs.rows]
     differences = np.abs(expected - file_outputs.outputs["probabilities"]).max(axis=1)
     return bool((differences > tolerance).mean() <= MAX_DISCONTINUITY_FRACTION)
 
 
 def stored_batches(arrays: Mapping[str, np.ndarray], *, fixed: bool) -> ReferenceBatches:
-    """The rows of `parity.npz` in batches; with `fixed` one row at a time, in the network's size."""
+    """The rows of `parity.npz` in batches; with `fixed`, in batches of one row of the network's image size."""
     batches_by_name = runtimes.grouped_batches({name: arrays[name] for name in arrays if name.startswith("batch_")})
     reference = ReferenceBatches(
         list(batches_by_name.values()),

@@ -22,10 +22,10 @@ DPI = 130
 
 
 def compare_exports(workspace: Workspace) -> Result:
-    """List every file whose parity check passed, and draw `metrics_output/ensembles/exports.png`.
+    """List all files whose parity check passed, and draw `metrics_output/ensembles/exports.png`.
 
     Pareto-optimal files in accuracy, latency and size are marked. A file that passed its parity check has its
-    ensemble's accuracy, where `evaluate` has measured it. Raises UserError where nothing is exported.
+    ensemble's accuracy, if `evaluate` has measured it. Raises UserError if there are no exports.
     """
     rows: list[dict[str, Any]] = []
     for status_path in sorted(workspace.exports.glob(f"[!.]*/{export_folder.STATUS}")):
@@ -93,10 +93,10 @@ def _draw_comparison(rows: Sequence[dict[str, Any]], path: Path) -> None:
                         if len(row["name"]) <= MAX_NAME_LENGTH
                         else row["name"][: MAX_NAME_LENGTH - 1] + "\u2026"
                     )
-                    # Each format has its own offset, since equal accuracies are common.
+                    # The offset depends on the format, since equal accuracies are common.
                     at = {"xytext": (4, -9 - 7 * index), "textcoords": "offset points", "fontsize": 6}
                     axes.annotate(name, (row[key], row["accuracy"]), color=f"C{index}", parse_math=False, **at)
-        if any((row[key] or 0) > 0 for row in rows):  # a logarithmic axis without a value has no limits
+        if any((row[key] or 0) > 0 for row in rows):  # a logarithmic axis without values has no limits
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")

@@ -41,8 +41,7 @@ PREVIOUS_NAME = re.compile(r"\.(?P<name>.+)\.previous")
 def replacing_folder(final: Path) -> Iterator[Path]:
     """An empty folder that replaces `final` when the block succeeds, and is removed when it fails.
 
-    First `recover_interrupted` clears up after exports that were killed. Raises UserError where the folder cannot be
-    created.
+    `recover_interrupted` first cleans up after killed exports. Raises UserError if the folder cannot be created.
     """
     require_unlinked(final)
     recover_interrupted(final)
@@ -75,9 +74,9 @@ def recover_interrupted(final: Path) -> None:
 
 
 def unfinished_folders(exports: Path) -> list[Item]:
-    """Folders directly in `exports` that killed exports left: unfinished ones, and replaced ones.
+    """Unfinished and replaced folders directly in `exports` that killed exports left behind.
 
-    The result holds only while no export runs; the base pipeline writes no folders of such names.
+    The result is valid only while no export runs; the base pipeline writes no folders with these names.
     """
     return [item for item in list_children(exports) if item.paths[0].is_dir() and _is_leftover(item.paths[0])]
 
@@ -106,7 +105,7 @@ def is_replaceable(final: Path) -> bool:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """`export_status.json`: {format: its entry}; None where there is none. Raises UserError for a damaged one."""
+    """`export_status.json`: {format: its entry}; None if there is none. Raises UserError if it is damaged."""
     return read_record(folder / STATUS, remedy=EXPORT_AGAIN, form=STATUS_FORM)
 
 
@@ -117,7 +116,7 @@ def file_sha256(path: Path) -> str:
 
 
 def reusable_formats(final: Path, source_digest: str) -> dict[str, dict[str, Any]]:
-    """{format: entry} of an earlier export that are `ok`, have this source digest, and whose files are intact."""
+    """{format: entry} of an earlier export for entries that are `ok`, have this source digest and intact files."""
     status = read_status(final) or {}
     return {
         name: entry
@@ -158,7 +157,7 @@ def _is_outside(folder: Path, name: str) -> bool:
 
 
 def link_files(final: Path, staged: Path, entry: Mapping[str, Any]) -> None:
-    """Link an entry's files from an earlier export into the new one; copy them where links are not possible."""
+    """Hard-link an entry's files from an earlier export into the new one; copy them if links are not possible."""
     for name in entry_files(final, entry):
         (staged / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -168,7 +167,7 @@ def link_files(final: Path, staged: Path, entry: Mapping[str, Any]) -> None:
 
 
 def move_to_failed(staged: Path, name: str) -> None:
-    """Move the files of a format that failed its parity check to `failed/`, apart from usable ones."""
+    """Move the files of a format that failed its parity check to `failed/`."""
     if (staged / name).is_dir() and any((staged / name).iterdir()):
         (staged / "failed").mkdir(exist_ok=True)
         (staged / name).rename(staged / "failed" / name)
@@ -178,7 +177,7 @@ def move_to_failed(staged: Path, name: str) -> None:
 def write_records(
     staged: Path, metadata: Mapping[str, Any], classes: tuple[str, ...], status: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Write the four records; returns the checksums {relative path: SHA-256} of every file but `checksums.json`."""
+    """Write the four records; returns {relative path: SHA-256} of all files except `checksums.json`."""
     write_json(staged / CLASSES, {str(number): name for number, name in enumerate(classes)})
     write_json(staged / METADATA, dict(metadata))
     write_json(staged / STATUS, dict(status))
@@ -197,7 +196,7 @@ def compute_checksums(folder: Path) -> dict[str, str]:
 
 
 def checksum_mismatches(folder: Path) -> list[str]:
-    """One line for each difference from `checksums.json`. Raises UserError where there is no export."""
+    """One line for each difference from `checksums.json`. Raises UserError if there is no export."""
     expected = read_record(folder / CHECKSUMS, remedy=EXPORT_AGAIN, form=Each(str))
     if expected is None:
         raise UserError(f"{folder}: no {CHECKSUMS}, so it is not an export. Give the folder that export wrote")
@@ -212,7 +211,7 @@ def checksum_mismatches(folder: Path) -> list[str]:
 
 
 def require_free_space(final: Path, needed: int) -> None:
-    """Raise UserError where the disk has less free space than `needed` bytes."""
+    """Raise UserError if the disk has less free space than `needed` bytes."""
     existing = final.parent
     while not existing.exists():
         existing = existing.parent

@@ -32,11 +32,11 @@ def format_entry(status: str, **values: Any) -> dict[str, Any]:
 
 
 def entry_of_files(folder: Path, paths: Sequence[Path], **values: Any) -> dict[str, Any]:
-    """The entry of a format whose files are written; `path`, `sha256` and `size_mb` are those of the first."""
+    """The entry of a format with written files; `path`, `sha256` and `size_mb` are those of the first file."""
     files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
-    first = next(iter(files))
+    first_name = next(iter(files))
     size_mb = round(paths[0].stat().st_size / 1e6, 3)
-    return format_entry("ok", path=first, sha256=files[first], size_mb=size_mb, files=files, **values)
+    return format_entry("ok", path=first_name, sha256=files[first_name], size_mb=size_mb, files=files, **values)
 
 
 def summarize_entry(entry: Mapping[str, Any]) -> str:
@@ -46,11 +46,11 @@ def summarize_entry(entry: Mapping[str, Any]) -> str:
     parity = entry.get("parity")
     if not parity:
         return f"ok, {entry['path']}"
-    near, accuracy = parity["near_threshold"], entry.get("test_accuracy")
+    n_near_threshold, accuracy = parity["near_threshold"], entry.get("test_accuracy")
     return (
         f"ok, {entry['path']}, {entry['size_mb']:.2f} MB: {parity['rows']} real rows, largest difference "
         f"{parity['max_abs_diff']:.1e} (allowed {parity['tolerance']:g}), {parity['label_flips']} label flips"
-        + (f", {near} at a discontinuity of the combiner" if near else "")
+        + (f", {n_near_threshold} at a discontinuity of the combiner" if n_near_threshold else "")
         + (f", test accuracy {accuracy['change']:+.4f}" if accuracy else "")
     )
 
@@ -64,10 +64,10 @@ def write_packaged_formats(
     description: Mapping[str, Any],
     classes: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-    """Write formats with the bundled base pipeline's packaging: {format: entry}. A failed format stops no other.
+    """Write formats with the bundled base pipeline's packaging: {format: entry}. A failed format does not stop others.
 
-    `sample` holds the inputs of the network, or the only one, with a batch dimension. Raises UserError for a name that
-    no file can have.
+    `sample` holds the inputs of the network, or its only input, with a batch dimension. Raises UserError for a name
+    that is not a valid file name.
     """
     try:
         summary = base_back.bundled_export().export_and_package_model(
@@ -90,7 +90,7 @@ def write_packaged_formats(
 def write_tflite(
     open_network: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], name: str, staged: Path, scratch: Path
 ) -> dict[str, Any]:
-    """Write the TFLite file; its entry says `skipped` where the tools are missing or the network has no fixed size."""
+    """Write the TFLite file; its entry is `skipped` if the tools are missing or the network has no fixed size."""
     if reason := tflite_conversion.missing_tools():
         return format_entry("skipped", reason=reason)
     started = time.perf_counter()
@@ -102,7 +102,7 @@ def write_tflite(
     except UserError as error:
         path.parent.rmdir()
         return format_entry("skipped", reason=str(error))
-    # Any error of a converter fails this format alone.
+    # Any error of the converter fails only this format.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         return format_entry("failed", reason=reason, seconds=round(time.perf_counter() - started, 3))
@@ -110,7 +110,7 @@ def write_tflite(
 
 
 def tensorrt_entry(name: str, description: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry that is `skipped`: an engine is built on the machine that runs it, by the command in the reason."""
+    """A `skipped` entry: an engine is built on the machine that runs it, with the command in the reason."""
     described = description["input"]
 
     def shape(entry: Mapping[str, Any], batch: int) -> str:

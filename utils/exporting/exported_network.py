@@ -1,4 +1,4 @@
-"""The source of an export, an ensemble or a single member found by name, and its assembly into one network."""
+"""The source of an export, a named ensemble or member, and its assembly into one network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("disease_pipeline")
 
 FLOAT_NCHW, UINT8_NHWC = "float-nchw", "uint8-nhwc"
-VERSION = 1  # raised whenever the same inputs would give other files
+VERSION = 1  # incremented whenever the files for the same inputs change
 
 
 @dataclass(frozen=True)
@@ -34,28 +34,28 @@ class ExportSource:
 
     name: str
     method: str
-    """The ensemble's; `member` for a single member."""
+    """Method of the ensemble; `member` for a single member."""
     members: tuple[Member, ...]
     classes: tuple[str, ...]
     combiner: Combiner | None
     """None for a single member."""
     inference: str
-    """Which networks predict, as in `fold_networks`."""
+    """Networks that predict, as in `fold_networks`: `full` or `folds`."""
     inputs_digest: str
 
     @property
     def is_imported(self) -> bool:
-        """Whether members have imported predictions and no networks, so that the files hold the combiner alone."""
+        """Whether members have imported predictions and no networks, so that the files contain only the combiner."""
         return any(member.source == IMPORTED for member in self.members)
 
     @property
     def is_discontinuous(self) -> bool:
-        """Whether the combiner's probabilities have discontinuities, as those of trees and votes."""
+        """Whether the combiner's probabilities have discontinuities, like those of trees and votes."""
         return self.combiner is not None and self.combiner.is_discontinuous
 
     @property
     def reads_embeddings(self) -> bool:
-        """Whether the combiner reads embeddings."""
+        """Whether the combiner uses embeddings."""
         return self.combiner is not None and self.combiner.reads_embeddings
 
 
@@ -70,9 +70,9 @@ class ExportSignature:
 
 
 def load_source(store: Store, name: str) -> ExportSource:
-    """The ensemble or member of this name, with its members as the catalog holds them.
+    """The ensemble or member of this name, with its members from the catalog.
 
-    Raises UserError for an unknown name, with the nearest available one; for members that are missing or differ from
+    Raises UserError for an unknown name, with the closest available one; for members that are missing or differ from
     those that the ensemble was built from; and for imported predictions that cannot be exported.
     """
     saved, members = ensembles.names(store.workspace), store.catalog.members
@@ -113,7 +113,7 @@ def load_source(store: Store, name: str) -> ExportSource:
 
 
 def require_current_checkpoints(store: Store, source: ExportSource) -> None:
-    """Raise UserError when a checkpoint that the export needs is missing or has changed since discovery."""
+    """Raise UserError if a checkpoint that the export needs is missing or has changed since discovery."""
     for member in source.members if not source.is_imported else ():
         for stage in _stages(source, member):
             catalog.check_current(store.workspace, member, store.digests, stage=stage)
@@ -125,8 +125,8 @@ def assemble_network(
 ) -> ExportNetwork:
     """The source as one network on the CPU, with its weights loaded.
 
-    Without `resizes`, uint8 images are expected in the network's size. Raises UserError for a member whose images the
-    files would have to resize by a rule that they do not know.
+    Without `resizes`, uint8 images are expected in the network's size. Raises UserError for a member with a resize rule
+    that the files cannot implement.
     """
     from utils.networks.ensemble_network import CombinerNetwork, EnsembleNetwork
 
@@ -153,7 +153,7 @@ def _require_known_resizing(source: ExportSource) -> None:
     expected = {member.name: member.image_preprocessing for member in source.members}
     reasons = {name: resampling_problem(preprocessing) for name, preprocessing in expected.items()}
     first = next(iter(expected.values()))
-    # Decoded pixels hold no EXIF orientation, so the program that decodes them applies one rule for all members.
+    # Decoded pixels have no EXIF orientation, so the decoding program applies one rule for all members.
     reasons |= {
         name: "differs from another member in whether the EXIF orientation is applied"
         for name, preprocessing in expected.items()
@@ -178,14 +178,14 @@ def _member_part(store: Store, source: ExportSource, member: Member) -> MemberNe
 
 
 def _stages(source: ExportSource, member: Member) -> tuple[str | None, ...]:
-    """Which of a member's checkpoints are needed; None is its final one."""
+    """Stages of the member's checkpoints that are needed; None is its full network."""
     return fold_networks.answering(member, source.inference, embeddings=source.reads_embeddings)
 
 
 def describe_network(
     source: ExportSource, signature: ExportSignature, network: ExportNetwork, digest: str
 ) -> dict[str, Any]:
-    """Metadata that the files hold: members, input, outputs and digests, ready for JSON."""
+    """Metadata of the files: members, input, outputs and digests, JSON-ready."""
     from utils.networks.ensemble_network import CombinerNetwork
 
     members: list[dict[str, Any]] = [
@@ -221,7 +221,7 @@ def describe_network(
 
 
 def _describe_images(source: ExportSource, signature: ExportSignature, network: EnsembleNetwork) -> dict[str, Any]:
-    """`input` of the metadata of files that take images; with a single resize rule, its keys describe the rule too."""
+    """`input` in the metadata of files that take images; with a single resize rule, its keys also describe the rule."""
     from utils.networks.ensemble_network import by_resize_rule
 
     groups = by_resize_rule(member.image_preprocessing for member in source.members)
@@ -260,14 +260,14 @@ def _resize_rule(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def source_digest(source: ExportSource, signature: ExportSignature, onnx_exporter: str = "tracing") -> str:
-    """Digest of everything that decides the contents of the files."""
+    """Digest of everything that determines the contents of the files."""
     members = {member.name: fold_networks.digest(member, source.inference) for member in source.members}
     facts = [VERSION, source.name, source.inputs_digest, members, list(source.classes), vars(signature)]
     return digest_of([*facts, *([] if onnx_exporter == "tracing" else [onnx_exporter])])
 
 
 def require_member_limit(source: ExportSource, limit: int | None) -> None:
-    """Raise UserError when the source has more members than `limit`; None is no limit."""
+    """Raise UserError if the source has more members than `limit`; None means no limit."""
     if limit is not None and len(source.members) > limit:
         raise UserError(
             f"{source.name}: {len(source.members)} members, --max-members allows {limit}. Members cannot be removed "

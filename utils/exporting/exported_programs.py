@@ -1,8 +1,8 @@
 """Decides whether a program in an export's files may run here, before any library opens it.
 
-A TorchScript archive is a program: `torch.jit.load` runs `__setstate__` methods, and its operators may write files. So
-may TensorFlow operators in a TFLite file, and `torch.export.load` unpickles and evaluates what its archive tells it to
-(`program_archives`). State dicts, checkpoints and ONNX files hold data.
+A TorchScript archive is a program: `torch.jit.load` runs `__setstate__` methods, and its operators may write files.
+TensorFlow operators in a TFLite file may write files too, and `torch.export.load` unpickles and evaluates parts of its
+archive (`program_archives`). State dicts, checkpoints and ONNX files contain only data.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REFUSED_NAMES = {
     "rpc_sync": "prim::rpc_sync calls other processes",
     "classes": "torch.classes holds C++ classes, which may run any code",
 }
-"""{name: reason}. `getattr` and methods reach operators too, so the name alone is checked."""
+"""{name: reason}. `getattr` and methods can also reach operators, so only the name is checked."""
 NAME = re.compile(rb"[A-Za-z_][A-Za-z0-9_]*")
 OPERATOR = re.compile(rb"ops\.(aten|prim)\.[A-Za-z_][A-Za-z0-9_]*")
 """An operator without a name in `torch`, in TorchScript; other namespaces belong to extensions."""
@@ -43,13 +43,13 @@ RECORD = re.compile(
     r"|(data|constants|traced_inputs)/\d{1,9}|byteorder|\.format_version|\.storage_alignment"
     r"|(\.data/)?version|\.data/serialization_id|extra/[^/]{1,300}"
 )
-"""Records of an archive as torch 2 writes them; older versions store code elsewhere."""
+"""Records of an archive written by torch 2; older versions store code elsewhere."""
 
 
 def record_files(workspace: Workspace, name: str, status: Mapping[str, Mapping[str, Any]]) -> None:
-    """Record the digests of the files {format: entry} that this workspace has just written for the export `name`.
+    """Record the digests of the files in `status`, {format: entry}, that were just written for the export `name`.
 
-    The record is kept in the workspace, since an export's folder may be copied to other machines.
+    The record is stored in the workspace, since an export's folder may be copied to other machines.
     """
     digests = _recorded(workspace)
     for entry in status.values():
@@ -60,10 +60,10 @@ def record_files(workspace: Workspace, name: str, status: Mapping[str, Mapping[s
 def require_runnable(
     workspace: Workspace, folder: Path, status: Mapping[str, Mapping[str, Any]], *, trust: bool
 ) -> None:
-    """Raise UserError where the export in `folder` holds a program that may not run here.
+    """Raise UserError if the export in `folder` contains a program that may not run here.
 
-    A program may run when the workspace's record has its digest, or with `trust`. A program whose operators access
-    files or other processes may never run.
+    A program may run if the workspace's record has its digest, or with `trust`. A program whose operators access files
+    or other processes may never run.
     """
     digests = _recorded(workspace)
     for name in PROGRAMS:
@@ -85,10 +85,9 @@ def require_runnable(
 
 
 def torchscript_problem(path: Path) -> str | None:
-    """Why a TorchScript archive must not be loaded; None where nothing in it accesses files or other processes.
+    """The reason why a TorchScript archive must not be loaded; None if nothing in it accesses files or processes.
 
-    The records are read by torch's own archive reader, as `torch.jit.load` reads them; nothing is compiled or
-    unpickled.
+    torch's archive reader reads the records, as in `torch.jit.load`; nothing is compiled or unpickled.
     """
     import torch
 
@@ -96,7 +95,7 @@ def torchscript_problem(path: Path) -> str | None:
         archive = torch._C.PyTorchFileReader(str(path))
         names = archive.get_all_records()
         unknown = [name for name in names if not RECORD.fullmatch(name)]
-        # The reader ignores case, so one of two names that differ in case alone would not be checked.
+        # The reader ignores case, so one of two names that differ only in case would not be checked.
         duplicates = [name for name, count in Counter(map(str.casefold, names)).items() if count > 1]
         if unknown:
             return f"it holds {unknown[0]!r}, unknown to TorchScript"
@@ -116,11 +115,11 @@ ARCHIVES: dict[str, Callable[[Path], str | None]] = {
     TORCHSCRIPT: torchscript_problem,
     EXPORTED_PROGRAM: program_problem,
 }
-"""{format: why its archive must not be loaded}"""
+"""{format: function that returns the reason why an archive must not be loaded, or None}"""
 
 
 def _problems(text: bytes, *, is_code: bool) -> Iterator[str]:
-    """Reasons why a record must not run; in a pickle only C++ classes matter, since operators are in the code."""
+    """Reasons why a record must not run; in a pickle, only C++ classes matter, since operators are in the code."""
     for match in NAME.finditer(text):
         name = match[0].decode("ascii")
         if name in REFUSED_NAMES and (is_code or name == "classes"):

@@ -1,4 +1,4 @@
-"""The YAML header of an export's model card, as the Hugging Face Hub reads it; `model-index` has the scores on test."""
+"""The YAML header of an export's model card for the Hugging Face Hub; `model-index` has the scores on test."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ METRICS = {
 }
 """{key of `metrics.json`: type and name of the metric on the hub}"""
 MARKS = ("contaminated", "optimistic", "unknown_training_data")
-"""Keys of scores that may be too high, which a header could not say; they stand in the text of the card alone."""
+"""Keys that mark scores that may be too high; these scores are only in the text of the card, not in the header."""
 
 
 def hub_header(name: str, score: Mapping[str, Any] | None) -> str:
-    """The header between lines of three hyphens; it has a `model-index` where there are unbiased scores."""
+    """The header between lines of three hyphens, with a `model-index` if there are unbiased scores."""
     import yaml
 
     header: dict[str, Any] = {"pipeline_tag": TASK["type"], "tags": [TASK["type"], "ensemble"]}

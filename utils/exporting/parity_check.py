@@ -1,6 +1,6 @@
-"""Parity check of an exported file: its outputs, computed by its own runtime in a new process, against the ensemble's.
+"""Parity check of an exported file: its outputs, computed by its runtime in a new process, against the ensemble's.
 
-The rows are real ones, and the ensemble's outputs are the stored predictions that `evaluate` scores.
+The inputs are real rows, and the ensemble's outputs are the stored predictions that `evaluate` scores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 """Largest absolute difference of a probability."""
 MAX_DISCONTINUITY_FRACTION = 0.05
 """Fraction of rows that may lie at a discontinuity of the combiner."""
-N_LOG_LINES = 6  # of a failed process that a message quotes
+N_LOG_LINES = 6  # last lines of a failed process to quote in a message
 TIMEOUT_SECONDS = 1800.0
 
 
@@ -36,12 +36,12 @@ InputArrays = tuple[np.ndarray, ...]
 
 @dataclass(frozen=True)
 class ReferenceBatches:
-    """Real rows in batches as a file takes them, with the expected outputs of each row."""
+    """Real rows in batches of a file's inputs, with the expected outputs of each row."""
 
     batches: list[InputArrays]
-    """Each of one shape: images of unequal size are in different batches."""
+    """The batches; images of different size are in different batches."""
     rows: list[np.ndarray]
-    """For each batch the indices of its rows in the expected outputs, int64."""
+    """For each batch, the indices of its rows in the expected outputs, int64."""
     probabilities: np.ndarray
     """Expected, float64 (N, C)"""
     member_logits: np.ndarray | None = None
@@ -61,21 +61,21 @@ class FileOutputs:
     outputs: dict[str, np.ndarray]
     """{output: (R, ...)}"""
     facts: dict[str, Any] = field(default_factory=dict)
-    """`versions` and `latency_ms`, as the runtime reports them"""
+    """`versions` and `latency_ms`, reported by the runtime"""
 
 
 class FileRunError(Exception):
-    """A file could not be run; the text ends with the last lines of its process."""
+    """A file could not be run; the message ends with the last lines of its process."""
 
 
 def make_batches(
     inputs: Sequence[InputArrays],
     sizes: Sequence[int] = BATCH_SIZES,
 ) -> tuple[list[InputArrays], list[np.ndarray]]:
-    """Group rows, whose images are each (H, W, 3) or (3, S, S), into batches of the given sizes in turn.
+    """Group rows, whose images are each (H, W, 3) or (3, S, S), into batches, cycling through the given sizes.
 
-    Returns the batches and the indices of the rows in each. A batch holds images of one shape. Where too few rows are
-    left for a size, a batch repeats some of the largest group, so that every size occurs.
+    Returns the batches and the indices of the rows in each. The images of a batch have the same shape. If too few rows
+    are left for a size, a batch repeats some of the largest group, so that every size occurs.
     """
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for row, images in enumerate(inputs):
@@ -96,7 +96,7 @@ def make_batches(
 
 
 def named_arrays(number: int, batch: InputArrays) -> dict[str, np.ndarray]:
-    """{name in a `.npz` file: array} of a batch: `batch_0000`, of several inputs `batch_0000/000`, `batch_0000/001`."""
+    """{name in a `.npz` file: array} of a batch: `batch_0000`, or with several inputs `batch_0000/000`, ..."""
     name = f"batch_{number:04d}"
     if len(batch) == 1:
         return {name: batch[0]}
@@ -114,12 +114,12 @@ def run_in_subprocess(
     python: str = sys.executable,
     seconds: float = TIMEOUT_SECONDS,
 ) -> list[FileOutputs]:
-    """Run the files of one format over the reference batches, in a new process of the interpreter `python`.
+    """Run the files of one format on the reference batches, in a new process of the interpreter `python`.
 
-    The files share the process, since a runtime takes seconds to start, and each is opened by itself. `outputs` are
-    the names of their outputs, `job` holds further entries of the runtime's job, and `scratch` is a folder for the
-    arrays that are exchanged. Raises FileRunError with the last lines of the process, which name the file, where it
-    fails, exceeds `seconds` or is killed.
+    The files share the process, since a runtime takes seconds to start, but are opened separately. `outputs` are the
+    names of their outputs, `job` holds further entries of the runtime's job, and `scratch` is a folder for exchanging
+    arrays. Raises FileRunError with the last lines of the process, which name the file, if it fails, exceeds `seconds`
+    or is killed.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     inputs_path, outputs_path, job_path = (scratch / name for name in ("batches.npz", "outputs.npz", "job.json"))
@@ -159,7 +159,7 @@ def run_in_subprocess(
 
 
 def last_lines(text: str) -> str:
-    """The last lines of a process's output, joined into one."""
+    """The last lines of a process's output, joined into one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " | ".join(lines[-N_LOG_LINES:]) or "no output"
 
@@ -167,20 +167,20 @@ def last_lines(text: str) -> str:
 def compare_outputs(
     reference: ReferenceBatches, file_outputs: FileOutputs, tolerance: float = TOLERANCE
 ) -> dict[str, Any]:
-    """Compare a file's outputs with the expected ones: `passed`, `reason`, and `parity` as `export_status.json` has it.
+    """Compare a file's outputs with the expected ones: `passed`, `reason`, and the `parity` of `export_status.json`.
 
     A file that returns its member outputs is compared twice. Its member outputs, as probabilities, are compared with
     the expected ones; its probabilities are compared with those that the combiner computes from the file's member
-    outputs, on every row. A row whose member outputs agree, but for which the combiner gives other probabilities than
-    for the expected member outputs, lies at a discontinuity: it is counted as `near_threshold` and left out of the
-    end-to-end comparison alone.
+    outputs, on every row. A row whose member outputs agree, but for which the combiner's probabilities differ from
+    those for the expected member outputs, is at a discontinuity: it is counted as `near_threshold` and excluded only
+    from the end-to-end comparison.
     """
     expected = reference.probabilities[file_outputs.rows]
     probabilities = file_outputs.outputs["probabilities"].astype(np.float64)
     if probabilities.shape != expected.shape:
         reason = f"its probabilities have the shape {probabilities.shape}; expected {expected.shape}"
         return {"passed": False, "reason": reason, "parity": None}
-    near = np.zeros(len(expected), dtype=bool)
+    is_excluded = np.zeros(len(expected), dtype=bool)
     parity: dict[str, Any] = {
         "rows": len(np.unique(file_outputs.rows)),
         "tolerance": tolerance,
@@ -193,7 +193,7 @@ def compare_outputs(
         member_difference = np.abs(softmax(member_logits) - expected_members).max()
         combiner_difference = float(np.abs(combined - probabilities).max())
         flips = _label_flips(combined, probabilities, tolerance)
-        near = np.abs(combined - expected).max(axis=1) > tolerance
+        is_excluded = np.abs(combined - expected).max(axis=1) > tolerance
         parity["members"] = {"max_abs_diff": _finite(member_difference)}
         parity["combiner"] = {"max_abs_diff": _finite(combiner_difference), "label_flips": flips}
         if not member_difference <= tolerance:
@@ -202,15 +202,17 @@ def compare_outputs(
             reasons.append(
                 f"its combiner differs by {combiner_difference:.3g} on the file's member outputs, {flips} label(s) flip"
             )
-        if near.mean() > MAX_DISCONTINUITY_FRACTION:
-            reasons.append(f"{int(near.sum())} of {len(near)} rows lie at a discontinuity of the combiner")
-    largest = float(np.abs(expected - probabilities)[~near].max(initial=0.0))
-    flips = _label_flips(expected[~near], probabilities[~near], tolerance)
+        if is_excluded.mean() > MAX_DISCONTINUITY_FRACTION:
+            reasons.append(
+                f"{int(is_excluded.sum())} of {len(is_excluded)} rows lie at a discontinuity of the combiner"
+            )
+    largest = float(np.abs(expected - probabilities)[~is_excluded].max(initial=0.0))
+    flips = _label_flips(expected[~is_excluded], probabilities[~is_excluded], tolerance)
     if not np.isfinite(probabilities).all():
         largest = float("nan")
     if not largest <= tolerance or flips:
         reasons.append(f"its probabilities differ by {largest:.3g} (allowed {tolerance:g}), {flips} label(s) flip")
-    parity |= {"max_abs_diff": _finite(largest), "label_flips": flips, "near_threshold": int(near.sum())}
+    parity |= {"max_abs_diff": _finite(largest), "label_flips": flips, "near_threshold": int(is_excluded.sum())}
     return {"passed": not reasons, "reason": "; ".join(reasons) or None, "parity": parity}
 
 

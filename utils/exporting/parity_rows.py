@@ -1,4 +1,4 @@
-"""Real rows for the parity check, with the stored predictions that `evaluate` scores as expected outputs."""
+"""Real rows for the parity check; the expected outputs are the stored predictions that `evaluate` scores."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 N_ROWS = 64
 N_CALIBRATION_IMAGES = 128
-"""Training images from which the ranges of 8-bit values are estimated."""
-ACCURACY_BLOCK_SIZE = 256  # images in memory
+"""Number of training images for estimating the ranges of 8-bit values."""
+ACCURACY_BLOCK_SIZE = 256  # images in memory at a time
 SPLITS = ("test", "val", "train")
-"""Rows are taken from these splits in this order, until there are enough."""
+"""Splits from which rows are taken, in this order, until there are enough."""
 
 
 @dataclass(frozen=True)
 class ParitySample:
-    """Real rows as an exported file takes them, and the ensemble's outputs for them."""
+    """Real rows in the input format of an exported file, and the ensemble's outputs for them."""
 
     inputs: list[InputArrays]
     """The inputs of each row: float32 (3, S, S), uint8 (H, W, 3), or member logits float32 (M, C)"""
     squares: list[np.ndarray]
-    """The square of each row, uint8 (S, S, 3), for files of a fixed size; empty unless there is one resize rule"""
+    """The centre square of each row, uint8 (S, S, 3), for files of a fixed size; empty with several resize rules"""
     expected: ReferenceBatches
-    """Expected outputs, without batches"""
+    """The expected outputs; its `batches` are empty"""
 
     def reference_batches(self, *, fixed: bool = False, takes_uint8: bool = False) -> ReferenceBatches:
-        """The rows in batches; with `fixed` one row at a time, already in the network's size."""
+        """The rows in batches; with `fixed`, in batches of one row of the network's image size."""
         if not fixed:
             batches, rows = make_batches(self.inputs)
         else:
@@ -51,11 +51,11 @@ class ParitySample:
 
 
 def sample_rows(store: Store, source: ExportSource, signature: ExportSignature, network: ExportNetwork) -> ParitySample:
-    """Take up to 64 rows, evenly spread over the test split, and over val and train where test has too few.
+    """Take up to 64 rows, evenly spaced over the test split, and over val and train if test has too few.
 
-    The expected outputs are the stored predictions, which `evaluate` scores. Predictions that a GPU computed in 16 bits
-    are too coarse for comparison with a 32-bit file; the network is then run on the CPU instead. Raises UserError
-    where the members have no split in common.
+    The expected outputs are the stored predictions, which `evaluate` scores. Predictions computed on a GPU in 16 bits
+    are too coarse for comparison with a 32-bit file; the network is then run on the CPU instead. Raises UserError if
+    the members have no common split.
     """
     members = list(source.members)
     parts: list[Rows] = []
@@ -79,7 +79,7 @@ def sample_rows(store: Store, source: ExportSource, signature: ExportSignature, 
 
 
 def _evenly_spread(n_rows: int, n_chosen: int) -> np.ndarray:
-    """Up to `n_chosen` indices of `n_rows` rows, int64."""
+    """Up to `n_chosen` evenly spaced indices of `n_rows` rows, int64."""
     return np.unique(np.linspace(0, n_rows - 1, min(n_chosen, n_rows)).round().astype(int))
 
 
@@ -109,7 +109,7 @@ def _expected_outputs(source: ExportSource, rows: Rows) -> ReferenceBatches:
 
 
 def calibration_inputs(store: Store, source: ExportSource, signature: ExportSignature) -> list[InputArrays]:
-    """Up to 128 images of the train split, evenly spread, as a file takes them."""
+    """Up to 128 images of the train split, evenly spaced, in the input format of a file."""
     indices = _evenly_spread(len(store.images("train").sample_ids), N_CALIBRATION_IMAGES)
     return _load_inputs(store, source, signature, {"train": indices.tolist()})[0]
 
@@ -117,7 +117,7 @@ def calibration_inputs(store: Store, source: ExportSource, signature: ExportSign
 def measure_test_accuracy(
     store: Store, source: ExportSource, signature: ExportSignature, run: Callable[..., Sequence[np.ndarray]]
 ) -> dict[str, Any] | None:
-    """Measure accuracy on all labelled test rows: the ensemble's, and that of a file.
+    """Measure the accuracy of the ensemble and of a file on all labelled test rows.
 
     `run` takes a batch, one array per input, and returns the file's outputs, probabilities first. Returns None without
     labelled test rows.
@@ -132,10 +132,10 @@ def measure_test_accuracy(
     ensemble_accuracy = float((_expected_outputs(source, rows).probabilities.argmax(axis=1) == rows.labels).mean())
     n_correct = 0
     for start in range(0, len(rows.labels), ACCURACY_BLOCK_SIZE):
-        part = rows.take(np.arange(start, min(start + ACCURACY_BLOCK_SIZE, len(rows.labels))))
-        inputs, _ = _load_inputs(store, source, signature, _image_indices(store, part))
+        block_rows = rows.take(np.arange(start, min(start + ACCURACY_BLOCK_SIZE, len(rows.labels))))
+        inputs, _ = _load_inputs(store, source, signature, _image_indices(store, block_rows))
         predicted = np.array([run(*(array[None] for array in row))[0][0].argmax() for row in inputs])
-        n_correct += int((predicted == part.labels).sum())
+        n_correct += int((predicted == block_rows.labels).sum())
     file_accuracy = n_correct / len(rows.labels)
     return {
         "rows": len(rows.labels),
@@ -146,7 +146,7 @@ def measure_test_accuracy(
 
 
 def _image_indices(store: Store, rows: Rows) -> dict[str, list[int]]:
-    """{split: indices of its rows among the split's images}, splits in the order of the rows."""
+    """{split: indices of its rows in the split's images}, splits in the order of the rows."""
     indices = {}
     for split in dict.fromkeys(rows.split.tolist()):
         index_of = {sample_id: index for index, sample_id in enumerate(store.images(split).sample_ids)}
@@ -157,19 +157,19 @@ def _image_indices(store: Store, rows: Rows) -> dict[str, list[int]]:
 def _load_inputs(
     store: Store, source: ExportSource, signature: ExportSignature, indices: Mapping[str, Sequence[int]]
 ) -> tuple[list[InputArrays], list[np.ndarray]]:
-    """The inputs of a file, and the squares of a single resize rule, of the images {split: indices}."""
+    """The inputs of a file for the images {split: indices}, and, with a single resize rule, their centre squares."""
     from utils.networks.ensemble_network import by_resize_rule
 
     rules = [group[0] for group in by_resize_rule(member.image_preprocessing for member in source.members)]
     threads = image_splits.decoding_threads(store.config.dataset.num_workers)
     squares_by_rule: list[list[np.ndarray]] = [[] for _ in rules]
     paths: list[Path] = []
-    for name, chosen in indices.items():
+    for name, image_indices in indices.items():
         split = store.images(name)
-        paths += [split.paths[index] for index in chosen]
+        paths += [split.paths[index] for index in image_indices]
         for squares, rule in zip(squares_by_rule, rules, strict=True):
             pixels = image_splits.open_images(split, rule, image_cache=store.workspace.image_cache, threads=threads)
-            squares += list(pixels.crops(chosen))
+            squares += list(pixels.crops(image_indices))
     squares = squares_by_rule[0] if len(rules) == 1 else []
     if signature.input == UINT8_NHWC:
         return [(decode_image(path, exif=rules[0].exif),) for path in paths], squares
@@ -182,13 +182,13 @@ def _as_planes(square: np.ndarray) -> np.ndarray:
 
 
 def decode_image(path: Path, *, exif: str = "ignore") -> np.ndarray:
-    """An image file as the base pipeline decodes it, uint8 (H, W, 3), upright with the `exif` rule `apply`."""
+    """Decode an image file like the base pipeline, uint8 (H, W, 3); upright if `exif` is `apply`."""
     with base_back.load_bundled("image_files").open_image(path) as image:
         return np.array(base_back.load_bundled("resizing").decoded(image, exif))
 
 
 def _run_network(network: ExportNetwork, inputs: list[InputArrays], expected: ReferenceBatches) -> ReferenceBatches:
-    """The expected outputs with those of the network itself, run on the CPU, in their place."""
+    """The expected outputs replaced by those of the network, run on the CPU."""
     import torch
 
     batches, rows = make_batches(inputs, (BATCH_SIZES[-1], 1))

@@ -1,9 +1,9 @@
-"""What an archive of `torch.export` (.pt2) must not hold; nothing in it is unpickled or evaluated to find out.
+"""Checks that a `torch.export` archive (.pt2) has no executable contents, without unpickling or evaluating any of it.
 
-`torch.export.load` unpickles what the archive says is a pickle, evaluates the text of sizes and guards as Python,
-imports modules that a tree of inputs names, and finds the functions of the graph by name anywhere below `torch`. The
-archives that `export` writes need none of this: tensors are raw bytes, sizes are sums and products of symbols, and
-the graph calls operators of `aten`.
+`torch.export.load` unpickles the records that the archive declares as pickles, evaluates the text of sizes and guards
+as Python, imports modules named in a tree of inputs, and looks up the functions of the graph by name anywhere below
+`torch`. The archives that `export` writes need none of this: tensors are raw bytes, sizes are sums and products of
+symbols, and the graph calls operators of `aten`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAYLOADS = {
     "data/weights/model_weights_config.json": re.compile(r"weight_\d{1,9}"),
     "data/constants/model_constants_config.json": re.compile(r"tensor_\d{1,9}"),
 }
-"""{record: names of the files that it may list}"""
+"""{record: pattern of the names of the files that it may list}"""
 RECORD = re.compile(
     r"models/model\.json|data/sample_inputs/model\.pt|data/(weights/model_weights|constants/model_constants)_config\.json"
     r"|data/weights/weight_\d{1,9}|data/constants/tensor_\d{1,9}"
@@ -41,14 +41,14 @@ MAX_LEVELS = 64
 
 
 def program_problem(path: Path) -> str | None:
-    """Why an archive must not be loaded; None where it holds tensors and operators that only compute."""
+    """The reason why an archive must not be loaded; None if it has only tensors and pure operators."""
     import torch
 
     try:
         reader = torch._C.PyTorchFileReader(str(path))
         names = reader.get_all_records()
         with zipfile.ZipFile(path) as archive:
-            # Both readers must see the same: torch falls back to the other one, which reads an older form.
+            # Both readers must agree: torch falls back to the other one, which reads an older format.
             folders = {name.partition("/")[0] for name in archive.namelist()}
             in_zip = [name.partition("/")[2] for name in archive.namelist()]
             if len(folders) != 1 or sorted(in_zip) != sorted(names):

@@ -1,6 +1,6 @@
 """ONNX files of reduced precision: the members' networks in 16-bit floats or 8-bit integers.
 
-Preprocessing and combiner stay in 32 bits, where small differences change labels and little memory is saved.
+Preprocessing and combiner stay in 32 bits: there, small differences change labels and little memory would be saved.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import numpy as np
 from utils.exporting.export_formats import entry_of_files, format_entry
 
 TOLERANCES = {"fp16": 0.01, "int8": 0.1}
-"""Largest difference of a probability: rounding of 2^-11 and 2^-8, accumulated over the layers of a network."""
+"""Largest difference of a probability: rounding errors of 2^-11 and 2^-8, accumulated over a network's layers."""
 REDUCED = tuple(f"onnx_{precision}" for precision in TOLERANCES)
-"""Formats that are made from the file of `onnx`."""
+"""Formats that are converted from the file of `onnx`."""
 MEMBERS = "members."
-"""Of the names of the networks' modules."""
+"""Prefix of the names of the networks' modules."""
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata of a node, by the exporter `dynamo`: a list of the modules that it belongs to, outermost first."""
+"""Metadata key of a node written by `dynamo`: a list of the modules that the node belongs to, outermost first."""
 QUANTIZED = ["Conv", "Gemm", "MatMul"]
 """Operators that are computed in 8-bit integers."""
 
 
 def tolerance_of(format_name: str) -> float:
-    """Largest difference of a probability that a format in `REDUCED` may show."""
+    """Largest allowed difference of a probability for a format in `REDUCED`."""
     return TOLERANCES[format_name.removeprefix("onnx_")]
 
 
@@ -39,8 +39,8 @@ def write_reduced(
 ) -> dict[str, Any]:
     """Write `<format>/<name>_<precision>.onnx` from the 32-bit file `source`; returns its entry.
 
-    `calibration` loads training images, one array per input of the file. An error is the reason in an entry that is
-    `failed`.
+    `calibration` loads training images, one array per input of the file. On an error, the entry is `failed`, with the
+    error as its reason.
     """
     started = time.perf_counter()
     path = staged / format_name / f"{name}_{format_name.removeprefix('onnx_')}.onnx"
@@ -50,7 +50,7 @@ def write_reduced(
             to_float16(source, path)
         else:
             to_int8(source, path, calibration())
-    except Exception as error:  # of any library; it fails this format alone
+    except Exception as error:  # an error of any library fails only this format
         reason = f"{type(error).__name__}: {error}"
         return format_entry("failed", reason=reason, seconds=round(time.perf_counter() - started, 3))
     return entry_of_files(staged, [path], seconds=round(time.perf_counter() - started, 3))
@@ -59,7 +59,7 @@ def write_reduced(
 def is_of_member(node: Any) -> bool:
     """Whether a node of an ONNX graph belongs to a member's network.
 
-    Dynamo records the modules of a node; the tracing exporter names the node by them (`/members.0/networks.0/Conv`).
+    Dynamo records the modules of a node; the tracing exporter uses them in its name (`/members.0/networks.0/Conv`).
     """
     scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), None)
     if scopes is None:
@@ -75,15 +75,15 @@ def to_float16(source: Path, path: Path) -> None:
     model = onnx.load(str(source))
     unconverted = [node.name for node in model.graph.node if not is_of_member(node)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of weights below the smallest 16-bit float
+        warnings.simplefilter("ignore", UserWarning)  # about weights below the smallest 16-bit float
         onnx.save(convert_float_to_float16(model, keep_io_types=True, node_block_list=unconverted), str(path))
 
 
 def to_int8(source: Path, path: Path, images: Sequence[Sequence[np.ndarray]]) -> None:
     """Quantise the members' convolutions and matrix products to 8-bit integers, with weight scales per channel.
 
-    Static quantisation (Jacob et al. 2018): activation ranges are those on `images`, one array per input of the file,
-    which are run one at a time, since raw images differ in size.
+    Static quantisation (Jacob et al. 2018): activation ranges are measured on `images`, one array per input of the
+    file, one image at a time, since raw images differ in size.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -98,7 +98,7 @@ def to_int8(source: Path, path: Path, images: Sequence[Sequence[np.ndarray]]) ->
     graph = onnx.load(str(source), load_external_data=False).graph
     quantized = [node.name for node in graph.node if is_of_member(node) and node.op_type in QUANTIZED]
     level = logging.root.level
-    logging.root.setLevel(logging.ERROR)  # it recommends an optimisation that the exporter has done
+    logging.root.setLevel(logging.ERROR)  # suppresses the advice to run an optimisation that the exporter has run
     try:
         quantize_static(
             str(source),

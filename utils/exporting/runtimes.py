@@ -1,9 +1,9 @@
-"""Exported files of one format, run by its runtime in a process that has not seen the networks they were made from.
+"""Runs exported files of one format with its runtime, in a process without the networks that they were exported from.
 
     python runtimes.py JOB.json
 
-The job names a format, its files, the arrays to run and the file for the results. The script imports nothing of the
-project, except for formats that hold weights alone: these are loaded into networks that are built anew.
+The job names a format, its files, the input arrays and the file for the results. The script imports nothing from the
+project, except for formats with weights only, which are loaded into rebuilt networks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 RunFunction = Callable[..., Sequence[np.ndarray]]
-"""Takes one array per input of the file, in its order; returns its outputs."""
+"""Takes one array per input of the file, in order; returns its outputs."""
 
 
 def open_onnx(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, str]]:
@@ -30,9 +30,11 @@ def open_onnx(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, s
     options = onnxruntime.SessionOptions()
     if job.get("threads"):
         options.intra_op_num_threads = int(job["threads"])
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take another program's core
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # spinning would occupy other programs' cores
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    inputs = [given.name for given in session.get_inputs()]
+    inputs = [node.name for node in session.get_inputs()]
 
     def run(*arrays: np.ndarray) -> list[np.ndarray]:
         outputs: list[np.ndarray] = session.run(job["outputs"], dict(zip(inputs, arrays, strict=True)))
@@ -58,7 +60,7 @@ def open_exported_program(path: Path, job: dict[str, Any]) -> tuple[RunFunction,
 
 
 def open_weights(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, str]]:
-    """Open a state dict or a checkpoint: the catalog's networks are built, and every weight is read from the file."""
+    """Open a state dict or a checkpoint: build the catalog's networks and load all weights from the file."""
     import torch
 
     network = _build_network(job)
@@ -73,7 +75,7 @@ def open_weights(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str
 
 
 def open_tflite(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str, str]]:
-    """Open a file in ai-edge-litert, else in TensorFlow's interpreter; its batch size is 1.
+    """Open a file with ai-edge-litert, else with TensorFlow's interpreter; its batch size is 1.
 
     Raises ValueError for a file of another batch size.
     """
@@ -85,14 +87,14 @@ def open_tflite(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str,
         from tensorflow.lite import Interpreter
     interpreter = Interpreter(model_path=str(path), num_threads=int(job.get("threads") or 1))
     interpreter.allocate_tensors()
-    first, *_ = interpreter.get_input_details()
+    first_input, *_ = interpreter.get_input_details()
     signature = interpreter.get_signature_list()
     runner = interpreter.get_signature_runner(next(iter(signature)))
     names, arguments = (
         sorted(details, key=_number_at_end) for details in (runner.get_output_details(), runner.get_input_details())
     )
-    if len(first["shape"]) and int(first["shape"][0]) != 1:
-        raise ValueError(f"{path}: the batch size is {first['shape'][0]}; expected 1")
+    if len(first_input["shape"]) and int(first_input["shape"][0]) != 1:
+        raise ValueError(f"{path}: the batch size is {first_input['shape'][0]}; expected 1")
 
     def run(*arrays: np.ndarray) -> list[np.ndarray]:
         outputs = runner(**dict(zip(arguments, arrays, strict=True)))
@@ -102,7 +104,7 @@ def open_tflite(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str,
 
 
 def _number_at_end(name: str) -> int:
-    """Of names such as `output_10`, which give an order; -1 without one."""
+    """The number at the end of a name such as `output_10`, which determines the order; -1 without one."""
     digits = re.search(r"\d+$", name)
     return int(digits[0]) if digits else -1
 
@@ -147,7 +149,7 @@ RUNTIMES: dict[str, Callable[[Path, dict[str, Any]], tuple[RunFunction, dict[str
 
 
 def grouped_batches(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, ...]]:
-    """{batch: one array per input} of arrays that are named `batch_0000`, or `batch_0000/000` of several inputs."""
+    """{batch: one array per input} of arrays named `batch_0000`, or `batch_0000/000` with several inputs."""
     batches: dict[str, tuple[np.ndarray, ...]] = {}
     for name in sorted(arrays):
         batch = name.partition("/")[0]
@@ -156,7 +158,7 @@ def grouped_batches(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndar
 
 
 def measure_latency_ms(run: RunFunction, batch: Sequence[np.ndarray], seconds: float = 1.0) -> float:
-    """Median milliseconds of one run over a batch, after a warm-up run; up to 50 runs or `seconds`."""
+    """Median milliseconds of a run on a batch, after a warm-up run; up to 50 runs or `seconds`."""
     run(*batch)
     durations: list[float] = []
     while not durations or (len(durations) < 50 and sum(durations) < seconds):
@@ -167,9 +169,9 @@ def measure_latency_ms(run: RunFunction, batch: Sequence[np.ndarray], seconds: f
 
 
 def main(job_path: str) -> None:
-    """Run one job: an .npz of outputs `<file's index>/<batch>/<output>`, with `facts`, a JSON list of one per file.
+    """Run one job and write an .npz of outputs `<file's index>/<batch>/<output>` and `facts`, a JSON list per file.
 
-    Raises RuntimeError that names the file which does not run.
+    Raises RuntimeError naming a file that does not run.
     """
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     if job.get("threads") and job["format"] in ("state_dict", "checkpoint", "torchscript", "exported_program"):
@@ -186,8 +188,8 @@ def main(job_path: str) -> None:
             for name, batch in batches.items():
                 outputs = zip(job["outputs"], run(*batch), strict=True)
                 results |= {f"{index}/{name}/{output}": values for output, values in outputs}
-            first = [array[:1] for array in next(iter(batches.values()))]
-            facts.append({"versions": versions, "latency_ms": measure_latency_ms(run, first)})
+            first_rows = [array[:1] for array in next(iter(batches.values()))]
+            facts.append({"versions": versions, "latency_ms": measure_latency_ms(run, first_rows)})
         except Exception as error:
             raise RuntimeError(f"{path.name}: {type(error).__name__}: {error}") from error
     results["facts"] = np.array(json.dumps(facts))

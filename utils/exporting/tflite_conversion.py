@@ -1,10 +1,10 @@
-"""Conversion of a network to a TFLite file by litert-torch, in a subprocess with limits on time and memory.
+"""Conversion of a network to a TFLite file with litert-torch, in a subprocess with limits on time and memory.
 
     python tflite_conversion.py PROGRAM.pt2 FILE.tflite BYTES
 
-The tools are optional and large, so they may be in an environment of their own: the one whose interpreter
-DBT_TFLITE_PYTHON names, or `.venv-tflite`, which `make tflite` makes. The network is passed as a traced program, so
-that this environment needs torch and the tools alone.
+The tools are optional and large, so they may be in a separate environment: that of the interpreter in
+DBT_TFLITE_PYTHON, or `.venv-tflite`, which `make tflite` creates. The network is passed as a traced program, so that
+this environment needs only torch and the tools.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PYTHON_VARIABLE = "DBT_TFLITE_PYTHON"
 ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-tflite"
-"""What `make tflite` makes in a clone."""
+"""Environment that `make tflite` creates in a clone."""
 INSTALL = "make tflite"
 CONVERTER, INTERPRETERS = "litert_torch", ("ai_edge_litert", "tensorflow")
 TIMEOUT_SECONDS = 1800.0
@@ -29,17 +29,17 @@ MEMORY_FRACTION = 0.8
 
 
 class ConversionError(Exception):
-    """The converter failed, exceeded its time or ran out of memory; the text ends with the last lines of its output."""
+    """The converter failed, timed out or ran out of memory; the message ends with the last lines of its output."""
 
 
 def python_interpreter() -> str:
-    """The interpreter that has the tools: of DBT_TFLITE_PYTHON, else of `.venv-tflite` where it is, else this one."""
-    own = ENVIRONMENT / "bin" / "python"
-    return os.environ.get(PYTHON_VARIABLE) or (str(own) if own.is_file() else sys.executable)
+    """The interpreter with the tools: that of DBT_TFLITE_PYTHON, else of `.venv-tflite` if it exists, else this one."""
+    interpreter = ENVIRONMENT / "bin" / "python"
+    return os.environ.get(PYTHON_VARIABLE) or (str(interpreter) if interpreter.is_file() else sys.executable)
 
 
 def missing_tools() -> str | None:
-    """Why TFLite files cannot be written here, with the command that installs the tools; None where they can."""
+    """The reason why TFLite files cannot be written here, with the command that installs the tools, or None."""
     python = python_interpreter()
     if python == sys.executable:
         installed = {name for name in (CONVERTER, *INTERPRETERS) if importlib.util.find_spec(name)}
@@ -67,12 +67,12 @@ def convert_network(
 ) -> None:
     """Convert the network, traced on one `sample` of its inputs, to the file `path`.
 
-    `scratch` is a folder for temporary files. Raises ConversionError with the last lines of the converter's output
-    where it fails, exceeds `seconds` or is killed.
+    `scratch` is a folder for temporary files. Raises ConversionError with the last lines of the converter's output if
+    it fails, exceeds `seconds` or is killed.
     """
     import torch
 
-    from utils.core import subprocesses  # here, since the interpreter that has the tools lacks this project
+    from utils.core import subprocesses  # imported here, since the interpreter with the tools lacks this project
 
     scratch.mkdir(parents=True, exist_ok=True)
     program = scratch / "program.pt2"
@@ -102,7 +102,7 @@ def _last_lines(log: Path) -> str:
 
 
 def main(program: str, path: str, memory: str) -> None:
-    """Convert `program` to `path` with at most `memory` bytes; run by the interpreter that has the tools."""
+    """Convert `program` to `path` with at most `memory` bytes; run by the interpreter with the tools."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))

@@ -1,6 +1,6 @@
-"""Which class of the workspace each class of an external set is: by equal names, or by a class map of the user's.
+"""Matches the classes of an external set with those of the workspace, by equal names or by the user's class map.
 
-Names that differ in case, separators or encoding alone are suggested and never taken.
+Names that differ only in case, separators or encoding are suggested, but never matched.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from utils.core.errors import UserError, did_you_mean
 
 HEADER = ["external", "workspace"]
 REFUSE, IGNORE, RESTRICT = TREATMENTS = ("refuse", "ignore", "restrict")
-"""Of classes that only one side has: an error; images of unknown classes are left out and absent classes stay possible
-answers; or, beside that, probabilities are restricted to the shared classes."""
+"""Treatments of classes that only one side has. `refuse`: an error; `ignore`: images of unknown classes are omitted and
+absent classes can still be predicted; `restrict`: in addition, probabilities are restricted to the shared classes."""
 MAX_LISTED = 50  # classes in a message
-MAX_BYTES = 10_000_000  # of a class map
+MAX_BYTES = 10_000_000  # size of a class map
 
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """Which class of the workspace each class of an external set is."""
+    """The match of the classes of an external set with those of the workspace."""
 
     class_of: Mapping[str, str]
     """{class of the set: class of the workspace}"""
     dropped: Sequence[str]
-    """Classes of the set that the class map leaves out"""
+    """Classes of the set that the class map excludes"""
     unknown: Mapping[str, str]
-    """{class of the set that the workspace lacks: a class of the workspace of nearly the same name, or ""}"""
+    """{class of the set that the workspace lacks: a class of the workspace with a similar name, or ""}"""
     absent: Sequence[str]
-    """Classes of the workspace without an image in the set"""
+    """Classes of the workspace without images in the set"""
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -43,19 +43,25 @@ class ClassMatch:
         return tuple(sorted(set(self.class_of.values())))
 
 
-def match_classes(external: Sequence[str], own: Sequence[str], class_map: Mapping[str, str]) -> ClassMatch:
-    """Match the classes of a set with those of the workspace; a class map {class of the set: own class or ""} first."""
+def match_classes(
+    external: Sequence[str], workspace_classes: Sequence[str], class_map: Mapping[str, str]
+) -> ClassMatch:
+    """Match the classes of a set; `class_map`, {class of the set: class of the workspace or ""}, takes precedence."""
     class_of = {name: class_map.get(name, name) for name in external}
     dropped = [name for name, target in class_of.items() if not target]
-    unknown = {name: _similar(name, own) for name, target in class_of.items() if target and target not in own}
-    matched = {name: target for name, target in class_of.items() if target in own}
-    taken = set(matched.values())
-    return ClassMatch(matched, dropped, unknown, [name for name in own if name not in taken])
+    unknown = {
+        name: _similar(name, workspace_classes)
+        for name, target in class_of.items()
+        if target and target not in workspace_classes
+    }
+    matched = {name: target for name, target in class_of.items() if target in workspace_classes}
+    matched_classes = set(matched.values())
+    return ClassMatch(matched, dropped, unknown, [name for name in workspace_classes if name not in matched_classes])
 
 
-def _similar(name: str, own: Sequence[str]) -> str:
-    """The only own class whose name is equal without case, separators and encoding; "" where there is none."""
-    equal = [other for other in own if _folded(other) == _folded(name)]
+def _similar(name: str, workspace_classes: Sequence[str]) -> str:
+    """The only class of the workspace whose name is equal up to case, separators and encoding; else ""."""
+    equal = [other for other in workspace_classes if _folded(other) == _folded(name)]
     return equal[0] if len(equal) == 1 else ""
 
 
@@ -63,11 +69,11 @@ def _folded(name: str) -> str:
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", name).casefold())
 
 
-def read_class_map(path: Path, external: Sequence[str], own: Sequence[str]) -> dict[str, str]:
-    """{class of the set: class of the workspace, "" to leave its images out} of a CSV file `external,workspace`.
+def read_class_map(path: Path, external: Sequence[str], workspace_classes: Sequence[str]) -> dict[str, str]:
+    """{class of the set: class of the workspace, or "" to exclude its images} of a CSV file `external,workspace`.
 
-    Raises UserError that lists every problem: another header, an unknown name on either side, a class that is mapped
-    twice, and names that are exchanged in a circle.
+    Raises UserError that lists all problems: another header, an unknown name on either side, a class that is mapped
+    twice, and names that are permuted in a cycle.
     """
     lines = _lines(path)
     if not lines or lines[0][1] != HEADER:
@@ -88,9 +94,13 @@ def read_class_map(path: Path, external: Sequence[str], own: Sequence[str]) -> d
         elif name not in external:
             hint = did_you_mean(name, external) or f"; it has {', '.join(external)}"
             problems.append(f"line {line}: {name!r} is no class of the external set{hint}")
-        elif target and target not in own:
-            near = _similar(target, own)
-            hint = f"; did you mean {near!r}?" if near else did_you_mean(target, own) or f"; it has {', '.join(own)}"
+        elif target and target not in workspace_classes:
+            similar = _similar(target, workspace_classes)
+            hint = (
+                f"; did you mean {similar!r}?"
+                if similar
+                else did_you_mean(target, workspace_classes) or f"; it has {', '.join(workspace_classes)}"
+            )
             problems.append(f"line {line}: {target!r} is no class of the workspace{hint}")
         mapped.setdefault(name, target)
     if circle := _circle(mapped):
@@ -119,7 +129,7 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def _circle(mapped: Mapping[str, str]) -> list[str]:
-    """Names that lead back to the first through at least one other; empty where there are none."""
+    """Names that form a cycle of at least two; empty if there is none."""
     for start in mapped:
         names, target = [start], mapped[start]
         while target in mapped and target not in names:
@@ -138,10 +148,10 @@ def require_treatment(
     source: str,
     command: str,
 ) -> None:
-    """Raise UserError where classes that only one side has must not be passed over, or where too few are shared.
+    """Raise UserError if classes that only one side has are not allowed by `treatment`, or if too few are shared.
 
-    `counts` are {class of the set: images}, `own_counts` {class of the workspace: test images}. The message lists all
-    of them with counts, and the command of every treatment that would be accepted: `command`, without `--missing`.
+    `counts` is {class of the set: images}, `own_counts` {class of the workspace: test images}. The message lists them
+    with counts, and, for each treatment that would be accepted, `command` (without `--missing`) with that treatment.
     """
     lines = _listed(match, counts, own_counts)
     if not match.class_of:

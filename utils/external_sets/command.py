@@ -29,15 +29,20 @@ def evaluate(
 
     Runs are also written to the MLflow server or folder `mlflow` and to the folder `tensorboard`.
 
-    Raises ConfigError for options that belong to `--data` without it, and for `metrics`, `plots`, `maps` and trackers
-    with it.
+    Raises ConfigError for options that need `--data` without it, and for `metrics`, `plots`, `maps` and trackers with
+    it.
     """
     from utils.evaluation import evaluate as own
 
     if data is None:
-        given = {"--class-map": class_map, "--name": name, "--missing": missing, "--from-export": from_export}
-        if wrong := [option for option, value in given.items() if value is not None]:
-            raise ConfigError(f"evaluate {' '.join(wrong)}: expected together with --data DIR or --data FILE.csv")
+        external_options = {
+            "--class-map": class_map,
+            "--name": name,
+            "--missing": missing,
+            "--from-export": from_export,
+        }
+        if unusable := [option for option, value in external_options.items() if value is not None]:
+            raise ConfigError(f"evaluate {' '.join(unusable)}: expected together with --data DIR or --data FILE.csv")
         return _evaluate_split(config, workspace, mlflow, tensorboard, {**options, "force": force})
     if mlflow is not None or tensorboard is not None:
         raise ConfigError("evaluate --mlflow and --tensorboard: hold the scores of a split; expected without --data")

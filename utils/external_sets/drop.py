@@ -1,9 +1,9 @@
-"""What changes from the own test split to an external set: scores, classes, calibration, promises, OOD scores.
+"""Changes from the workspace's test split to an external set: scores, classes, calibration, guarantees, OOD scores.
 
-The two are independent samples, so that the interval of a difference comes from the intervals of both figures, whatever
-their method is: the square of its half-width is the sum of the squares of theirs on the side in question (Newcombe
-1998, method 10; Zou and Donner 2008). Of two accuracies with Wilson's intervals this is Newcombe's own interval. Groups
-count as they do in the intervals of the figures.
+The two are independent samples, so that the interval of a difference follows from the intervals of both values,
+regardless of their method: the square of its half-width is the sum of the squares of theirs on the same side (Newcombe
+1998, method 10; Zou and Donner 2008). For two accuracies with Wilson intervals this is Newcombe's interval. Groups
+count like in the intervals of the values.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Interval = Sequence[float] | None
 
 
 def change(external: float, bounds: Interval, test: float, test_bounds: Interval) -> dict[str, Any]:
-    """`{test, external, change, ci95}` of one figure, the change being external less test; no interval without both."""
+    """`{test, external, change, ci95}` of one value; the change is external minus test; no interval without both."""
     difference = external - test
     interval = None
     if bounds is not None and test_bounds is not None:
@@ -38,7 +38,7 @@ def change(external: float, bounds: Interval, test: float, test_bounds: Interval
 
 
 def changes(external: Mapping[str, Any], test: Mapping[str, Any]) -> dict[str, Any]:
-    """{metric: change} between two `metrics.json` of one model; a metric that either lacks is left out."""
+    """{metric: change} between two `metrics.json` of one model; metrics that either lacks are omitted."""
     return {
         name: change(external[name], external["ci95"].get(name), test[name], test["ci95"].get(name))
         for name in METRICS
@@ -49,10 +49,10 @@ def changes(external: Mapping[str, Any], test: Mapping[str, Any]) -> dict[str, A
 def class_changes(
     model: ScoredModel, inputs: EvaluationInputs, test_model: ScoredModel, test_inputs: EvaluationInputs
 ) -> list[dict[str, Any]]:
-    """The change in recall of every class that both sides have rows of, largest drop first.
+    """The change in recall of every class with rows on both sides, largest drop first.
 
-    `{class, support, test_support, test, external, change, ci95, drops}`; a class `drops` where its interval is below 0
-    at a level that holds for all classes together (Bonferroni).
+    `{class, support, test_support, test, external, change, ci95, drops}`; a class `drops` if its interval is below 0 at
+    the simultaneous level of all classes (Bonferroni).
     """
     classes = inputs.rows.classes
     shared = [
@@ -88,10 +88,10 @@ def _hits_of_class(model: ScoredModel, inputs: EvaluationInputs, index: int) -> 
 
 
 def promises(external: Mapping[str, Any], test: Mapping[str, Any]) -> dict[str, Any]:
-    """What thresholds that val rows have fitted promise, and what is kept on test and on the external set.
+    """Nominal guarantees of thresholds fitted on val rows, and their empirical values on test and on the external set.
 
     `conformal`: {kind: {promised, test, external, mean_size, test_mean_size}}; `selective`: {threshold, target_risk,
-    test: {answered, error}, external: the same}. Null where nothing was promised.
+    test: {answered, error}, external: the same}. None without a guarantee.
     """
     sets, test_sets = external["conformal"], test["conformal"]
     selective, test_selective = external["selective"], test["selective"]
@@ -122,11 +122,11 @@ def promises(external: Mapping[str, Any], test: Mapping[str, Any]) -> dict[str, 
 def ood_areas(
     model: ScoredModel, inputs: EvaluationInputs, test_inputs: EvaluationInputs
 ) -> dict[str, dict[str, Any]] | None:
-    """Area under the ROC curve with which each OOD score tells external rows from those of the own test split.
+    """Area under the ROC curve of each OOD score for separating external rows from rows of the workspace's test split.
 
-    {energy, max_logit: {auroc, ci95}}, of mean scores over the members' full networks; the interval is Wilson's for as
-    many rows as have DeLong's variance (1988), with groups as units. At 0.5 the score sees no difference. None for
-    models without logits.
+    {energy, max_logit: {auroc, ci95}} of mean scores over the members' full networks; the interval is Wilson's with the
+    effective number of rows that gives DeLong's variance (1988), with groups as units. At 0.5 the score does not
+    separate them. None for models without logits.
     """
     if model.inference != fold_networks.FULL or not model.members:
         return None
@@ -147,7 +147,7 @@ def ood_areas(
 
 
 def _mean_scores(model: ScoredModel, inputs: EvaluationInputs) -> np.ndarray:
-    """OOD scores (2, N) of a model's members on all rows."""
+    """Mean OOD scores (2, N) over a model's members on all rows."""
     rows = inputs.rows
     scores = [ood_scores(rows.logits[rows.members.index(name)]) for name in model.members]
     mean: np.ndarray = np.mean(scores, axis=0)
@@ -155,7 +155,7 @@ def _mean_scores(model: ScoredModel, inputs: EvaluationInputs) -> np.ndarray:
 
 
 def _joined_groups(inputs: EvaluationInputs, test_inputs: EvaluationInputs) -> np.ndarray | None:
-    """Groups of the rows of both sides, which have none in common; None where all rows are independent."""
+    """Groups of the rows of both sides, which share none; None if all rows are independent."""
     if inputs.groups is None and test_inputs.groups is None:
         return None
     first, second = (

@@ -1,4 +1,4 @@
-"""`evaluate --data`: score models on labelled images from outside the workspace, beside their own test split."""
+"""`evaluate --data`: score models on labelled images from outside the workspace, and compare with their test split."""
 
 from __future__ import annotations
 
@@ -38,96 +38,99 @@ AGAIN = "Remove it, then evaluate again"
 
 @dataclass(frozen=True)
 class ExternalRequest:
-    """What is asked for."""
+    """The request of `evaluate --data`."""
 
     source: Path
     class_map: Path | None
     name: str
     treatment: str
-    """Of classes that only one side has, one of `class_matching.TREATMENTS`"""
+    """Treatment of classes that only one side has, one of `class_matching.TREATMENTS`"""
     force: bool
     export: Path | None = None
-    """An exported file, or the folder of an export, which is scored instead of models of the workspace"""
+    """An exported file, or the folder of an export, to score instead of models of the workspace"""
 
 
 @dataclass(frozen=True)
 class ExternalImages:
-    """The images that are scored, and those that are not."""
+    """The images that are scored, and those that are omitted."""
 
     images: ImageSplit
     listed: LabelledImages
     """The same images in the same order, with the names of their source"""
     match: ClassMatch
     copies: Mapping[str, str]
-    """{image: what it equals} of images of train or val, which are left out"""
+    """{image: description of the equal image} of copies of images of train or val, which are omitted"""
     unreadable: Mapping[str, str]
     """{image: reason}"""
     n_unknown: int
-    """Images of classes that the workspace lacks, or that the class map leaves out"""
+    """Number of images of classes that the workspace lacks, or that the class map excludes"""
 
 
 def evaluate_external(
     config: Config, workspace: Workspace, request: ExternalRequest, settings: EvaluationSettings
 ) -> Result:
-    """Score all members and ensembles, or the one named, on an external set and write its records and the report.
+    """Score all members and ensembles, or the named one, on an external set and write its records and the report.
 
-    Raises UserError where no image can be scored, where classes of one side alone must be treated first, and as
-    `evaluate` does.
+    Raises UserError if no image can be scored, if classes that only one side has need a treatment, and like `evaluate`.
     """
     _require_own_name(workspace, request)
     store = Store(config, workspace, catalog.load(workspace))
     listed = read_labelled_images(request.source, store.digests)
     match = _matched(store, listed, request, settings.model_name)  # before any network runs
     file = None if request.export is None else ExportedFile(request.export, store.catalog.classes)
-    own = external_inputs.gather_own(store, settings)
+    evaluation = external_inputs.gather_own(store, settings)
     if file is None:
-        prepared, inputs, test_inputs = _of_models(own, listed, match, request.name, settings)
+        prepared, inputs, test_inputs = _of_models(evaluation, listed, match, request.name, settings)
     else:
-        prepared, inputs, test_inputs = _of_export(own, file, listed, match, request.name)
-    own.store.digests.save()
-    own = replace(own, failures={} if file else {**own.failures, **inputs.failures})
-    metrics = _scored(own, inputs, test_inputs, match, request.treatment)
+        prepared, inputs, test_inputs = _of_export(evaluation, file, listed, match, request.name)
+    evaluation.store.digests.save()
+    evaluation = replace(evaluation, failures={} if file else {**evaluation.failures, **inputs.failures})
+    metrics = _scored(evaluation, inputs, test_inputs, match, request.treatment)
     kinds = {model.name: model.kind for model in inputs.models}
-    for name, each in metrics.items():
-        write_json(_metrics_path(workspace, request.name, name, kinds[name]), each)
-    others: dict[str, Any] = {}
-    kinds_of_others: dict[str, str] = {}
-    if own.model_name is not None or file is not None:
-        others, kinds_of_others = _other_models(workspace, prepared, request, settings)
-    ranking = score_ranking.rank({**others, **metrics}, {**kinds_of_others, **kinds}, scores.SPLIT, settings.metric)
-    record = _set_record(own, prepared, request, settings, ranking, {**others, **metrics})
+    for name, record_of_model in metrics.items():
+        write_json(_metrics_path(workspace, request.name, name, kinds[name]), record_of_model)
+    other_records: dict[str, Any] = {}
+    kinds_of_other_models: dict[str, str] = {}
+    if evaluation.model_name is not None or file is not None:
+        other_records, kinds_of_other_models = _other_models(workspace, prepared, request, settings)
+    ranking = score_ranking.rank(
+        {**other_records, **metrics}, {**kinds_of_other_models, **kinds}, scores.SPLIT, settings.metric
+    )
+    record = _set_record(evaluation, prepared, request, settings, ranking, {**other_records, **metrics})
     write_json(workspace.external_set(request.name), record)
-    return _with_report(config, own.store, _result(workspace, record, list(metrics)))
+    return _with_report(config, evaluation.store, _result(workspace, record, list(metrics)))
 
 
 def _of_models(
-    own: OwnEvaluation, listed: LabelledImages, match: ClassMatch, name: str, settings: EvaluationSettings
+    evaluation: OwnEvaluation, listed: LabelledImages, match: ClassMatch, name: str, settings: EvaluationSettings
 ) -> tuple[ExternalImages, EvaluationInputs, EvaluationInputs]:
     """The images, and the models of the workspace on them and on test."""
 
     def unreadable_of(images: ImageSplit) -> Mapping[str, str]:
-        return external_inputs.unreadable_images(own, images)
+        return external_inputs.unreadable_images(evaluation, images)
 
-    prepared = prepare(own, listed, match, name, unreadable_of)
-    own.store.digests.save()
-    inputs = external_inputs.gather_external(own, prepared.images, prepared.listed, settings, len(prepared.copies))
-    return prepared, inputs, replace(own.inputs, controls={})
+    prepared = prepare(evaluation, listed, match, name, unreadable_of)
+    evaluation.store.digests.save()
+    inputs = external_inputs.gather_external(
+        evaluation, prepared.images, prepared.listed, settings, len(prepared.copies)
+    )
+    return prepared, inputs, replace(evaluation.inputs, controls={})
 
 
 def _of_export(
-    own: OwnEvaluation, file: ExportedFile, listed: LabelledImages, match: ClassMatch, name: str
+    evaluation: OwnEvaluation, file: ExportedFile, listed: LabelledImages, match: ClassMatch, name: str
 ) -> tuple[ExternalImages, EvaluationInputs, EvaluationInputs]:
     """The images, and an exported file on them and on test."""
-    answers: list[exported_models.Answers] = []
+    answers_on_set: list[exported_models.Answers] = []
 
     def unreadable_of(images: ImageSplit) -> Mapping[str, str]:
-        answers.append(file.answers(images))
-        return answers[0].problems
+        answers_on_set.append(file.answers(images))
+        return answers_on_set[0].problems
 
-    prepared = prepare(own, listed, match, name, unreadable_of)
-    inputs = exported_models.export_inputs(own, file, prepared.images, answers[0], prepared.listed)
-    test = own.store.images("test")
-    test_inputs = exported_models.export_inputs(own, file, test, file.answers(test), None)
+    prepared = prepare(evaluation, listed, match, name, unreadable_of)
+    inputs = exported_models.export_inputs(evaluation, file, prepared.images, answers_on_set[0], prepared.listed)
+    test = evaluation.store.images("test")
+    test_inputs = exported_models.export_inputs(evaluation, file, test, file.answers(test), None)
     return prepared, replace(inputs, dropped=len(prepared.copies)), test_inputs
 
 
@@ -139,7 +142,7 @@ def _metrics_path(workspace: Workspace, external_set: str, name: str, kind: str)
 def _other_models(
     workspace: Workspace, prepared: ExternalImages, request: ExternalRequest, settings: EvaluationSettings
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """{model: `metrics.json`} and {model: kind} of models that were scored on the same images in the same way."""
+    """{model: `metrics.json`} and {model: kind} of other models scored on the same images with the same options."""
     stored = read_record(workspace.external_set(request.name), remedy=AGAIN, form=EXTERNAL_SET)
     if stored is None or _way(stored) != (
         prepared.images.digest,
@@ -161,7 +164,7 @@ def _way(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _require_own_name(workspace: Workspace, request: ExternalRequest) -> None:
-    """Raise UserError where another set has the name already."""
+    """Raise UserError if another set has the name already."""
     path = workspace.external_set(request.name)
     stored = read_record(path, remedy=AGAIN, form=EXTERNAL_SET)
     if stored is not None and stored["source"] != str(request.source.absolute()) and not request.force:
@@ -191,7 +194,7 @@ def _matched(store: Store, listed: LabelledImages, request: ExternalRequest, mod
 
 
 def _command(workspace: Workspace, request: ExternalRequest, model_name: str | None) -> str:
-    """The command as it was typed, without `--missing`."""
+    """The command as typed, without `--missing`."""
     options = {
         "--data": request.source,
         "--name": request.name if request.name != set_name(request.source, None) else None,
@@ -205,20 +208,20 @@ def _command(workspace: Workspace, request: ExternalRequest, model_name: str | N
 
 
 def prepare(
-    own: OwnEvaluation,
+    evaluation: OwnEvaluation,
     listed: LabelledImages,
     match: ClassMatch,
     name: str,
     unreadable_of: Callable[[ImageSplit], Mapping[str, str]],
 ) -> ExternalImages:
-    """The images of known classes that are readable and no copy of an image of train or val.
+    """The readable images of known classes that are not copies of images of train or val.
 
-    `unreadable_of` gives {image: reason} of those that cannot be predicted. Raises UserError where none is left.
+    `unreadable_of` returns {image: reason} of images that cannot be predicted. Raises UserError if no image remains.
     """
-    store, n_listed, unreadable = own.store, len(listed.names), dict(listed.unreadable)
+    store, n_listed, unreadable = evaluation.store, len(listed.names), dict(listed.unreadable)
     listed = listed.take(np.flatnonzero([listed.classes[label] in match.class_of for label in listed.labels]))
     n_unknown = n_listed - len(listed.names)
-    earlier = external_inputs.earlier_images(store, own.members)
+    earlier = external_inputs.earlier_images(store, evaluation.members)
     of_images = zip(listed.names, listed.contents, strict=True)
     copies = {image: earlier[content] for image, content in of_images if content in earlier}
     listed = listed.take([row for row, image in enumerate(listed.names) if image not in copies])
@@ -234,27 +237,32 @@ def prepare(
 
 def _as_split(store: Store, listed: LabelledImages, match: ClassMatch, name: str) -> ImageSplit:
     classes = store.catalog.classes
-    index_of = {source: classes.index(own) for source, own in match.class_of.items()}
+    index_of = {source: classes.index(workspace_class) for source, workspace_class in match.class_of.items()}
     labels = np.array([index_of[listed.classes[label]] for label in listed.labels], dtype=np.int64)
     return listed.as_split(name, classes, labels)
 
 
 def _scored(
-    own: OwnEvaluation, inputs: EvaluationInputs, test_inputs: EvaluationInputs, match: ClassMatch, treatment: str
+    evaluation: OwnEvaluation,
+    inputs: EvaluationInputs,
+    test_inputs: EvaluationInputs,
+    match: ClassMatch,
+    treatment: str,
 ) -> dict[str, dict[str, Any]]:
-    """{model: `metrics.json`} of those that have predictions on the set, in the order of the evaluation."""
+    """{model: `metrics.json`} of models with predictions on the set, in the order of the evaluation."""
     is_export = not inputs.members
     ranked = {*inputs.ranked, *inputs.ensembles}
     names = [model.name for model in inputs.models if is_export or model.name in ranked]
-    if own.model_name is not None:
-        if own.model_name not in {model.name for model in inputs.models}:
-            raise UserError(f"{own.model_name}: {own.failures.get(own.model_name, 'it has no predictions on the set')}")
-        names = [own.model_name]
+    if evaluation.model_name is not None:
+        if evaluation.model_name not in {model.name for model in inputs.models}:
+            reason = evaluation.failures.get(evaluation.model_name, "it has no predictions on the set")
+            raise UserError(f"{evaluation.model_name}: {reason}")
+        names = [evaluation.model_name]
     areas = {model.name: drop.ood_areas(model, inputs, test_inputs) for model in inputs.models if model.name in names}
     if match.absent:
         change = restricted if treatment == class_matching.RESTRICT else rows_of_classes
         inputs, test_inputs = (change(each, match.shared) for each in (inputs, test_inputs))
-    metrics = scores.score(inputs, test_inputs, own.best_single, names)
+    metrics = scores.score(inputs, test_inputs, evaluation.best_single, names)
     for name, record in metrics.items():
         record["external"]["ood_auroc"] = areas[name]
         if is_export:
@@ -263,17 +271,17 @@ def _scored(
 
 
 def _set_record(
-    own: OwnEvaluation,
+    evaluation: OwnEvaluation,
     prepared: ExternalImages,
     request: ExternalRequest,
     settings: EvaluationSettings,
     ranking: Mapping[str, Any],
     metrics: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """`external.json`."""
+    """Contents of `external.json`."""
     match, images = prepared.match, prepared.images
     counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
-    test_contents = set(own.store.images("test").contents)
+    test_contents = set(evaluation.store.images("test").contents)
     return {
         **ranking,
         "set": request.name,
@@ -294,9 +302,9 @@ def _set_record(
         },
         "also_in_test": sum(content in test_contents for content in images.contents),
         "models": {name: record["external"] for name, record in metrics.items()},
-        "recommended": own.recommended["name"],
-        "peers": {"best_single": own.best_single},
-        "left_out": dict(own.failures),
+        "recommended": evaluation.recommended["name"],
+        "peers": {"best_single": evaluation.best_single},
+        "left_out": dict(evaluation.failures),
         "options": settings.options.as_record(),
     }
 
@@ -311,7 +319,7 @@ def _result(workspace: Workspace, record: dict[str, Any], scored: Sequence[str])
 
 
 def _with_report(config: Config, store: Store, result: Result) -> Result:
-    """Write the report of the test split anew, where there is one, so that it shows the set."""
+    """Rewrite the report of the test split, if there is one, to include the set."""
     workspace = store.workspace
     if not workspace.report("test").is_file() or not workspace.ranking("test").is_file():
         return result

@@ -1,7 +1,7 @@
-"""An exported ONNX file on an external set: the file's own answers, judged like those of a model of the workspace.
+"""An exported ONNX file on an external set: the file's predictions, scored like those of a model of the workspace.
 
-Where the file is the export of an ensemble or member as the workspace holds it, thresholds and temperature come from
-that model's out-of-sample rows; the training data of any other file is not known.
+If the file is the export of a current ensemble or member of the workspace, thresholds and temperature come from that
+model's out-of-sample rows; the training data of any other file is unknown.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Answers:
-    """Probabilities of the images that could be read."""
+    """Probabilities of the readable images."""
 
     probabilities: Mapping[str, np.ndarray]
-    """{sample id: (C,)}, in the order of the workspace's classes"""
+    """{sample id: probabilities (C,)}, in the order of the workspace's classes"""
     problems: Mapping[str, str]
-    """{sample id: reason} of the others"""
+    """{sample id: reason} of the other images"""
 
 
 class ExportedFile:
-    """An exported ONNX file that is opened, and the model of the workspace that it is the export of."""
+    """An open exported ONNX file, and the model of the workspace that it was exported from, if any."""
 
     def __init__(self, path: Path, own_classes: Sequence[str]) -> None:
-        """Open the file, or the file of an export's folder. Raises UserError for other classes than the workspace's."""
+        """Open the file, or that of an export's folder. Raises UserError for other classes than the workspace's."""
         self.path = onnx_file(path)
         self.classifier = ExportClassifier(self.path)
         self.own_classes = tuple(own_classes)
@@ -65,25 +65,27 @@ class ExportedFile:
         """The name of the file."""
         return self.path.name
 
-    def source(self, own: OwnEvaluation) -> ScoredModel | None:
-        """The model of the workspace that the file was exported from, if that is as it was."""
+    def source(self, evaluation: OwnEvaluation) -> ScoredModel | None:
+        """The model of the workspace that the file was exported from; None if it is unknown or has changed."""
         folder = self.path.parent.parent
         metadata = read_json(folder / export_folder.METADATA, remedy=export_folder.EXPORT_AGAIN)
         training = metadata.get("training") if isinstance(metadata, dict) else None
         if not isinstance(training, dict) or not self._is_of_the_export(folder):
             return None
         name = training.get("ensemble")
-        model = next((model for model in own.inputs.models if model.name == name), None)
+        model = next((model for model in evaluation.inputs.models if model.name == name), None)
         if model is None:
             return None
-        is_ensemble = model.name in own.inputs.ensembles
+        is_ensemble = model.name in evaluation.inputs.ensembles
         digest = (
-            own.inputs.ensembles[model.name].ensemble.inputs_digest if is_ensemble else own.members[model.name].digest
+            evaluation.inputs.ensembles[model.name].ensemble.inputs_digest
+            if is_ensemble
+            else evaluation.members[model.name].digest
         )
         return model if training.get("inputs_digest") == digest else None
 
     def _is_of_the_export(self, folder: Path) -> bool:
-        """Whether `export_status.json` of the folder records this very content."""
+        """Whether `export_status.json` of the folder records the digest of this file."""
         recorded = {
             digest
             for entry in (export_folder.read_status(folder) or {}).values()
@@ -92,7 +94,7 @@ class ExportedFile:
         return export_folder.file_sha256(self.path) in recorded
 
     def answers(self, images: ImageSplit) -> Answers:
-        """Run the file over images, block by block."""
+        """Run the file on images, block by block."""
         probabilities: dict[str, np.ndarray] = {}
         problems: dict[str, str] = {}
         size = self.classifier.block_size
@@ -107,7 +109,7 @@ class ExportedFile:
 
 
 def onnx_file(path: Path) -> Path:
-    """The ONNX file of an export's folder, or the file itself. Raises UserError where there is none."""
+    """The ONNX file of an export's folder, or the file itself. Raises UserError if there is none."""
     if not path.is_dir():
         return path
     files = sorted(path.glob("onnx/*.onnx"))
@@ -121,13 +123,13 @@ def onnx_file(path: Path) -> Path:
 
 
 def export_inputs(
-    own: OwnEvaluation, file: ExportedFile, images: ImageSplit, answers: Answers, listed: LabelledImages | None
+    evaluation: OwnEvaluation, file: ExportedFile, images: ImageSplit, answers: Answers, listed: LabelledImages | None
 ) -> EvaluationInputs:
-    """What is computed with for the file on some images, those of `listed` or, with None, the own test split."""
+    """The evaluation inputs of the file on images: those of `listed` or, with None, the workspace's test split."""
     order = sorted(range(len(images.sample_ids)), key=lambda row: images.sample_ids[row])
     order = [row for row in order if images.sample_ids[row] in answers.probabilities]
     if listed is None:
-        evaluated = set(own.inputs.rows.sample_ids.tolist())
+        evaluated = set(evaluation.inputs.rows.sample_ids.tolist())
         order = [row for row in order if images.sample_ids[row] in evaluated]
     ids = [images.sample_ids[row] for row in order]
     rows = Rows(
@@ -139,7 +141,7 @@ def export_inputs(
         logits=np.empty((0, len(ids), len(file.own_classes)), dtype=np.float32),
         out_of_sample=np.ones(len(ids), dtype=bool),
     )
-    source = file.source(own)
+    source = file.source(evaluation)
     provenance = Provenance((), (), (file.name,)) if source is None else source.provenance
     model = ScoredModel(
         file.name,
@@ -149,13 +151,17 @@ def export_inputs(
         provenance,
         inference=KIND,
     )
-    crossfits = {file.name: own.inputs.crossfits[source.name]} if source and source.name in own.inputs.crossfits else {}
-    parts = [] if source is None else own.inputs.out_of_sample.get(source.name, [])
+    crossfits = (
+        {file.name: evaluation.inputs.crossfits[source.name]}
+        if source and source.name in evaluation.inputs.crossfits
+        else {}
+    )
+    parts = [] if source is None else evaluation.inputs.out_of_sample.get(source.name, [])
     size = sum(path.stat().st_size for path in [file.path, *file.path.parent.glob(f"{file.name}*.data")])
     contents = dict(zip(((images.split, name) for name in images.sample_ids), images.contents, strict=True))
     return replace(
-        own.inputs,
-        settings=replace(own.inputs.settings, split=images.split, model_name=file.name),
+        evaluation.inputs,
+        settings=replace(evaluation.inputs.settings, split=images.split, model_name=file.name),
         rows=rows,
         models=[model],
         members={},
@@ -166,20 +172,20 @@ def export_inputs(
         controls={},
         crossfits=crossfits,
         out_of_sample={file.name: parts},
-        contents={**own.inputs.contents, **contents},
-        groups=_test_groups(own, ids) if listed is None else external_groups(own.store, ids, listed),
+        contents={**evaluation.inputs.contents, **contents},
+        groups=_test_groups(evaluation, ids) if listed is None else external_groups(evaluation.store, ids, listed),
         costs=Costs({}, {}, {file.name: NOTES["latency_ms"]}, {file.name: size}, {}),
     )
 
 
-def _test_groups(own: OwnEvaluation, ids: Sequence[str]) -> np.ndarray | None:
-    groups = own.inputs.groups
+def _test_groups(evaluation: OwnEvaluation, ids: Sequence[str]) -> np.ndarray | None:
+    groups = evaluation.inputs.groups
     if groups is None:
         return None
-    of_row = dict(zip(own.inputs.rows.sample_ids.tolist(), groups.tolist(), strict=True))
+    of_row = dict(zip(evaluation.inputs.rows.sample_ids.tolist(), groups.tolist(), strict=True))
     return np.array([of_row[name] for name in ids])
 
 
 def add_notes(record: dict[str, Any]) -> None:
-    """Say in the notes of `metrics.json` why an exported file has no such figures."""
+    """Add the reasons for missing values of an exported file to the notes of `metrics.json`."""
     record["notes"] |= {key: note for key, note in NOTES.items() if record[key] is None}

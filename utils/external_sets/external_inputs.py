@@ -1,6 +1,6 @@
-"""What an evaluation on an external set reads: the same models on the own test split and on the set, and its images.
+"""Inputs of an evaluation on an external set: the same models on the workspace's test split and on the set's images.
 
-Networks run over the set one at a time, each once; whatever is stored for the same images is used again.
+Networks run on the set one at a time, each once; stored outputs for the same images are reused.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ IMPORTED_REASON = "imported predictions have no network that could answer new im
 
 @dataclass(frozen=True)
 class OwnEvaluation:
-    """The models and what is known of them from the workspace."""
+    """The models with their evaluation on the workspace's test split."""
 
     store: Store
     inputs: EvaluationInputs
-    """On the own test split"""
+    """Evaluation inputs on the workspace's test split"""
     saved: Mapping[str, SavedEnsemble]
     members: Mapping[str, Member]
-    """Those that run over the set"""
+    """Members that run on the set"""
     selected: Sequence[Member]
-    """Selected members, where all of them run"""
+    """Selected members, if all of them run, else empty"""
     recommended: Mapping[str, Any]
-    """By out-of-sample rows, which no external set changes"""
+    """Recommendation by out-of-sample rows, which does not depend on external sets"""
     model_name: str | None
     failures: Mapping[str, str]
 
@@ -53,14 +53,14 @@ class OwnEvaluation:
 
     @property
     def preprocessings(self) -> list[Any]:
-        """Of the members that run."""
+        """Preprocessings of the members that run."""
         return [member.image_preprocessing for member in self.members.values()]
 
 
 def gather_own(store: Store, settings: EvaluationSettings) -> OwnEvaluation:
-    """Read the models and their test rows; predictions on test that are missing are made.
+    """Read the models and their test rows; missing predictions on test are computed.
 
-    Raises UserError where no network is left, for an unknown model, and for one that cannot be evaluated.
+    Raises UserError if no network remains, for an unknown model, and for one that cannot be evaluated.
     """
     if not store.catalog.has_images:
         raise UserError(
@@ -94,7 +94,7 @@ def gather_own(store: Store, settings: EvaluationSettings) -> OwnEvaluation:
         recommended = {"name": None, "best_single": None}
     if name is not None and name not in {model.name for model in inputs.models}:
         raise UserError(f"{name}: {failures.get(name, 'built from other checkpoints than the catalog holds')}")
-    own = OwnEvaluation(
+    evaluation = OwnEvaluation(
         store,
         inputs,
         {ensemble: saved[ensemble] for ensemble in inputs.ensembles},
@@ -104,53 +104,56 @@ def gather_own(store: Store, settings: EvaluationSettings) -> OwnEvaluation:
         name,
         failures,
     )
-    return own if name is None else _of_one_model(own, name)
+    return evaluation if name is None else _of_one_model(evaluation, name)
 
 
-def _of_one_model(own: OwnEvaluation, name: str) -> OwnEvaluation:
-    """With the members that answer for one model, and those of what it is compared with where they are among them."""
-    answering = own.saved[name].ensemble.members if name in own.saved else (name,)
-    needed = {*answering, *([own.best_single] if own.best_single in own.inputs.members else [])}
+def _of_one_model(evaluation: OwnEvaluation, name: str) -> OwnEvaluation:
+    """The evaluation restricted to the members of one model, and to members of its peers that are among them."""
+    model_members = evaluation.saved[name].ensemble.members if name in evaluation.saved else (name,)
+    needed_members = {
+        *model_members,
+        *([evaluation.best_single] if evaluation.best_single in evaluation.inputs.members else []),
+    }
     saved = {
         ensemble: entry
-        for ensemble, entry in own.saved.items()
-        if ensemble in (name, SOFT_VOTING) and needed.issuperset(entry.ensemble.members)
+        for ensemble, entry in evaluation.saved.items()
+        if ensemble in (name, SOFT_VOTING) and needed_members.issuperset(entry.ensemble.members)
     }
-    runs_all = needed.issuperset(member.name for member in own.selected)
-    members = {member: each for member, each in own.members.items() if member in needed}
-    return replace(own, saved=saved, members=members, selected=own.selected if runs_all else [])
+    runs_all = needed_members.issuperset(member.name for member in evaluation.selected)
+    members = {member: each for member, each in evaluation.members.items() if member in needed_members}
+    return replace(evaluation, saved=saved, members=members, selected=evaluation.selected if runs_all else [])
 
 
 def earlier_images(store: Store, members: Mapping[str, Member]) -> dict[str, str]:
-    """{SHA-256: what it is} of all images that a fit or a choice may have seen: train, val and what members list.
+    """{SHA-256: description} of all images used in fits or selections: train, val and the members' training lists.
 
-    Test images count where a member was trained on them. The audit of near duplicates adds contents here.
+    Test images are included if a member was trained on them. The audit of near duplicates adds contents here.
     """
     catalog = store.catalog
     lineages = [each for member in members.values() for each in training_data.lineage(catalog, member)]
     splits = ["train", "val"] + (["test"] if any(each.trained_on == training_data.ALL for each in lineages) else [])
-    known: dict[str, str] = {}
+    description_of: dict[str, str] = {}
     for each in lineages:
         if each.trained_on == training_data.FILE and each.source != "derived":
             listed = training_data.listed_contents(store, each)
-            known |= dict.fromkeys(listed, f"an image that {each.name} was trained on")
+            description_of |= dict.fromkeys(listed, f"an image that {each.name} was trained on")
     for split in splits:
         images = store.images(split)
         names = (f"{split}/{sample_id}" for sample_id in images.sample_ids)
-        known |= dict(zip(images.contents, names, strict=True))
-    return known
+        description_of |= dict(zip(images.contents, names, strict=True))
+    return description_of
 
 
-def unreadable_images(own: OwnEvaluation, images: ImageSplit) -> dict[str, str]:
-    """Decode the images for all networks that run; {image: reason} of those that cannot be."""
-    store = own.store
+def unreadable_images(evaluation: OwnEvaluation, images: ImageSplit) -> dict[str, str]:
+    """Decode the images for all networks that run; returns {image: reason} of unreadable ones."""
+    store = evaluation.store
     reasons = image_splits.decode_readable(
         images,
-        own.preprocessings,
+        evaluation.preprocessings,
         image_cache=store.workspace.image_cache,
         threads=image_splits.decoding_threads(store.config.dataset.num_workers),
     )
-    # Of several files with equal content one is decoded, so a reason holds for all of them.
+    # Of files with equal content, one is decoded, so a reason applies to all of them.
     of_content = {
         content: reasons[path] for path, content in zip(images.paths, images.contents, strict=True) if path in reasons
     }
@@ -162,19 +165,21 @@ def unreadable_images(own: OwnEvaluation, images: ImageSplit) -> dict[str, str]:
 
 
 def gather_external(
-    own: OwnEvaluation, images: ImageSplit, listed: LabelledImages, settings: EvaluationSettings, n_copies: int
+    evaluation: OwnEvaluation, images: ImageSplit, listed: LabelledImages, settings: EvaluationSettings, n_copies: int
 ) -> EvaluationInputs:
-    """The models on the images of an external set, which `listed` names in the same order."""
-    store = own.store.with_images(images)
-    settings = replace(settings, split=images.split, model_name=own.model_name)
-    inputs = evaluation_inputs.gather(store, own.saved, own.members, own.selected, settings, inputs_digest="")
+    """The models on the images of an external set; `listed` has the same images in the same order."""
+    store = evaluation.store.with_images(images)
+    settings = replace(settings, split=images.split, model_name=evaluation.model_name)
+    inputs = evaluation_inputs.gather(
+        store, evaluation.saved, evaluation.members, evaluation.selected, settings, inputs_digest=""
+    )
     groups = external_groups(store, inputs.rows.sample_ids.tolist(), listed)
-    # A shift of the images is no evidence on what a member was trained on; teachers have not answered these images.
+    # A distribution shift is no evidence on a member's training data; teachers have no predictions on these images.
     return replace(inputs, dropped=n_copies, groups=groups, declared=(), controls={})
 
 
 def external_groups(store: Store, sample_ids: Sequence[str], listed: LabelledImages) -> np.ndarray | None:
-    """Group index (N,) of some images, by the source's groups, `dataset.group_regex` and equal contents."""
+    """Group index (N,) of images, by the source's groups, `dataset.group_regex` and equal contents."""
     row_of = {name: row for row, name in enumerate(listed.names)}
     rows = [row_of[sample_id] for sample_id in sample_ids]
     groups = grouping.group_indices(
@@ -187,7 +192,7 @@ def external_groups(store: Store, sample_ids: Sequence[str], listed: LabelledIma
 
 
 def require_options(split: str, *, allow_contaminated: bool) -> None:
-    """Raise ConfigError for options of `evaluate` that an external set has no use for."""
+    """Raise ConfigError for options of `evaluate` that have no effect on an external set."""
     wrong = [*(["--split"] if split != "test" else []), *(["--allow-contaminated"] if allow_contaminated else [])]
     if wrong:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The images of an external set, in any form that the base pipeline reads: class folders, given splits, a manifest."""
+"""The images of an external set, in any layout that the base pipeline reads: class or split folders, or a manifest."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ PREDICT = "Images without labels are classified by: python ensemble_orchestrator
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with the classes that their source names."""
+    """Images with the class names of their source."""
 
     source: Path
     classes: tuple[str, ...]
-    """Of the source"""
+    """Class names of the source"""
     names: tuple[str, ...]
-    """Path of each image below the source, with `/`"""
+    """Path of each image relative to the source, with `/`"""
     labels: np.ndarray
     """int64 (N,), indices into `classes`"""
     paths: tuple[Path, ...]
     contents: tuple[str, ...]
     """SHA-256 of each file"""
     groups: tuple[str | None, ...]
-    """Name of each image's group, where the source gives one"""
+    """Name of each image's group, or None if the source has none"""
     unreadable: Mapping[str, str]
-    """{image: reason} of files that cannot be read, which are none of the N"""
+    """{image: reason} of unreadable files, which are not among the N images"""
 
     def take(self, rows: Sequence[int] | np.ndarray) -> LabelledImages:
-        """Some of the images."""
+        """The images at indices `rows`."""
         return LabelledImages(
             self.source,
             self.classes,
@@ -62,7 +62,7 @@ class LabelledImages:
         return dict(zip(self.classes, counts, strict=True))
 
     def as_split(self, name: str, classes: tuple[str, ...], labels: np.ndarray) -> ImageSplit:
-        """The images as the split of an external set, with labels (N,) among other classes."""
+        """The images as the split of an external set, with labels (N,) as indices into `classes`."""
         labels = labels.astype(np.int64)
         digest = digest_of([list(classes), list(self.names), list(self.contents), labels.tolist()])
         return ImageSplit(EXTERNAL + name, classes, self.names, labels, self.paths, self.contents, digest)
@@ -71,7 +71,7 @@ class LabelledImages:
 def read_labelled_images(source: Path, digests: FileDigests) -> LabelledImages:
     """List a folder or a CSV manifest; all of its splits count as one set.
 
-    Raises UserError for what holds no labelled images.
+    Raises UserError for a source without labelled images.
     """
     image_sets = base_back.load_bundled("image_sets")
     try:
@@ -106,7 +106,7 @@ def read_labelled_images(source: Path, digests: FileDigests) -> LabelledImages:
 def set_name(source: Path, requested: str | None) -> str:
     """The name of a set: the requested one, or that of its folder or manifest.
 
-    Raises ConfigError for a requested name that cannot be the name of a folder.
+    Raises ConfigError for a requested name that is not a valid folder name.
     """
     if requested is not None:
         if not NAME.fullmatch(requested):

@@ -1,6 +1,6 @@
-"""An evaluation restricted to some classes: rows of other classes left out, probabilities renormalised.
+"""An evaluation restricted to some classes: rows of other classes are removed, probabilities renormalised.
 
-Calibration rows are restricted too, so that thresholds promise what holds among these classes.
+Calibration rows are restricted too, so that the guarantees of thresholds apply to these classes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from utils.predictions.rows import MemberRows
 
 
 def rows_of_classes(inputs: EvaluationInputs, classes: Sequence[str]) -> EvaluationInputs:
-    """The inputs with the rows of these classes alone; all classes remain possible answers."""
+    """The inputs with only the rows of these classes; all classes can still be predicted."""
     kept = [index for index, name in enumerate(inputs.rows.classes) if name in set(classes)]
     rows = np.flatnonzero(np.isin(inputs.rows.labels, kept))
 
@@ -35,11 +35,11 @@ def rows_of_classes(inputs: EvaluationInputs, classes: Sequence[str]) -> Evaluat
 
 
 def restricted(inputs: EvaluationInputs, classes: Sequence[str]) -> EvaluationInputs:
-    """The inputs as if the models knew these classes alone, in the order of the workspace."""
+    """The inputs as if the models had only these classes, in the order of the workspace."""
     inputs = rows_of_classes(inputs, classes)
     all_classes = inputs.rows.classes
     kept = np.array([index for index, name in enumerate(all_classes) if name in set(classes)])
-    new_index = np.full(len(all_classes) + 1, -1)  # the last one is that of rows without a label
+    new_index = np.full(len(all_classes) + 1, -1)  # the last entry is for rows without a label
     new_index[kept] = np.arange(len(kept))
     names, rows = tuple(all_classes[index] for index in kept), inputs.rows
 

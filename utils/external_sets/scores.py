@@ -1,4 +1,4 @@
-"""Records of the models on an external set, beside their records on the own test split."""
+"""Records of the models on an external set, compared with their records on the workspace's test split."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPLIT = "external"
 def score(
     inputs: EvaluationInputs, test_inputs: EvaluationInputs, best_single: str | None, names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """{model: `metrics.json`} of the named models, which are scored on both sides and compared with the same models."""
+    """{model: `metrics.json`} of the named models, scored on both sides and compared with the same models."""
     sides = [_Side(each, best_single, names) for each in (inputs, test_inputs)]
     external, test = sides
     metrics = {}
@@ -31,7 +31,7 @@ def score(
 
 
 class _Side:
-    """The models on the external set, or on the own test split."""
+    """The models on the external set, or on the workspace's test split."""
 
     def __init__(self, inputs: EvaluationInputs, best_single: str | None, names: Sequence[str]) -> None:
         self.inputs = inputs
@@ -43,7 +43,7 @@ class _Side:
 def _beside_test(
     record: Mapping[str, Any], test_record: Mapping[str, Any], name: str, sides: Sequence[_Side]
 ) -> dict[str, Any]:
-    """The key `external` of `metrics.json`."""
+    """The entry `external` of `metrics.json`."""
     external, test = sides
     model, test_model = external.models[name], test.models[name]
     before, after = (

@@ -1,7 +1,7 @@
-"""Predictions of an ensemble or a single member for image files, with its networks streamed over blocks of images.
+"""Predictions of an ensemble or a single member for image files, block by block.
 
-The decoded pixels of a block are in a temporary folder that is removed after it, so memory and disk space depend on the
-size of a block and not on the number of images.
+The decoded pixels of a block are in a temporary folder that is removed afterwards, so memory and disk space depend on
+the size of a block, not on the number of images.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from utils.predictions.rows import UNKNOWN, Rows
 from utils.predictions.store import Store
 from utils.predictions.streaming import OutputBatch
 
-SPLIT = "predict"  # name of images without a split in messages
-BLOCK_BYTES = 2**31  # of decoded pixels on disk
-ARRAY_BYTES = 2**28  # of logits in memory
-MIN_BLOCK, MAX_BLOCK = 64, 8192  # images of a block
-ASPECT_RATIO = 4 / 3  # assumed of photographs, longer side to shorter side
+SPLIT = "predict"  # name in messages for images without a split
+BLOCK_BYTES = 2**31  # limit of decoded pixels on disk
+ARRAY_BYTES = 2**28  # limit of logits in memory
+MIN_BLOCK, MAX_BLOCK = 64, 8192  # images per block
+ASPECT_RATIO = 4 / 3  # assumed ratio of longer to shorter side
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class BlockPredictions:
     probabilities: np.ndarray
     """float64 (R, C)"""
     disagreement: np.ndarray | None
-    """float64 (R,): mutual information of the members that ran, in nats; NaN for fewer than two, None for one member"""
+    """float64 (R,): mutual information in nats of the members that ran; NaN for fewer than two, None for one member"""
     problems: dict[int, str]
     """{index: reason} of the images without a prediction"""
 
@@ -67,19 +67,19 @@ class WorkspaceClassifier:
             raise recommended_names.unknown_name(name, saved, store.catalog.members)
         self.inference = self.ensemble.inference if self.ensemble else fold_networks.FULL
         names = self.ensemble.members if self.ensemble else (name,)
-        # Before the members, since it decides which of their networks are needed.
+        # Set before the members, since it determines which of their networks are needed.
         self.reads_embeddings = bool(self.ensemble and self.ensemble.combiner.reads_embeddings)
         self.members = tuple(self._member(member) for member in names)
         self.classes = store.catalog.classes
         digest = self.ensemble.inputs_digest if self.ensemble else self.members[0].digest
         self.version = f"{name}@{digest[:12]}"
-        """Name and digest: predictions of different versions are not written to one file."""
+        """Name and digest; a file contains predictions of one version only."""
         self.device = streaming.resolve_device(store.config.device)
         self.n_threads = image_splits.decoding_threads(store.config.dataset.num_workers)
         self.preprocessings = list(dict.fromkeys(member.image_preprocessing for member in self.members))
 
     def _member(self, name: str) -> Member:
-        """The member, if it can be run and has not changed since the ensemble was built."""
+        """The member. Raises UserError if it cannot be run or has changed since the ensemble was built."""
         member = self.store.catalog.members.get(name)
         remedy = f"build it again: {build_command(self.name)}"
         if member is None:
@@ -99,17 +99,17 @@ class WorkspaceClassifier:
         return member
 
     def _stages(self, member: Member) -> tuple[str | None, ...]:
-        """Stages of the networks that are run: the final one (None), the fold networks, or both."""
+        """Stages of the networks to run: the full network (None), the fold networks, or both."""
         return fold_networks.answering(member, self.inference, embeddings=self.reads_embeddings)
 
     @property
     def n_networks(self) -> int:
-        """Number of networks that are run over every image."""
+        """Number of networks that run on every image."""
         return sum(len(self._stages(member)) for member in self.members)
 
     @property
     def block_size(self) -> int:
-        """Number of images per block, which bounds the size of their pixels and logits."""
+        """Number of images per block, which limits the size of their pixels and logits."""
         rules = {preprocessing.resizing().key: preprocessing for preprocessing in self.preprocessings}
         pixels = 3 * ASPECT_RATIO * sum(preprocessing.resized**2 for preprocessing in rules.values())
         logits = 4 * len(self.members) * len(self.classes)
@@ -133,7 +133,7 @@ class WorkspaceClassifier:
             unread = image_splits.decode_readable(
                 existing, self.preprocessings, image_cache=cache, threads=self.n_threads
             )
-            # Of several files with equal content one is decoded, so a reason holds for all of them.
+            # Of files with equal content, one is decoded, so a reason applies to all of them.
             reasons = {content: unread[path] for path, content in zip(paths, contents, strict=True) if path in unread}
             problems |= {index: reasons[content] for index, content in enumerate(contents) if content in reasons}
             readable = np.array([index for index in range(len(paths)) if index not in problems], dtype=np.int64)
@@ -146,8 +146,8 @@ class WorkspaceClassifier:
     def _predict_readable(self, images: ImageSplit, cache: Path, step: Callable[[int], None]) -> BlockPredictions:
         """Predict decoded images, with one network in memory at a time; indices are those of `images`.
 
-        A row for which a network outputs NaN or infinity is a problem. Its outputs are replaced by zeros, so that the
-        combiner predicts the other rows.
+        A row with NaN or infinite outputs of a network is a problem. Its outputs are replaced by zeros, so that the
+        combiner can predict the other rows.
         """
         problems: dict[int, str] = {}
         embeddings: list[np.ndarray | None] = []
@@ -180,7 +180,7 @@ class WorkspaceClassifier:
         return BlockPredictions(valid, probabilities[valid], disagreement, problems)
 
     def _rows(self, images: ImageSplit, logits: np.ndarray, embeddings: Sequence[np.ndarray | None]) -> Rows:
-        """Outputs of all members on images, as an ensemble takes them."""
+        """Outputs of all members on images, the input of an ensemble."""
         rows = Rows(
             members=tuple(member.name for member in self.members),
             classes=self.classes,
@@ -197,9 +197,9 @@ class WorkspaceClassifier:
     def run_networks(
         self, member: Member, images: ImageSplit, cache: Path, step: Callable[[int], None]
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits (N, C) of a member, and the embeddings (N, D) of its final network if the combiner reads them.
+        """Logits (N, C) of a member, and the embeddings (N, D) of its full network if the combiner uses them.
 
-        Logits of fold networks are the logarithm of the mean of their probabilities, as `fold_networks` stores it.
+        Logits of fold networks are the logarithm of the mean of their probabilities, as in `fold_networks`.
         """
         uses_folds = self.inference == fold_networks.FOLDS
         full = np.empty((len(images.paths), len(self.classes)), dtype=np.float32)
@@ -232,7 +232,7 @@ class WorkspaceClassifier:
 
     @property
     def _val_images(self) -> ImageSplit | None:
-        """The val split, on which extra output units of external networks must never be predicted; None if missing."""
+        """The val split, for checking that extra outputs of external networks are never predicted; None if missing."""
         try:
             return self.store.images("val")
         except UserError:
@@ -240,7 +240,7 @@ class WorkspaceClassifier:
 
 
 def _disagreement(member_logits: np.ndarray, has_run: np.ndarray) -> np.ndarray:
-    """Mutual information (N,) of the members (M, N, C) that ran, bool (M, N); NaN where fewer than two did."""
+    """Mutual information (N,) of the members (M, N, C) that ran, bool (M, N); NaN if fewer than two did."""
     disagreement = np.full(has_run.shape[1], np.nan)
     for members in np.unique(has_run.T, axis=0):
         rows = (has_run == members[:, None]).all(axis=0)

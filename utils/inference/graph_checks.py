@@ -1,7 +1,7 @@
-"""What an ONNX file of any origin must not hold, checked before onnxruntime opens it; needs no other package.
+"""Checks of ONNX files of any origin before onnxruntime opens them; needs no other package.
 
-The files that `export` writes hold a graph of standard operators without loops, whose time is bounded by the sizes of
-its tensors, and their weights or a file beside them. The file is a protocol buffer; field numbers are those of
+The files that `export` writes have a graph of standard operators without loops, whose time is bounded by the sizes of
+its tensors, and weights inside or in a file beside them. The file is a protocol buffer; field numbers are those of
 `onnx.proto3` (ModelProto, GraphProto, FunctionProto, NodeProto, AttributeProto, TensorProto).
 """
 
@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 
 from utils.core.regular_files import open_regular
 
-UNBOUNDED = ("Loop", "Scan", "SequenceMap")  # operators that repeat a graph as often as their input says
-DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")  # of operators that onnxruntime itself implements
+UNBOUNDED = ("Loop", "Scan", "SequenceMap")  # operators whose number of iterations depends on their input
+DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")  # of operators implemented by onnxruntime
 MAX_BYTES = (1 << 31) - 1
-MAX_LEVELS = 16  # of graphs within graphs
+MAX_LEVELS = 16  # nesting of graphs
 GRAPH, FUNCTION = 7, 25  # fields of a model
 NODES = {GRAPH: 1, FUNCTION: 7}
 WEIGHTS, FUNCTION_DOMAIN = 5, 10
@@ -27,7 +27,7 @@ MAX_VARINT = 10  # bytes
 
 
 def require_bounded(path: Path) -> None:
-    """Raise ValueError for a file with loops, operators of others, or weights outside its folder; loads no weights."""
+    """Raise ValueError for a file with loops, custom operators, or weights outside its folder; loads no weights."""
     try:
         with open_regular(path) as file:
             if path.stat().st_size > MAX_BYTES:
@@ -39,11 +39,11 @@ def require_bounded(path: Path) -> None:
 
 def _check_model(path: Path, model: memoryview) -> None:
     parts = [(field, part) for field, part in _messages(model) if field in NODES]
-    own = {_text(part, FUNCTION_DOMAIN) for field, part in parts if field == FUNCTION}
+    function_domains = {_text(part, FUNCTION_DOMAIN) for field, part in parts if field == FUNCTION}
     if not any(field == GRAPH for field, _ in parts):
         raise ValueError("it is no ONNX file, since it has no graph")
     for field, part in parts:
-        _check_graph(path, part, NODES[field], {*DOMAINS, *own}, 0)
+        _check_graph(path, part, NODES[field], {*DOMAINS, *function_domains}, 0)
 
 
 def _check_graph(path: Path, graph: memoryview, nodes: int, domains: set[str], level: int) -> None:
@@ -83,7 +83,7 @@ def _check_tensor(path: Path, tensor: memoryview) -> None:
 
 
 def _is_beside(path: Path, location: str) -> bool:
-    """Whether external weights are one regular file in the folder of the graph, and no link."""
+    """Whether external weights are a regular file in the folder of the graph, not a link."""
     parts = PurePosixPath(location).parts
     if len(parts) != 1 or parts[0] in ("..", "/") or "\0" in location:
         return False
@@ -92,13 +92,13 @@ def _is_beside(path: Path, location: str) -> bool:
 
 
 def _text(message: memoryview, field: int) -> str:
-    """The last value of a text field, as a protocol buffer defines it; empty where there is none."""
+    """The last value of a text field, which is the valid one in a protocol buffer; empty if there is none."""
     values = [part for number, part in _messages(message) if number == field]
     return bytes(values[-1]).decode("utf-8") if values else ""
 
 
 def _messages(content: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(field, content) of all fields that are texts, bytes or messages. Raises ValueError for what is no message."""
+    """(field, content) of all fields that are texts, bytes or messages. Raises ValueError for an invalid message."""
     position = 0
     while position < len(content):
         key, position = _varint(content, position)

@@ -1,4 +1,4 @@
-"""Lists the image files that arguments name: files, folders, patterns, or a list on standard input.
+"""Lists the image files given by arguments: files, folders, patterns, or a list on standard input.
 
 File names are bytes on Linux; bytes that are not UTF-8 are represented by lone surrogates, as in `os.fsdecode`.
 """
@@ -25,16 +25,16 @@ class ImageListing:
 
     paths: tuple[Path, ...]
     empty: tuple[str, ...]
-    """Folders and patterns without an image."""
+    """Folders and patterns without images."""
 
 
 def list_images(names: Sequence[str], stdin: BinaryIO, suffixes: Sequence[str] | None = None) -> ImageListing:
-    """List the images of files, folders and patterns; `-` stands for names on `stdin`, one per line or NUL-separated.
+    """List the images of files, folders and patterns; `-` reads names from `stdin`, one per line or NUL-separated.
 
     `suffixes` are the lower-case file name suffixes of images, by default the base pipeline's. A folder is
-    searched recursively for files with the suffix of an image; hidden files and folders are skipped. A file that is
-    named is listed whatever its suffix; one on `stdin` also where it does not exist, so that its record can hold the
-    error. Raises UserError for arguments that are neither a file nor a folder, all of them at once.
+    searched recursively for files with the suffix of an image; hidden files and folders are skipped. A named file is
+    listed with any suffix; one on `stdin` even if it does not exist, so that its record can contain the error. Raises
+    UserError that lists all arguments that are neither a file nor a folder.
     """
     _require_existing(names)
     known_suffixes = tuple(base_back.load_bundled("samples").SUFFIXES if suffixes is None else suffixes)
@@ -55,12 +55,12 @@ def _require_existing(names: Sequence[str]) -> None:
 
 
 def _near(name: str) -> str:
-    """A hint at an entry of the nearest folder above that exists."""
+    """A hint to an entry of the closest existing parent folder."""
     folder, _, last = os.path.normpath(name).rpartition(os.sep)
     if not os.path.isdir(folder or os.curdir):
         return _near(folder) if folder else ""
-    near = get_close_matches(last, sorted(os.listdir(folder or os.curdir)), n=1)
-    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+    matches = get_close_matches(last, sorted(os.listdir(folder or os.curdir)), n=1)
+    return f"; did you mean {os.path.join(folder, matches[0])}?" if matches else ""
 
 
 def _expanded_names(names: Sequence[str], stdin: BinaryIO) -> Iterator[str]:

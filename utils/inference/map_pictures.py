@@ -18,7 +18,7 @@ from utils.evaluation.report import report_audit
 from utils.evaluation.table_formats import csv_text
 from utils.inference.classifier import BlockPredictions, WorkspaceClassifier, content_digests
 
-LEAST_SIDE = 224  # pixels of a picture; smaller images are enlarged
+LEAST_SIDE = 224  # minimum side of a picture in pixels; smaller images are enlarged
 TABLE = "maps.csv"
 
 
@@ -37,27 +37,29 @@ class MappingClassifier:
         self._outside: list[float] = []
 
     def predict_block(self, paths: Sequence[Path], step: Callable[[int], None]) -> BlockPredictions:
-        """As of the classifier; the pictures of the block are written, and the table as far as it goes."""
+        """Like the classifier's; also write the pictures of the block, and the table of all maps so far."""
         predictions = self.classifier.predict_block(paths, step)
         readable = [paths[index] for index in predictions.readable.tolist()]
         if not readable:
             return predictions
         targets = predictions.probabilities.argmax(axis=1)
         contents, unread = content_digests(readable)
-        if unread:  # removed since it was predicted
+        if unread:  # files removed since their prediction
             keep = [row for row in range(len(readable)) if row not in unread]
             readable, contents = [readable[row] for row in keep], tuple(contents[row] for row in keep)
             targets = targets[keep]
-        for path, target, found in zip(readable, targets, self.maker.maps(readable, contents, targets), strict=True):
+        for path, target, image_map in zip(
+            readable, targets, self.maker.maps(readable, contents, targets), strict=True
+        ):
             file = self.folder / picture_name(path)
-            _save(file, overlay(found))
-            self._outside.append(found.outside_centre)
-            self._rows.append([os.fspath(path), file.name, self.classes[target], f"{found.outside_centre:.4f}"])
+            _save(file, overlay(image_map))
+            self._outside.append(image_map.outside_centre)
+            self._rows.append([os.fspath(path), file.name, self.classes[target], f"{image_map.outside_centre:.4f}"])
         _write_table(self.folder / TABLE, self._rows)
         return predictions
 
     def summary(self) -> list[str]:
-        """How much of the maps lies outside the centre and, where the audit agrees, that the model sees the background.
+        """The share of the maps outside the centre and, if the audit agrees, that the model depends on the background.
 
         Raises UserError for a damaged record of the audit.
         """
@@ -72,7 +74,7 @@ class MappingClassifier:
 
 
 def picture_name(path: Path) -> str:
-    """Name of an image's picture; images of one name in several folders have different ones."""
+    """Name of an image's picture; images with the same name in different folders have different pictures."""
     digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:8]
     return f"{path.stem.encode('utf-8', 'replace').decode()}-{digest}.png"
 

@@ -1,10 +1,10 @@
-"""Class probabilities of image files from an exported ensemble. Needs onnxruntime, NumPy and Pillow, and nothing else.
+"""Class probabilities of image files from an exported ensemble. Needs only onnxruntime, NumPy and Pillow.
 
     python predict.py photo.jpg folder/ > predictions.csv
     python predict.py --model ../onnx/soft_voting_ensemble.onnx --json photo.jpg
 
-The metadata of the ONNX file hold its input and its classes. This program is delivered with every export, so it imports
-nothing of the project that wrote it.
+The metadata of the ONNX file describe its inputs and classes. This program is delivered with every export, so it
+imports nothing from the project that wrote it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's JPEG decoder also opens MPO
-SUM_TOLERANCE = 0.01  # of probabilities in half precision
+SUM_TOLERANCE = 0.01  # for probabilities in half precision
 SIGN_TOLERANCE = 1e-6
 RESIZES = ("shorter-side", "squash", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_OFFSETS = ("round", "floor")
 EXIF_RULES = ("ignore", "apply")
-MAX_SIDE = 8192  # in pixels, of the sizes that a file may ask for
+MAX_SIDE = 8192  # largest size in pixels in a file's metadata
 MAX_RESIZED = 1 << 26  # pixels of a resized image, and of all inputs for one image
-BATCH_BYTES = 1 << 28  # of prepared images in memory
+BATCH_BYTES = 1 << 28  # limit of preprocessed images in memory
 ORIENTATION = 0x0112  # EXIF tag
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,30 +45,30 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes the image upright; others are upright."""
+"""EXIF orientation -> transposition that makes the image upright; other orientations are upright."""
 InputArrays = tuple[np.ndarray, ...]
-"""One image as a file takes it: one array per input."""
-_bounded: list[int] = []  # bytes of the process's allocator, once it is bounded
+"""One image in the format of a file: one array per input."""
+_bounded: list[int] = []  # limit of the process's allocator in bytes, once it is set
 
 
 @dataclass(frozen=True)
 class ResizeRule:
-    """How the square of `input_size` px is made from a decoded image, in Pillow's arithmetic."""
+    """The rule that computes the square of `input_size` px from a decoded image, with Pillow's arithmetic."""
 
     input_size: int
     resized: int
-    """What the shorter side (`shorter-side`), both sides (`squash`) or the longer side (`pad`) is resized to, in px."""
+    """Target length in px of the shorter side (`shorter-side`), both sides (`squash`) or the longer side (`pad`)."""
     resize: str = "shorter-side"
     interpolation: str = "bilinear"
     crop_offset: str = "round"
-    """Of half pixels."""
+    """Rounding of half pixels: `round` or `floor`."""
     exif: str = "ignore"
     fill: tuple[int, int, int] = (0, 0, 0)
-    """RGB of what the square holds beyond the resized image."""
+    """RGB of the padding."""
 
     @classmethod
     def from_metadata(cls, entry: Any) -> ResizeRule:
-        """The rule that metadata of any origin describe. Raises ValueError for anything but known values."""
+        """Create the rule from metadata of any origin. Raises ValueError for unknown values."""
         names = [field.name for field in fields(cls)]
         if not isinstance(entry, dict) or set(entry) != set(names):
             raise ValueError(f"a resize rule is {str(entry)[:60]}; expected {', '.join(names)}")
@@ -85,7 +85,7 @@ class ResizeRule:
         return cls(**entry | {"fill": tuple(fill)})
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) to which an image is resized. Raises ValueError beyond MAX_RESIZED pixels."""
+        """(width, height) after resizing an image. Raises ValueError beyond MAX_RESIZED pixels."""
         long, short = max(width, height), min(width, height)
         if self.resize == "squash":
             return self.resized, self.resized
@@ -100,7 +100,7 @@ class ResizeRule:
         return (self.resized, length) if width <= height else (length, self.resized)
 
     def square(self, rgb: Image.Image) -> np.ndarray:
-        """The centre square, uint8 (input_size, input_size, 3), of an RGB image that is upright where `exif` asks."""
+        """The centre square, uint8 (input_size, input_size, 3), of an RGB image, upright if `exif` is `apply`."""
         image = rgb.resize(self.target_size(*rgb.size), Image.Resampling[self.interpolation.upper()])
         left, top = (self._start(length) for length in image.size)
         if min(image.size) >= self.input_size:
@@ -110,7 +110,7 @@ class ResizeRule:
         return np.asarray(canvas)
 
     def _start(self, length: int) -> int:
-        """Where the square begins along a side; negative where the side is shorter than the square."""
+        """Offset of the square along a side; negative if the side is shorter than the square."""
         excess = length - self.input_size
         if self.crop_offset == "floor":
             return excess // 2
@@ -119,7 +119,7 @@ class ResizeRule:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """One input of a file: squares by a resize rule, float32 (B, 3, S, S) in [0, 1], or pixels uint8 (B, H, W, 3)."""
+    """One input of a file: resized squares, float32 (B, 3, S, S) in [0, 1], or decoded pixels, uint8 (B, H, W, 3)."""
 
     name: str
     rule: ResizeRule | None
@@ -127,23 +127,23 @@ class ImageInput:
     exif: str
 
     def array(self, sources: Mapping[str, Image.Image]) -> np.ndarray:
-        """The input for one image; `sources` are its pixels by EXIF rule."""
+        """The input for one image; `sources` is {EXIF rule: its pixels}."""
         if self.rule is None:
             return np.asarray(sources[self.exif])
         return self.rule.square(sources[self.exif]).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
 
 
 def read_inputs(metadata: Any) -> list[ImageInput]:
-    """The inputs that the `input` of a file's metadata describes; the metadata may be of any origin.
+    """The inputs described by `input` in a file's metadata, which may be of any origin.
 
-    Raises ValueError for a form or a value that `export` does not write, and for sizes beyond what memory is for.
+    Raises ValueError for a form or a value that `export` does not write, and for sizes beyond MAX_RESIZED.
     """
     if not isinstance(metadata, dict) or not isinstance(metadata.get("kind"), str):
         raise ValueError("its metadata lack the kind of its input; expected a file that export wrote")
     kind = metadata["kind"]
     if kind not in ("float-nchw", "uint8-nhwc"):
         raise ValueError(f"takes {kind[:60]}, not images; its README describes the input")
-    entries = metadata.get("inputs", [metadata])  # exports of earlier versions have one input
+    entries = metadata.get("inputs", [metadata])  # exports of earlier versions have a single input
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"its inputs are {str(entries)[:60]}; expected a list of inputs")
     inputs = [_read_input(kind, entry) for entry in entries]
@@ -173,19 +173,19 @@ class ExportedModel:
     """
 
     def __init__(self, path: Path | str, *, threads: int = 0, max_bytes: int | None = None) -> None:
-        """Open a file; `max_bytes` bounds what its graph may allocate, for this and later files of the process."""
-        import onnxruntime  # here, since the checks below are also used where onnxruntime is not installed
+        """Open a file; `max_bytes` limits allocations of its graph, for this and later files of the process."""
+        import onnxruntime  # imported here, since the checks below are also used without onnxruntime
 
         self.path = path
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 4  # its errors are raised as well; printed, names in the file could be escapes
+        options.log_severity_level = 4  # errors are raised too; logging could print escape sequences from the file
         if max_bytes is not None:
             _bound_memory(max_bytes)
             options.add_session_config_entry("session.use_env_allocators", "1")
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors have no base class of their own
+        except Exception as error:  # onnxruntime's errors have no common base class
             raise ValueError(
                 f"{path}: cannot be opened by onnxruntime ({error}); expected an exported .onnx"
             ) from error
@@ -205,7 +205,7 @@ class ExportedModel:
             raise ValueError(f"{path}: {error}") from error
 
     def _check_inputs(self) -> None:
-        """Raise ValueError unless the graph takes the described inputs."""
+        """Raise ValueError unless the inputs of the graph match the metadata."""
         nodes = {node.name: (node.type, node.shape) for node in self.session.get_inputs()}
         names = [described.name for described in self.inputs]
         outputs = [node.name for node in self.session.get_outputs()]
@@ -234,14 +234,14 @@ class ExportedModel:
         return max(1, min(32, BATCH_BYTES // max(1, image_bytes)))
 
     def run(self, images: InputArrays) -> np.ndarray:
-        """Prepared images, one batch of one shape per input -> probabilities float32 (B, C).
+        """Preprocessed images, one batch per input -> probabilities, float32 (B, C).
 
-        Raises ValueError for another output shape, and where the graph cannot be run.
+        Raises ValueError for another output shape, and if the graph cannot be run.
         """
         feed = {described.name: array for described, array in zip(self.inputs, images, strict=True)}
         try:
             probabilities = self.session.run(["probabilities"], feed)[0]
-        except Exception as error:  # onnxruntime's errors have no base class of their own
+        except Exception as error:  # onnxruntime's errors have no common base class
             raise ValueError(
                 f"{self.path}: onnxruntime cannot run it ({str(error)[:400]}). Export the ensemble again"
             ) from error
@@ -249,14 +249,14 @@ class ExportedModel:
             check_shape(probabilities, len(images[0]), len(self.classes))
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}. Export the ensemble again") from error
-        with np.errstate(over="ignore"):  # values beyond float32 become infinite, which `row_problems` reports
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite and are reported by `row_problems`
             return np.asarray(probabilities, dtype=np.float32)
 
     def prepare(self, path: Path) -> InputArrays:
-        """One image file as the model takes it. Raises ValueError for a file that cannot be decoded."""
+        """Preprocess one image file. Raises ValueError for a file that cannot be decoded."""
         try:
             with warnings.catch_warnings():
-                # Of Pillow's two limits on pixels the higher one, which is an error, holds here as in training.
+                # Of Pillow's two pixel limits, only the higher one, which is an error, applies, as in training.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 return self._prepared(path)
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
@@ -266,7 +266,7 @@ class ExportedModel:
         with open_image(path) as image:
             for described in self.inputs:
                 if described.rule is not None:
-                    described.rule.target_size(*image.size)  # before the decoding, which takes the memory
+                    described.rule.target_size(*image.size)  # checked before decoding, which allocates the memory
             rgb = image.convert("RGB")
             sources = {"ignore": rgb}
             if any(described.exif == "apply" for described in self.inputs):
@@ -275,7 +275,7 @@ class ExportedModel:
         return tuple(described.array(sources) for described in self.inputs)
 
     def run_by_shape(self, images: Sequence[InputArrays]) -> np.ndarray:
-        """Prepared images -> probabilities float32 (N, C); images of one shape share a batch."""
+        """Preprocessed images -> probabilities, float32 (N, C); images of equal shape share a batch."""
         rows_of_shape: dict[tuple[tuple[int, ...], ...], list[int]] = {}
         for row, arrays in enumerate(images):
             rows_of_shape.setdefault(tuple(array.shape for array in arrays), []).append(row)
@@ -285,13 +285,13 @@ class ExportedModel:
         return probabilities
 
     def predict(self, paths: Sequence[Path]) -> np.ndarray:
-        """Image files -> probabilities float32 (N, C); `row_problems` lists invalid rows."""
+        """Image files -> probabilities, float32 (N, C); `row_problems` lists invalid rows."""
         batches = (paths[start : start + self.batch_size] for start in range(0, len(paths), self.batch_size))
         return np.concatenate([self.run_by_shape([self.prepare(path) for path in batch]) for batch in batches])
 
 
 def _bound_memory(max_bytes: int) -> None:
-    """Let all sessions that use the process's allocator have this many bytes together; the first call decides."""
+    """Limit the bytes of all sessions that use the process's allocator; only the first call has an effect."""
     import onnxruntime
 
     if _bounded:
@@ -304,7 +304,7 @@ def _bound_memory(max_bytes: int) -> None:
 
 
 def _check_classes(classes: Any) -> None:
-    """Raise ValueError unless the classes are distinct names that are text."""
+    """Raise ValueError unless the classes are distinct strings."""
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError("its classes are no list of names; expected a file that export wrote")
     if not classes or "" in classes or len(set(classes)) < len(classes):
@@ -328,7 +328,7 @@ def check_shape(probabilities: Any, rows: int, classes: int) -> None:
 
 
 def row_problems(probabilities: np.ndarray) -> dict[int, str]:
-    """{row: reason} of the invalid rows of floats (N, C): each must be finite, in [0, 1], and sum to 1."""
+    """{row: reason} of the invalid rows of floats (N, C): values must be finite, in [0, 1], and sum to 1."""
     values = probabilities.astype(np.float64)
     finite = np.asarray(np.isfinite(values).all(axis=1))
     values[~finite] = 0
@@ -347,10 +347,10 @@ def row_problems(probabilities: np.ndarray) -> dict[int, str]:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open an image file; pixels are decoded when they are asked for.
+    """Open an image file; pixels are decoded on access.
 
-    Raises UnidentifiedImageError, an OSError, for a file in none of the formats; it names the format of the file
-    where Pillow knows it. Raises OSError for what is no regular file, which could block for ever.
+    Raises UnidentifiedImageError, an OSError, for a file in none of FORMATS, naming its format if Pillow knows it.
+    Raises OSError for anything but a regular file, which could block forever.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "a folder, a FIFO or a device; expected a regular file", str(path))
@@ -364,7 +364,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def format_of(path: str | Path) -> str | None:
-    """Pillow's name for the format that the first bytes of a file claim, if it is none of FORMATS; opens no decoder."""
+    """Pillow's name of the format by the first bytes of a file, if it is not in FORMATS; opens no decoder."""
     with open(path, "rb") as file:
         prefix = file.read(16)
     Image.init()
@@ -373,25 +373,25 @@ def format_of(path: str | Path) -> str | None:
         try:
             if accept is not None and accept(prefix):
                 return name
-        except Exception:  # of a prefix that is too short for this format
+        except Exception:  # the prefix is too short for this format
             continue
     return None
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """EXIF orientation from 1 to 8 that is still to be applied to a decoded image; 1 (upright) where it is damaged.
+    """EXIF orientation, 1 to 8, that remains to be applied to a decoded image; 1 (upright) if the tag is damaged.
 
-    Pillow's TIFF decoder turns the image itself, which is then upright.
+    Pillow's TIFF decoder applies the orientation itself; the image is then upright.
     """
     try:
         value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # of damaged metadata, which damage no pixel
+    except Exception:  # damaged metadata do not affect the pixels
         return 1
     return value if value in TRANSPOSITIONS else 1
 
 
 def list_image_files(paths: Sequence[Path | str]) -> list[Path]:
-    """The files, and every image below the folders. Raises ValueError for a path that does not exist, or no image."""
+    """The files, and all images below the folders. Raises ValueError for a missing path, or if there is no image."""
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -406,7 +406,7 @@ def list_image_files(paths: Sequence[Path | str]) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code is 1 where an error is printed. An image without a prediction has no row."""
+    """Run the command line; the exit code is 1 if an error is printed. An image without a prediction has no row."""
     folder = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Class probabilities of image files from an exported ensemble.")
     parser.add_argument("images", nargs="+", help="image files, or folders of image files")
@@ -415,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # for names that the terminal's encoding cannot represent
     available = sorted([*folder.glob("*.onnx"), *(folder.parent / "onnx").glob("*.onnx")])
     try:
         if not options.model and not available:
@@ -438,8 +438,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_rows(model.classes, rows, as_json=options.json)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end
-        if isinstance(error, BrokenPipeError):  # the reader has what it wanted, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's flush on exit
+        if isinstance(error, BrokenPipeError):  # the reader stopped reading, as in `| head`
             return 0
         print(f"predict: standard output cannot be written: {error.strerror or error}", file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
 """Files of predictions, one record per image, in CSV or JSON Lines: written block by block and continued later.
 
-A path is text where it is UTF-8. Other bytes are written unchanged in CSV, and as lone surrogates (`\\udcff`) in JSON,
+Paths are UTF-8 text. Bytes that are not UTF-8 are written unchanged in CSV, and as lone surrogates (`\\udcff`) in JSON,
 which `os.fsencode` converts back to the file's name.
 """
 
@@ -32,7 +32,7 @@ COPY_BYTES = 2**20
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # file systems without locks
 MAX_RECORD_BYTES = 2**24
 """Longest record; a path has at most a few thousand bytes."""
-FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # with which a formula of a spreadsheet begins
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # first characters of spreadsheet formulas
 PROBABILITY_PREFIX = "p:"
 """Prefix of the CSV column of a class."""
 _QUOTED = r'"[^"]*+(?:""[^"]*+)*+"'
@@ -41,7 +41,7 @@ _FINISHED = re.compile(rf'(?:(?:{_QUOTED}|[^",\r\n]*+),)*+')
 _WHOLE = re.compile(rf'{_FINISHED.pattern}(?:{_QUOTED}|[^",\r\n]*+)\r?\n')
 """A CSV record. Python's reader accepts a quote in the middle of a cell, and then reads another record."""
 _TORN = re.compile(rf'{_FINISHED.pattern}(?:"[^"]*+(?:""[^"]*+)*+"?|[^",\r\n]*+\r?)')
-"""The beginning of a CSV record, cut off anywhere."""
+"""The beginning of a CSV record, truncated anywhere."""
 REMEDY = "Repair or remove the record and try again, name another file with --to, or replace this one with --force"
 
 
@@ -52,7 +52,7 @@ class RecordFormat:
     format: str
     """csv or jsonl"""
     classes: tuple[str, ...] | None
-    """Classes whose probabilities every record holds; None for the highest probability alone."""
+    """Classes whose probabilities are in every record; None: only the highest probability."""
     spreadsheet_safe: bool = False
     """Whether text that a spreadsheet would run as a formula begins with an apostrophe; CSV only."""
 
@@ -69,7 +69,7 @@ class RecordFormat:
     def format_record(self, record: Mapping[str, Any]) -> str:
         """One record with its line end.
 
-        Where the format has classes, `record` holds `probabilities` (C,), or None for an image without a prediction.
+        If the format has classes, `record` has `probabilities` (C,), or None for an image without a prediction.
         """
         if self.format == "jsonl":
             return json.dumps(self.as_document(record), allow_nan=False) + "\n"
@@ -112,9 +112,9 @@ class _RecordText:
 
     text: str
     line: int
-    """Number of its first line in the file, from 1 on."""
+    """Number of its first line in the file, from 1."""
     end: int
-    """Offset in the file where it ends, in bytes."""
+    """Offset of its end in the file, in bytes."""
     is_whole: bool
     """Whether it ends with a line end outside quotes; only the last record may not."""
 
@@ -134,15 +134,15 @@ class PredictionFile:
     ) -> None:
         """Create the file or, with `append`, continue it: `done` are the `requested` paths with a prediction in it.
 
-        Continuing removes a last record that a killed process cut off, and records with an error for a requested path;
-        all other records stay unchanged. Raises UserError, before anything is changed, for a file that holds other
-        content. The file is read once, record by record, so memory grows with the requested paths and removed records
-        alone.
+        Continuing removes an incomplete last record of a killed process, and records with an error for a requested
+        path; all other records stay unchanged. Raises UserError, before anything is changed, for a file with other
+        contents. The file is read once, record by record, so memory grows only with the requested paths and removed
+        records.
         """
         self.path, self.form = path, form
         self.done: set[str] = set()
         self.failed = array("Q")
-        """Start and end offset of each record to remove, in turn."""
+        """Alternating start and end offsets of the records to remove."""
         self._lock: Callable[[], object] | None = None
         """Releases the lock on the file."""
         try:
@@ -156,7 +156,7 @@ class PredictionFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._hold(path)
             if append:
-                size = path.stat().st_size  # another command may have ended since
+                size = path.stat().st_size  # another command may have written meanwhile
             if size and append:
                 end = self._read(model, requested)
                 with path.open("r+b") as file:
@@ -174,22 +174,22 @@ class PredictionFile:
             raise
 
     def close(self) -> None:
-        """Let other processes write to the file; nothing is added afterwards."""
+        """Release the file for other processes; nothing may be added afterwards."""
         if self._lock is not None:
             self._lock()
             self._lock = None
 
     def add(self, lines: Sequence[str]) -> None:
-        """Append whole records. Raises UserError where they cannot be written."""
+        """Append complete records. Raises UserError if they cannot be written."""
         try:
             self._write("".join(lines), "ab")
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
     def _hold(self, path: Path) -> None:
-        """Be the one writer of a file from now on, as long as this object lives or until it holds another file.
+        """Lock the file for exclusive writing until this object is deleted or locks another file.
 
-        Raises UserError while another process holds it. File systems without locks have none.
+        Raises UserError if another process holds the lock. On file systems without locks there is none.
         """
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -207,7 +207,7 @@ class PredictionFile:
                     os.close(descriptor)
                     raise
                 is_current = True
-            if not is_current:  # replaced between the two looks
+            if not is_current:  # replaced between opening and locking
                 os.close(descriptor)
                 continue
             earlier, self._lock = self._lock, weakref.finalize(self, os.close, descriptor)
@@ -222,9 +222,9 @@ class PredictionFile:
             os.fsync(file.fileno())
 
     def _read(self, model: str, requested: AbstractSet[str]) -> int:
-        """Check all records and collect the requested paths in `done` and `failed`; the offset where the last one ends.
+        """Check all records and collect the requested paths in `done` and `failed`; returns the end of the last record.
 
-        Raises UserError for anything but whole records, possibly followed by the beginning of one.
+        Raises UserError for anything but complete records, optionally followed by the beginning of one.
         """
         end = 0
         with self.path.open("rb") as file:
@@ -246,8 +246,8 @@ class PredictionFile:
     def _records(self, file: BinaryIO, model: str) -> Iterator[_RecordText]:
         """The records of a file; each line is read once.
 
-        A line end between quotes belongs to a CSV cell. A quote that is still open where a line ends like a record of
-        `model` is an error: everything after it would be one cell, and a cut-off record at the end of the file.
+        A line end between quotes belongs to a CSV cell. An open quote at the end of a line that ends like a record of
+        `model` is an error: everything after it would be one cell of a truncated record.
         """
         quoted = self.form.format == "csv"
         values = rf"(?:,[^,\s]+){{{len(self.form.classes or ())}}}"
@@ -272,10 +272,10 @@ class PredictionFile:
             yield _RecordText(_text(lines), first, end, is_whole=False)
 
     def _require_torn(self, record: _RecordText) -> None:
-        """Raise UserError unless this is the beginning of a record that a killed process did not finish."""
+        """Raise UserError unless this is the beginning of a record, truncated by a killed process."""
         is_first, text = record.line == 1, record.text
         if not is_first:
-            text = text.rstrip("\0")  # which a file system may leave when the power fails
+            text = text.rstrip("\0")  # a file system may leave NUL bytes after a power failure
         if self.form.format == "csv":
             is_torn = self.form.header.startswith(text) if is_first else _is_torn(text, len(self.form.columns))
         else:
@@ -299,7 +299,7 @@ class PredictionFile:
                     new.write(part)
                 position = old.seek(stop)
             new.flush()
-            self._hold(temporary)  # whose name changes, and its lock with it
+            self._hold(temporary)  # the lock stays with the file when it is renamed
 
     def _cells(self, record: _RecordText) -> list[str]:
         """Cells of a CSV record."""
@@ -354,11 +354,11 @@ def _has_more(text: str) -> bool:
 
 
 def _is_torn(text: str, columns: int) -> bool:
-    """Whether this is the beginning of a CSV record of so many columns."""
+    """Whether this is the beginning of a CSV record with this number of columns."""
     finished = _FINISHED.match(text)
     return finished is not None and bool(_TORN.fullmatch(text)) and len(_parsed(finished[0])) < columns
 
 
 def _parsed(text: str) -> list[str]:
-    """Cells that end in a comma or a line end, of any length; Python's reader has one length limit per process."""
+    """Cells that end in a comma or a line end, of any length; Python's CSV reader limits the length per process."""
     return [cell[1:-1].replace('""', '"') if cell.startswith('"') else cell for cell in _CELL.findall(text)]

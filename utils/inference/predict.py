@@ -37,7 +37,7 @@ logger = logging.getLogger("disease_pipeline")
 
 N_DIGITS = 6
 MAX_IMAGES_ON_SCREEN = 10_000
-"""More images need a file, which can be continued."""
+"""Larger numbers of images need an output file, which can be continued."""
 MAX_PROBLEMS_NAMED = 5  # in messages
 
 
@@ -45,12 +45,12 @@ class Classifier(Protocol):
     """Predicts image files: the members' networks in a workspace, or an exported file."""
 
     version: str
-    """Name and digest; predictions of different versions are not written to one file."""
+    """Name and digest; a file contains predictions of one version only."""
     classes: tuple[str, ...]
 
     @property
     def n_networks(self) -> int:
-        """Number of networks that are run over every image."""
+        """Number of networks that run on every image."""
 
     @property
     def block_size(self) -> int:
@@ -79,12 +79,11 @@ def predict(
     """Predict images, to the file `to` or, up to 10,000 images, to the screen.
 
     `form` is csv or jsonl, by default according to the suffix of `to`. `probabilities` adds those of all classes, and
-    `sets` is the kind of prediction sets: lac, aps or raps. With `tta` the model averages over the views that were
-    chosen for it. `maps` is a folder for pictures of class-activation maps. With `append` the file is continued: images
-    with a prediction are skipped, and images with an error are tried again. An image that cannot be read has a record
-    with its error and is a failure of the result. Raises UserError without an image, for a model that cannot be run,
-    has no views with `tta` or no map with `maps`, and for an
-    existing file that may be neither continued nor replaced.
+    `sets` is the kind of prediction sets: lac, aps or raps. With `tta` the model averages over the views selected for
+    it. `maps` is a folder for pictures of class-activation maps. With `append` the file is continued: images with a
+    prediction are skipped, and images with an error are tried again. An image that cannot be read has a record with its
+    error and is a failure of the result. Raises UserError without images, for a model that cannot be run, has no views
+    with `tta` or no map with `maps`, and for an existing file that may be neither continued nor replaced.
     """
     output = OutputOptions(to, form, probabilities, append, spreadsheet_safe, force)
     listing = image_paths.list_images(paths, sys.stdin.buffer)
@@ -116,10 +115,10 @@ def predict_from_export(
     spreadsheet_safe: bool = False,
     force: bool = False,
 ) -> Result:
-    """Predict images with an exported ONNX file alone: without workspace, torch and base pipeline.
+    """Predict images with an exported ONNX file, without workspace, torch and base pipeline.
 
-    The file holds no thresholds, so `set` and `abstain` are empty. Raises UserError as `predict` does, and for a file
-    that `export` did not write; ConfigError for `tta` and `maps`.
+    The file has no thresholds, so `set` and `abstain` are empty. Raises UserError like `predict`, and for a file that
+    `export` did not write; ConfigError for `tta` and `maps`.
     """
     from utils.inference.onnx_prediction import SUFFIXES
 
@@ -134,9 +133,9 @@ def predict_from_export(
 
 
 def model_with_views(store: Store, name: str) -> str:
-    """The model that averages over views: the ensemble itself where a member does, or the member derived from another.
+    """The model that averages over views: the ensemble if one of its members does, or the member's version with views.
 
-    Raises UserError, with the command that chooses views, for a model without any.
+    Raises UserError, with the command that selects views, for a model without any.
     """
     members = store.catalog.members
     if name in ensembles.names(store.workspace):
@@ -158,7 +157,7 @@ def model_with_views(store: Store, name: str) -> str:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Where and how predictions are written.
+    """Destination and format of predictions.
 
     Raises UserError for `append` without a file, and ConfigError for options that exclude each other.
     """
@@ -293,7 +292,7 @@ def _predict_to_screen(
         records += block_records
         text += "".join(lines)
     document = {"model": classifier.version, "images": [record_format.as_document(record) for record in records]}
-    # A terminal takes text alone, so bytes of a name that are not UTF-8 are escaped.
+    # A terminal accepts only text, so bytes of a name that are not UTF-8 are escaped.
     text = text.rstrip("\n").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return Result(text, document, failures + _named_problems(_problems_of(records)))
 
@@ -345,7 +344,7 @@ def _records(
     *,
     with_probabilities: bool,
 ) -> list[dict[str, Any]]:
-    """One record per image, as `output_files` writes it."""
+    """One record per image, in the format of `output_files`."""
     row_of = {int(index): row for row, index in enumerate(predictions.readable)}
     readable = [paths[index] for index in predictions.readable.tolist()]
     decisions = thresholds.apply(predictions.probabilities, classifier.classes, readable)
@@ -377,7 +376,7 @@ def _problems_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _named_problems(problems: Sequence[str]) -> list[str]:
-    """The first problems, and the number of further ones."""
+    """The first problems, and the number of the remaining ones."""
     n_more = len(problems) - MAX_PROBLEMS_NAMED
     summary = [f"{n_more} more images without a prediction; each record holds the error"] if n_more > 0 else []
     return [*problems[:MAX_PROBLEMS_NAMED], *summary]

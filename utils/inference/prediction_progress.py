@@ -1,4 +1,4 @@
-"""Progress of a prediction: a bar on a terminal, log lines anywhere else."""
+"""Progress of a prediction: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from utils.core import progress_bar
 logger = logging.getLogger("disease_pipeline")
 
 PROGRESS_SECONDS = 10.0
-"""Between two lines of progress within a block."""
+"""Minimum time between two progress lines within a block."""
 
 
 class PredictionProgress:
     """Logs progress and the estimated remaining time, every few seconds and after each block.
 
-    `advance(n_images)` moves a bar; where one is shown, nothing is logged.
+    `advance(n_images)` moves a bar; if one is shown, nothing is logged.
     """
 
     def __init__(self, n_images: int, n_networks: int, advance: Callable[[int], object] = lambda count: None) -> None:
@@ -44,7 +44,7 @@ class PredictionProgress:
             )
 
     def end_block(self, n_images: int) -> None:
-        """Log that so many images are processed, including those that could not be read."""
+        """Log that `n_images` further images are processed, including unreadable ones."""
         self._advance(n_images * self.n_networks - self.done)
         self.done = n_images * self.n_networks
         if not self._is_logged:

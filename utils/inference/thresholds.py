@@ -1,4 +1,4 @@
-"""Thresholds of prediction sets and of abstention, as `evaluate` measured them."""
+"""Thresholds of prediction sets and of abstention, measured by `evaluate`."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Thresholds:
     """The model abstains below this probability of the top class; None if not measured."""
 
     def apply(self, probabilities: np.ndarray, classes: Sequence[str], images: Sequence[Path]) -> list[dict[str, Any]]:
-        """`set` and `abstain` of each image, from probabilities (N, C); None where no threshold was measured.
+        """`set` and `abstain` of each image, from probabilities (N, C); None without a measured threshold.
 
-        The files `images` (N,) are read where sets are randomised: the content of an image decides its random number,
-        so that a prediction repeats.
+        The files `images` (N,) are read if sets are randomised: the content of an image determines its random number,
+        so that a prediction is reproducible.
         """
         results: list[dict[str, Any]] = [{"set": None, "abstain": None} for _ in probabilities]
         if self.limit is not None:

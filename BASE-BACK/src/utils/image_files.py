@@ -1,6 +1,6 @@
-"""Image files are opened here and nowhere else in the pipeline: in the formats that networks are trained on, no others.
+"""Opens image files for the whole pipeline, only in the formats that networks are trained on.
 
-Pillow chooses a decoder by a file's content, not by its name, and some decoders start another program: an EPS file
+Pillow selects a decoder by a file's content, not by its name, and some decoders start another program: an EPS file
 named `.png` would be run by Ghostscript.
 """
 
@@ -16,10 +16,10 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's JPEG decoder opens 
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open an image file; pixels are decoded when they are asked for.
+    """Open an image file; pixels are decoded on access.
 
-    Raises UnidentifiedImageError, an OSError, for a file in none of the formats; it names the format of the file
-    where Pillow knows it. Raises OSError for what is no regular file, which could block for ever.
+    Raises UnidentifiedImageError, an OSError, for a file in none of FORMATS, naming its format if Pillow knows it.
+    Raises OSError for anything but a regular file, which could block forever.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "a folder, a FIFO or a device; expected a regular file", str(path))
@@ -33,18 +33,18 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def has_more_frames(image: Image.Image) -> bool:
-    """Whether an opened file holds an animation or several pages, of which the first is the image.
+    """Whether an opened file has several frames or pages, of which only the first is used.
 
-    The further pictures of an MPO file are other views of the same photograph and do not count.
+    Further pictures in an MPO file are other views of the same photograph and do not count.
     """
     try:
         return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-    except Exception:  # of damaged pages behind the first
+    except Exception:  # damaged pages after the first
         return True
 
 
 def format_of(path: str | Path) -> str | None:
-    """Pillow's name for the format that the first bytes of a file claim, if it is none of FORMATS; opens no decoder."""
+    """Pillow's name of the format by the first bytes of a file, if it is not in FORMATS; opens no decoder."""
     with open(path, "rb") as file:
         prefix = file.read(16)
     Image.init()
@@ -53,6 +53,6 @@ def format_of(path: str | Path) -> str | None:
         try:
             if accept is not None and accept(prefix):
                 return name
-        except Exception:  # of a prefix that is too short for this format
+        except Exception:  # the prefix is too short for this format
             continue
     return None

@@ -1,4 +1,4 @@
-"""Candidates for membership: checkpoints of the base pipeline and derived checkpoints; the rule for new names."""
+"""Candidates for members: checkpoints of the base pipeline and derived checkpoints; the rule for new names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from utils.predictions.catalog import DERIVED, MADE, STAGES, Catalog
 
 
 def trained(workspace: Workspace) -> list[MemberCandidate]:
-    """Candidates: each backbone's final, else fine-tuned, else head checkpoint, and each derived checkpoint."""
+    """Candidates: the final, else fine-tuned, else head checkpoint of each backbone, and all derived checkpoints."""
     candidates = []
     for backbone, roles in catalog.checkpoint_files(workspace).items():
         stage = next((stage for stage in STAGES if stage in roles), None)
         derived = {role: path for role, path in roles.items() if re.fullmatch(DERIVED, role)}
         if stage is not None:
-            others = _others(roles, stage)
-            candidates.append(MemberCandidate(backbone, roles[stage], stage, backbone, others))
+            other_checkpoints = _others(roles, stage)
+            candidates.append(MemberCandidate(backbone, roles[stage], stage, backbone, other_checkpoints))
         for role, path in derived.items():
             parents = () if role == "distilled" else (backbone,)
             candidates.append(MemberCandidate(f"{backbone}_{role}", path, role, backbone, {}, parents, is_derived=True))
@@ -37,14 +37,14 @@ def folds(workspace: Workspace, name: str) -> dict[str, Path]:
 
 
 def _others(roles: Mapping[str, Path], stage: str | None) -> dict[str, Path]:
-    """The other checkpoints of the same training, without those of derived members."""
+    """The other checkpoints of the same training, except those of derived members."""
     return {role: path for role, path in sorted(roles.items()) if role != stage and not re.fullmatch(MADE, role)}
 
 
 def require_new_name(
     workspace: Workspace, earlier: Catalog | None, name: str, where: str, new_names: Iterable[str] = ()
 ) -> None:
-    """Raise UserError for a name that a member or an ensemble has, or that no new member may have.
+    """Raise UserError for a name that a member or an ensemble has, or that is invalid for a new member.
 
     `new_names` are the other names that the same command adds.
     """

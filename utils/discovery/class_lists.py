@@ -1,4 +1,4 @@
-"""Class lists of networks, matched by name to the classes of the workspace."""
+"""Class lists of networks, matched by name with the classes of the workspace."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from utils.core.errors import UserError, did_you_mean
 
 PLACEHOLDER = re.compile(r"(?:label|class)_\d+", re.IGNORECASE)
-"""Names that Hugging Face and exports give to outputs whose classes are not known."""
+"""Names that Hugging Face and exports use for outputs of unknown classes."""
 MOST_SHOWN = 12
 
 
 def class_list(value: Any, where: str) -> tuple[str, ...] | None:
-    """Class names in the order of the outputs, of a list or a dictionary {index: name}; None for placeholders.
+    """Class names in the order of the outputs, from a list or a dictionary {index: name}; None for placeholders.
 
-    Raises UserError, which begins with `where`, for another form, a missing index and a name that occurs twice.
+    Raises UserError, whose message starts with `where`, for an invalid value, a missing index or a duplicate name.
     """
     if isinstance(value, Mapping):
         keys = [str(key) for key in value]
@@ -36,7 +36,7 @@ def class_list(value: Any, where: str) -> tuple[str, ...] | None:
 def require_match(names: Sequence[str], classes: Sequence[str], where: str) -> None:
     """Raise UserError unless `names` are the workspace's `classes`, in any order.
 
-    Names that differ in case or separators are different; the message names the class that was probably meant.
+    Names that differ in case or separators are different; the message suggests the class that was probably meant.
     """
     if sorted(names) == sorted(classes):
         return
@@ -61,7 +61,7 @@ def _near(name: str, classes: Sequence[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without case and separators."""
+    """A name with case and separators removed."""
     return re.sub(r"[\W_]+", "", name).casefold()
 
 

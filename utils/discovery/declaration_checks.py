@@ -1,4 +1,4 @@
-"""Checks of a declared network before it is added: its architecture, its classes, and one run on a blank image."""
+"""Checks of a declared network before it is added: its architecture, its classes, and a run on a blank image."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from utils.predictions.inspection import FEWEST_ROWS
 
 ASSUMED_PREPROCESSING = "preprocessing_assumed"
 ASSUMED_CLASSES = "classes_assumed"
-TOLERATED = 0.05  # gain of accuracy by another order of the classes up to which the assumed one counts as right
+TOLERATED = 0.05  # largest gain of accuracy by a permutation of the classes for which the assumed order is accepted
 FIT = "Name the architecture that these weights belong to, or another file"
 
 
 def in_declaration(where: str, error: UserError) -> UserError:
-    """An error about a checkpoint, with remedies for a network that is not added yet."""
+    """The error about a checkpoint, with remedies for a network that has not been added yet."""
     message = str(error).replace(RETRAIN, FIT).replace(LEAVE_OUT, "declare another file")
     return UserError(f"{where}: {message}")
 
 
 def require_architecture(architecture: str, where: str) -> None:
-    """Raise UserError for a name, or a tag behind a point, that the installed timm does not list."""
+    """Raise UserError for a name, or a tag after the dot, that the installed timm does not list."""
     import timm
 
     if not timm.is_model(architecture):
@@ -51,7 +51,7 @@ def require_architecture(architecture: str, where: str) -> None:
 def require_number(
     workspace: Workspace, classes: Sequence[str], count: int, *, where: str, what: str, architecture: str, weights: str
 ) -> None:
-    """Raise UserError for a network whose outputs are not the workspace's classes."""
+    """Raise UserError for a network whose number of outputs differs from the number of classes."""
     if count == len(classes):
         return
     main = base_back.BUNDLED / "src" / "main.py"
@@ -66,7 +66,7 @@ def require_number(
 
 
 def run_on_blank(spec: NetworkSpec, global_pool: str | None, where: str) -> int:
-    """Number of outputs of the network for one blank image. Raises UserError if it cannot be built or run."""
+    """Run the network on a blank image; returns its output count. Raises UserError if it cannot be built or run."""
     import torch
 
     try:
@@ -95,7 +95,7 @@ def run_on_blank(spec: NetworkSpec, global_pool: str | None, where: str) -> int:
 
 
 def classes_problem(name: str, classes: Sequence[str]) -> Problem:
-    """The warning about a network whose outputs have no names."""
+    """The warning about a network without class names."""
     message = f"no file names its outputs; the order of the class folders is assumed: {', '.join(classes[:12])}"
     remedy = f"{VERIFY} measures whether that order is right"
     return Problem(ASSUMED_CLASSES, "warning", name, message, remedy)
@@ -119,9 +119,9 @@ def preprocessing_problems(name: str, preprocessing: Preprocessing) -> list[Prob
 def with_class_order_checked(
     problems: Sequence[Problem], measured: Mapping[str, Mapping[str, Any] | None]
 ) -> list[Problem]:
-    """The problems, after assumed orders of classes were checked by `measured` {member: facts of `measure`}.
+    """The problems, updated by the check of assumed class orders; `measured` is {member: result of `measure`}.
 
-    The warning becomes an info if no other order of the classes is more accurate by more than TOLERATED.
+    The warning becomes an info if no permutation of the classes is more accurate by more than TOLERATED.
     """
     updated = []
     for problem in problems:

@@ -1,7 +1,7 @@
 """Declarations of timm networks by the user: `--add`, `--add-from` and `--preprocess` of `discover`.
 
 A declaration is complete before anything is written: architecture, weights, class order and preprocessing are known,
-and the network has been built from the weights and run on one blank image.
+and the network has been built with the weights and run on a blank image.
 """
 
 from __future__ import annotations
@@ -39,62 +39,62 @@ CONFLICT = "preprocessing_conflict"
 
 @dataclass(frozen=True)
 class Declaration:
-    """A timm network that the user has declared, checked."""
+    """A checked declaration of a timm network."""
 
     name: str
     architecture: str
-    """timm's name, without prefix"""
+    """timm's name, without the prefix `timm:`"""
     weights: Path
     classes: tuple[str, ...]
-    """In the order of the network's outputs."""
+    """Class names in the order of the network's outputs."""
     preprocessing: Preprocessing
     problems: tuple[Problem, ...] = ()
 
     def network(self) -> NetworkSpec:
-        """How to build and run it."""
+        """The specification of the network."""
         return NetworkSpec(self.architecture, self.weights, "full", self.preprocessing, self.classes, source="timm")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `discover` is given about declared networks."""
+    """Options of `discover` about declared networks."""
 
     add: Sequence[str] = ()
     """`NAME=timm:ARCH@FILE`, `NAME=local-dir:FOLDER`, `NAME=hf-hub:ORG/NAME` or `NAME=timm:ARCH`"""
     add_from: Sequence[str] = ()
-    """Folders that hold a folder for each network."""
+    """Folders that contain one folder per network."""
     preprocess: Sequence[str] = ()
-    """`KEY=VALUE` for all that is added, `NAME:KEY=VALUE` for one network."""
+    """`KEY=VALUE` for all added networks, `NAME:KEY=VALUE` for one network."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One network as the user names it."""
+    """One network requested by the user."""
 
     name: str
     scheme: str
     target: str
     where: str
-    """The option as typed; messages begin with it."""
+    """The option as typed; messages start with it."""
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What the options of one command declare."""
+    """Declarations of the options of one command."""
 
     declarations: tuple[Declaration, ...] = ()
     changed: Mapping[str, Preprocessing] = field(default_factory=dict)
-    """{member that is in the catalog already: its new preprocessing}"""
+    """{existing member: its new preprocessing}"""
     failures: tuple[str, ...] = ()
-    """Folders of --add-from that were left out, with reasons."""
+    """Folders of --add-from that were skipped, with reasons."""
     messages: tuple[str, ...] = ()
 
 
 def declared(scan: Scan, options: Options, earlier: Catalog | None) -> Declared:
-    """What the options declare, with every network checked.
+    """Resolve and check the declarations of the options.
 
-    Raises UserError for an invalid option and a network of `add` that cannot be a member; folders of `add_from` that
-    cannot are failures.
+    Raises UserError for an invalid option and for a network of `add` that cannot be a member; such folders of
+    `add_from` are failures.
     """
     requests = preprocessing_sources.parse_requests(options.preprocess)
     remembered = remembered_members(scan, earlier)
@@ -159,11 +159,11 @@ def member_candidates(scan: Scan, requested: Declared, earlier: Catalog | None) 
 def problems_of(
     workspace: Workspace, requested: Declared, listed: Mapping[str, Member], earlier: Catalog | None
 ) -> list[Problem]:
-    """Problems of the declarations of this command, and of those that the catalog remembers."""
+    """Problems of the declarations of this command, and of earlier declarations in the catalog."""
     new = {declaration.name: declaration.problems for declaration in requested.declarations}
     problems = [problem for name in new for problem in new[name]]
     for problem in earlier.problems if earlier else ():
-        # Only the files of a declaration show these; they are not read again.
+        # These problems come from the files of a declaration, which are not read again.
         member = listed.get(problem.member or "") if problem.member not in new else None
         if member is not None and problem.code == ASSUMED_CLASSES:
             problems.append(declaration_checks.classes_problem(member.name, member.classes))
@@ -189,9 +189,9 @@ def _parsed(text: str) -> Request:
 
 
 def _folders(roots: Sequence[str]) -> tuple[list[Request], list[str], list[str]]:
-    """Requests of the folders of networks below `roots`, messages about what is passed over, and failures.
+    """Requests of the network folders below `roots`, messages about skipped entries, and failures.
 
-    Raises UserError for a root that is no folder or has no network below it.
+    Raises UserError for a root that is not a folder or has no network below it.
     """
     folders: list[Path] = []
     messages = []
@@ -207,8 +207,8 @@ def _folders(roots: Sequence[str]) -> tuple[list[Request], list[str], list[str]]
             hint = hint if model_folders.is_model_folder(root) else ""
             raise UserError(f"--add-from {text}: no folder of a network below it; {model_folders.EXPECTED}{hint}")
         folders += below
-        others = [path for path in sorted(root.iterdir()) if path.is_symlink() or not path.is_dir()]
-        names = [path.name for path in others if not path.name.startswith(".")]
+        other_entries = [path for path in sorted(root.iterdir()) if path.is_symlink() or not path.is_dir()]
+        names = [path.name for path in other_entries if not path.name.startswith(".")]
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             messages.append(f"passed over in {root}, since they are files or links: {', '.join(names[:5])}{more}")
@@ -231,7 +231,7 @@ def _folders(roots: Sequence[str]) -> tuple[list[Request], list[str], list[str]]
 
 
 def _model_folders(root: Path) -> list[Path]:
-    """The folders of networks below `root`, sorted; hidden folders and symbolic links are not entered."""
+    """The network folders below `root`, sorted; hidden folders and symbolic links are not followed."""
     folders = []
     for path in sorted(root.iterdir()):
         if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
@@ -240,7 +240,7 @@ def _model_folders(root: Path) -> list[Path]:
 
 
 def _require_targets(requests: Requests, remembered: Mapping[str, Member], new: Sequence[Request]) -> None:
-    """Raise UserError for a request of --preprocess that no network takes."""
+    """Raise UserError for a request of --preprocess that applies to no network."""
     if requests.general and not new:
         key, value = next(iter(requests.general.items()))
         raise UserError(
@@ -297,7 +297,7 @@ def _declaration(scan: Scan, request: Request, values: Mapping[str, Any]) -> Dec
 
 
 def _of_file(scan: Scan, request: Request, architecture: str, path: Path, values: Mapping[str, Any]) -> Declaration:
-    """A declaration of a file of weights, which may record classes and preprocessing of its own."""
+    """A declaration of a weights file, which may record classes and preprocessing."""
     if path.is_dir():
         raise UserError(f"{request.where}: {path} is a folder; declare it as {request.name}=local-dir:{path}")
     if not path.is_file():
@@ -339,7 +339,7 @@ def _resolved(
     *,
     folder: model_folders.ModelFolder | None,
 ) -> Declaration:
-    """The declaration, with classes and preprocessing by the most specific source of each, checked by running it."""
+    """The declaration, with classes and preprocessing from their most specific sources, checked by running it."""
     where = request.where
     try:
         facts = identification.checkpoint_facts(path, scan.digests)
@@ -383,7 +383,7 @@ def _resolved(
 
 
 def _changed(scan: Scan, member: Member, values: Mapping[str, Any]) -> Preprocessing:
-    """A declared member's preprocessing with what the user requests, checked by running the network."""
+    """A declared member's preprocessing with the user's changes, checked by running the network."""
     where = f"--preprocess {member.name}"
     preprocessing = preprocessing_sources.with_requests(member.image_preprocessing, values, where)
     spec = replace(member.network(scan.workspace), preprocessing=preprocessing)

@@ -70,18 +70,18 @@ def discover(
         verify: Also run every trained member, and derived ones that the configuration includes, on all val images, and
             compare out-of-fold predictions with the networks on a sample of train images.
         add: Declarations of timm networks: `NAME=timm:ARCH@FILE`, `NAME=local-dir:FOLDER`, `NAME=hf-hub:ORG/NAME` or
-            `NAME=timm:ARCH`. Later discoveries keep them, as they keep imported members, until `remove` names them.
-        add_from: Folders; each folder of a network below them is declared under its own name.
+            `NAME=timm:ARCH`. Later discoveries keep them, like imported members, until they are removed by `remove`.
+        add_from: Folders; each network folder below them is declared with the folder's name.
         preprocess: `KEY=VALUE` for the networks that `add` and `add_from` declare, `NAME:KEY=VALUE` for one of them or
-            of those that were declared before.
+            for one declared earlier.
         remove: Names of declared or imported members to remove from the catalog.
-        rename: Other names for such members, `OLD=NEW`; what is stored for them is renamed as well.
-        trained_on: What the networks of `add` were trained on, one of `training_data.STATEMENTS` or a file that lists
-            images, or `NAME=STATEMENT` for one network that is declared.
-        force: Measure again what has been measured already. A scan is cheap and always made.
+        rename: New names of such members, `OLD=NEW`; their stored files are renamed too.
+        trained_on: Training data of the networks of `add`, one of `training_data.STATEMENTS` or a file that lists
+            images, or `NAME=STATEMENT` for one declared network.
+        force: Repeat existing measurements. A scan is cheap and always made.
         verbose: Also list each member's preprocessing.
 
-    Raises UserError if there is no member, and for a declaration, removal, renaming or statement that is not possible.
+    Raises UserError if there is no member, and for an invalid declaration, removal, renaming or statement.
     """
     earlier = _without(workspace, _earlier(workspace), remove)
     earlier, names = renaming.begin(
@@ -114,9 +114,9 @@ def _discovered(
     force: bool,
     verbose: bool,
 ) -> Result:
-    """The result of a scan, with the declared and imported members of an `earlier` catalog."""
+    """The result of a scan, including the declared and imported members of an `earlier` catalog."""
     if earlier and not earlier.has_images and not workspace.has_images and not (options.add or options.add_from):
-        training_statements.parse(trained_on, (), ())  # networks need images, so there is none to make one about
+        training_statements.parse(trained_on, (), ())  # without images there are no networks to make a statement on
         return _without_images(config, workspace, earlier)
     digests = FileDigests(workspace.digests)
     scan = Scan(config, workspace, digests, _list_splits(workspace, digests))
@@ -160,7 +160,7 @@ def _discovered(
         listed = with_imported(config, workspace, listed, earlier)
     listed = view_members.with_views(workspace, listed)
     if remove and not listed.members:
-        workspace.catalog.unlink(missing_ok=True)  # it would continue to list the removed members
+        workspace.catalog.unlink(missing_ok=True)  # otherwise it would still list the removed members
     _require_members(workspace, listed)
     measured = {name: inspector.measured(member) or {} for name, member in listed.members.items()}
     checked = inspection.with_extra_outputs_checked(listed.problems, measured)
@@ -183,7 +183,7 @@ def _identified(
             problems += candidate_problems
         except UserError as error:
             remedy = "See the message"
-            if candidate.remembered is not None:  # a declaration outlives its file
+            if candidate.remembered is not None:  # a declaration is kept even if its file is missing
                 remedy = f"Remove it: {shlex.join([*catalog.DISCOVER, '--remove', candidate.name])}"
                 members[candidate.name] = replace(candidate.remembered, usable=False, oof=None)
             problems.append(Problem("checkpoint_refused", "error", candidate.name, str(error), remedy))
@@ -191,7 +191,7 @@ def _identified(
 
 
 def _run_networks(inspector: Inspector, members: Mapping[str, Member], *, force: bool) -> None:
-    """Run the members that are verified on images, and store the results."""
+    """Run the members to be verified on images, and store the results."""
     for member in members.values():
         if not _is_verified(inspector.config, member):
             continue
@@ -202,10 +202,10 @@ def _run_networks(inspector: Inspector, members: Mapping[str, Member], *, force:
 
 
 def verified_catalog(config: Config, workspace: Workspace) -> Catalog:
-    """The catalog, after the out-of-fold predictions of all selected members were compared with their networks.
+    """The catalog, after comparing the out-of-fold predictions of all selected members with their networks.
 
-    Members that were not compared yet are verified now, so that nothing is fitted on rows that a network was trained
-    on. Imported members were checked on import. Raises UserError if there is no catalog.
+    Members that have not been compared are verified now, so that nothing is fitted on rows that a network was trained
+    on. Imported members are checked on import. Raises UserError if there is no catalog.
     """
     current = catalog.load(workspace)
     unchecked = [
@@ -223,9 +223,9 @@ def verified_catalog(config: Config, workspace: Workspace) -> Catalog:
 
 
 def _without_images(config: Config, workspace: Workspace, earlier: Catalog) -> Result:
-    """The catalog of imported members alone; their rows determine the samples."""
+    """The catalog of imported members only, whose rows determine the samples."""
     if not earlier.members:
-        workspace.catalog.unlink(missing_ok=True)  # it would continue to list the removed members
+        workspace.catalog.unlink(missing_ok=True)  # otherwise it would still list the removed members
     _require_members(workspace, earlier)
     if catalog.checkpoint_files(workspace):
         logger.warning("%s: checkpoints are left out, since there are no images to run them on", workspace.checkpoints)
@@ -260,7 +260,7 @@ def register_derived(
     current: Catalog,
     names: Sequence[str],
 ) -> Catalog:
-    """The current catalog with the named derived members, read from their checkpoints; it is saved.
+    """Add the named derived members, read from their checkpoints, to the catalog; saves and returns it.
 
     A named member whose checkpoint is missing is removed. Raises UserError for a checkpoint that cannot be read.
     """
@@ -282,7 +282,7 @@ def _is_verified(config: Config, member: Member) -> bool:
     return member.usable and (member.source != "derived" or member.name in config.backbones.selected)
 
 
-# which files there are --------------------------------------------------------------------------------------------
+# files ------------------------------------------------------------------------------------------------------------
 
 
 def _list_splits(workspace: Workspace, digests: FileDigests) -> dict[str, ImageSplit]:
@@ -293,7 +293,7 @@ def _list_splits(workspace: Workspace, digests: FileDigests) -> dict[str, ImageS
 
 
 def _windows_folder(workspace: Workspace) -> str:
-    """A hint at a workspace named like a Windows drive, which BASE-BACK creates if its own folder was renamed."""
+    """A hint to a workspace named like a Windows drive, which BASE-BACK creates if its folder was renamed."""
     folders = (Path.cwd(), workspace.base)
     entries = [entry for folder in folders if folder.is_dir() for entry in folder.iterdir()]
     workspaces = sorted(str(e) for e in entries if e.name[1:3] == ":\\" and (e / "checkpoints").is_dir())
@@ -303,7 +303,7 @@ def _windows_folder(workspace: Workspace) -> str:
 
 
 def _earlier(workspace: Workspace) -> Catalog | None:
-    """The catalog on disk; None if there is none, or, with a warning, if it cannot be read."""
+    """Read the catalog; None if there is none, or, with a warning, if it cannot be read."""
     if not workspace.catalog.is_file():
         return None
     try:
@@ -335,7 +335,7 @@ def _without(workspace: Workspace, earlier: Catalog | None, remove: Sequence[str
 
 
 def _with_measurements(inspector: Inspector, member: Member) -> tuple[Member, list[Problem]]:
-    """A member with the stored results of running it, and the problems that they show."""
+    """A member with its stored measurements, and the problems that they show."""
     measured, comparison = inspector.measured(member), inspector.leakage_check(member)
     problems = inspection.measured_problems(inspector.classes, member, measured) if measured else []
     usable = member.usable and not any(problem.severity == "error" for problem in problems)

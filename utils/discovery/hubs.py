@@ -1,6 +1,6 @@
-"""Networks of the Hugging Face hub, downloaded once into the workspace; without network the error names each file.
+"""Networks from the Hugging Face hub, downloaded once into the workspace; if offline, the error names each file.
 
-Only `config.json`, `preprocessor_config.json` and one file of weights are downloaded; code of a repository never is.
+Only `config.json`, `preprocessor_config.json` and one weights file are downloaded, never code.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ logger = logging.getLogger("disease_pipeline")
 REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w.-]+))?")
 """`ORG/NAME` or `ORG/NAME@REVISION`"""
 ENDPOINT = "https://huggingface.co"
-PATIENCE_S = 5.0  # until a hub that does not answer counts as unreachable
+PATIENCE_S = 5.0  # timeout in seconds after which the hub counts as unreachable
 
 
 def download(repository: str, weights_dir: Path, where: str) -> Path:
-    """The folder below `weights_dir` with the files of a repository; what is there already is not downloaded.
+    """The folder below `weights_dir` with the files of a repository; missing files are downloaded.
 
-    Raises UserError, which begins with `where`, for an invalid name, a repository or a file that does not exist, and
-    without network, where it says what to download and where to put it.
+    Raises UserError, whose message starts with `where`, for an invalid name, for a repository or file that does not
+    exist, and if the hub is unreachable; the message then tells which files to download and where to put them.
     """
     match = REPOSITORY.fullmatch(repository)
     if match is None:
@@ -52,23 +52,23 @@ def _by_hand(endpoint: str, repository: str, folder: Path) -> str:
 
 
 def _unreachable(endpoint: str) -> str | None:
-    """Why the hub cannot be reached; None if it answers. Its client would try again for 20 s."""
+    """The reason why the hub is unreachable, or None. The hub's client would retry for 20 s."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set, so nothing is downloaded"
     if not endpoint.startswith(("https://", "http://")):
         return f"HF_ENDPOINT is {endpoint!r}, no address of a hub"
-    import ssl  # half of the time that other commands would spend on importing this module
+    import ssl  # imported here, since it takes half of this module's import time
     import urllib.error
     import urllib.request
 
     try:
         with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PATIENCE_S):
             return None
-    except urllib.error.HTTPError:  # it answers
+    except urllib.error.HTTPError:  # the hub responds
         return None
     except (OSError, ValueError) as error:
         cause = getattr(error, "reason", error)
-        if isinstance(cause, ssl.SSLError):  # the hub's client has certificates of its own
+        if isinstance(cause, ssl.SSLError):  # the hub's client uses other certificates
             return None
         return f"{endpoint} cannot be reached ({cause})"
 
@@ -97,8 +97,8 @@ def _fetch(name: str, revision: str | None, folder: Path, endpoint: str, where: 
     except RepositoryNotFoundError as error:
         raise UserError(f"{where}: {endpoint} has no repository {name}, or it needs a token (hf auth login)") from error
     except (OSError, HfHubHTTPError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{where}: not downloaded ({first}). {by_hand}") from error
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where}: not downloaded ({first_line}). {by_hand}") from error
 
 
 def repository_of(architecture: str, where: str) -> tuple[str, int]:

@@ -1,6 +1,6 @@
 """Identification of one trained network by its files: architecture, classes, accuracy, out-of-fold predictions.
 
-No network is run. What a file holds is stored under its digest, so that a second scan neither reads it nor needs torch.
+No network is run. Metadata are cached by the file's digest, so that a second scan neither reads it nor needs torch.
 """
 
 from __future__ import annotations
@@ -44,36 +44,36 @@ from utils.predictions.training_data import FILE, NONE, STATEMENTS, TRAIN, UNKNO
 
 logger = logging.getLogger("disease_pipeline")
 
-WITHOUT_VAL = (LAST_EPOCH, "inner folds")  # what checkpoints record where no val row has chosen anything
-VERSION = 7  # raised whenever the same file would give other facts
+WITHOUT_VAL = (LAST_EPOCH, "inner folds")  # values of `selection` in checkpoints that were not selected on val
+VERSION = 7  # incremented whenever the facts of the same file change
 SNAPSHOT = re.compile(r"snapshot\d+")
 FOLD = re.compile(r"fold\d+")
-CYCLE = "cycle"  # the stage that the base pipeline's checkpoints of cyclic training record
-CHECKPOINT = "checkpoint"  # source of a preprocessing record
+CYCLE = "cycle"  # `stage` in the base pipeline's checkpoints of cyclic training
+CHECKPOINT = "checkpoint"  # `source` of a preprocessing record
 CLASSIFIERS = {"head", "heads", "head_dist", "fc", "classifier"}
 
 
 @dataclass(frozen=True)
 class MemberCandidate:
-    """Files that may be a member."""
+    """The files of a possible member."""
 
     name: str
     path: Path
     stage: str
     backbone: str
-    """The architecture, if the file names none; its records describe the candidate"""
+    """The architecture if the file does not record it; the backbone's training records describe the candidate"""
     others: dict[str, Path] = field(default_factory=dict)
     """{stage: file} of the same training."""
     parents: tuple[str, ...] = ()
     is_derived: bool = False
     img_size: int | None = None
-    """Image size if the file records none; None stands for BASE-BACK's setting"""
+    """Image size if the file does not record it; None means BASE-BACK's setting"""
     remembered: Member | None = None
-    """The entry of a declared network in the last catalog"""
+    """Entry of a declared network in the last catalog"""
     preprocessing: Preprocessing | None = None
-    """Of a declared network; None: what the file records"""
+    """Preprocessing of a declared network; None: the one recorded in the file"""
     classes: tuple[str, ...] | None = None
-    """Of a declared network, in the order of its outputs, if the file records none"""
+    """Class names of a declared network, in the order of its outputs, if the file does not record them"""
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ class Scan:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """In the order of the sorted class folders."""
+        """Class names in the order of the sorted class folders."""
         return self.splits["train"].classes
 
 
 def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Problem]]:
-    """The member that a candidate's files describe, and the problems with it.
+    """The member described by a candidate's files, and its problems.
 
     Raises UserError for a checkpoint that is missing, refused or unreadable.
     """
@@ -121,7 +121,7 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
     declared = candidate.backbone.startswith(TIMM)
     architecture = candidate.backbone if declared else facts["architecture"] or candidate.backbone
     size = facts["size"] or "full"
-    # Without a list, the order is that of sorted names, as every loader of class folders has it.
+    # Without a list, the order is that of the sorted names, as in all loaders of class folders.
     classes = tuple(facts["classes"] or candidate.classes or sorted(scan.classes))
     preprocessing = _preprocessing(candidate, architecture, facts)
     fold = candidate.others.get("fold0") if declared else None
@@ -150,7 +150,7 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
         trunk=_trunk(candidate, digests) if facts["is_frozen"] else None,
     )
     problems = list(recorded.problems) if recorded else []
-    if declared and recorded and recorded.path is None:  # only the base pipeline writes these records
+    if declared and recorded and recorded.path is None:  # only the base pipeline writes metrics files
         problems = [problem for problem in problems if problem.code != training_records.NO_METRICS]
     is_other = member.architecture != candidate.backbone and not member.architecture.startswith(TIMM)
     if not declared and not candidate.is_derived and is_other:
@@ -168,7 +168,7 @@ def identify(scan: Scan, candidate: MemberCandidate) -> tuple[Member, list[Probl
 
 
 def _preprocessing(candidate: MemberCandidate, architecture: str, facts: Mapping[str, Any]) -> Preprocessing:
-    """The declared one; else the file's own; else timm's for an architecture of timm, or the base pipeline's."""
+    """The declared preprocessing; else the file's; else timm's for a timm architecture, or the base pipeline's."""
     preprocessing = candidate.preprocessing or recorded_preprocessing(candidate.path, facts, architecture)
     if preprocessing is not None:
         return preprocessing
@@ -184,20 +184,20 @@ def _preprocessing(candidate: MemberCandidate, architecture: str, facts: Mapping
 
 
 def recorded_preprocessing(path: Path, facts: Mapping[str, Any], architecture: str) -> Preprocessing | None:
-    """The preprocessing that a checkpoint records, by its `checkpoint_facts`; None if it records none.
+    """The preprocessing recorded in a checkpoint, by its `checkpoint_facts`; None if there is none.
 
-    The base pipeline's and this project's own checkpoints that record their image size alone were trained with the base
-    pipeline's transform. The image size of a timm network from elsewhere says nothing else of its preprocessing.
+    Checkpoints of the base pipeline and of this project that record only their image size were trained with the base
+    pipeline's transform. For a timm network from elsewhere, the image size implies nothing else.
     """
     if facts["preprocessing"] is not None:
         return Preprocessing.from_record(facts["preprocessing"], f"{path}: extra.preprocessing")
-    is_own = None not in (facts["architecture"], facts["size"])  # both are in every checkpoint of this project
+    is_own = None not in (facts["architecture"], facts["size"])  # both are in all checkpoints of this project
     is_foreign = architecture.startswith(TIMM) and not is_own
     return Preprocessing.of_base_pipeline(facts["img_size"]) if facts["img_size"] and not is_foreign else None
 
 
 def _trunk(candidate: MemberCandidate, digests: FileDigests) -> dict[str, str] | None:
-    """The trunk that all fold networks of a frozen training share with the full one; None without such networks."""
+    """The trunk that all fold networks of a frozen training share with the full network; None without such networks."""
     folds = [
         path for stage, path in candidate.others.items() if stage.startswith("fold") and _is_readable(path, digests)
     ]
@@ -207,12 +207,12 @@ def _trunk(candidate: MemberCandidate, digests: FileDigests) -> dict[str, str] |
 
 
 def _is_of_a_cycle(path: Path, digests: FileDigests) -> bool:
-    """Whether a snapshot comes from cyclic training, which starts from new weights."""
+    """Whether a snapshot comes from cyclic training, which starts from random weights."""
     return _is_readable(path, digests) and checkpoint_facts(path, digests)["stage"] == CYCLE
 
 
 def _selection(candidate: MemberCandidate, digests: FileDigests) -> str:
-    """`Member.selection`: `last` where the candidate's file and those of its fold networks record it."""
+    """`Member.selection`: `last` if the candidate's file and those of its fold networks record it."""
     folds = [path for stage, path in candidate.others.items() if FOLD.fullmatch(stage)]
     is_last = all(
         _is_readable(path, digests) and checkpoint_facts(path, digests)["selection"] == LAST_EPOCH
@@ -231,7 +231,7 @@ def _is_readable(path: Path, digests: FileDigests) -> bool:
 
 
 def checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
-    """What a checkpoint records of itself, cached by content; None stands for entries that it lacks."""
+    """The metadata in a checkpoint, cached by content; None for missing entries."""
     try:
         digest = digests.of(path)
     except FileNotFoundError:
@@ -248,7 +248,7 @@ def checkpoint_facts(path: Path, digests: FileDigests) -> dict[str, Any]:
 
 
 def _metadata(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a checkpoint's `extra`, which may be of any origin. Raises UserError for other types of value."""
+    """The entries of a checkpoint's `extra`, which may be of any origin. Raises UserError for values of wrong types."""
     kinds: dict[str, tuple[type, ...]] = {
         **dict.fromkeys(("backbone_name", "model_size", "stage", "selection"), (str,)),
         **dict.fromkeys(("final_accuracy", "accuracy"), (int, float)),
@@ -257,7 +257,7 @@ def _metadata(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
     }
     for key, kind in kinds.items():
         value = extra.get(key)
-        # NumPy's scalars, which other pipelines save, count as the Python type that they convert to.
+        # NumPy scalars, which other pipelines save, count as the Python type that they convert to.
         is_scalar = value is not None and hasattr(value, "item") and key not in ("classes", "parents")
         plain = value.item() if is_scalar else value  # type: ignore[union-attr]  # `hasattr` does not narrow None
         if plain is not None and not isinstance(plain, kind):
@@ -289,7 +289,7 @@ def _metadata(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recorded_preprocessing(path: Path, extra: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record in a checkpoint's `extra`, validated; None without one."""
+    """The validated preprocessing record in a checkpoint's `extra`; None without one."""
     if extra.get("preprocessing") is None:
         return None
     preprocessing = Preprocessing.from_record(extra["preprocessing"], f"{path}: extra.preprocessing", remedy=RETRAIN)
@@ -298,7 +298,7 @@ def _recorded_preprocessing(path: Path, extra: Mapping[str, Any]) -> dict[str, A
 
 
 def _pretrained_on(path: Path, weights: Any) -> str | None:
-    """The statement in a checkpoint on the training data of the weights that its training started from."""
+    """The statement in a checkpoint on the training data of its initial weights."""
     if weights is None:
         return None
     statement = weights.get("trained_on") if isinstance(weights, dict) else None
@@ -345,7 +345,7 @@ def _class_problems(scan: Scan, member: Member, facts: Mapping[str, Any]) -> lis
 
 
 def _oof(scan: Scan, member: Member) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """A member's out-of-fold predictions as the catalog lists them, and the problems with them or their absence."""
+    """The catalog's entry of a member's out-of-fold predictions, and the problems with them or their absence."""
     name, train = member.name, scan.splits["train"]
     path = scan.workspace.base_oof(name)
     remedy_again = kfold_remedy(scan.workspace, member)

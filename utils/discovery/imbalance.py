@@ -1,4 +1,4 @@
-"""How much the number of images differs between the classes of the train split."""
+"""Class imbalance of the train split."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def problem(train: ImageSplit) -> Problem | None:
     largest, smallest = int(counts.argmax()), int(counts.argmin())
     if counts[largest] <= REPORTED_RATIO * counts[smallest]:
         return None
-    shown = [f"{train.classes[index]} has {counts[index]} images" for index in (largest, smallest)]
+    counts_by_class = [f"{train.classes[index]} has {counts[index]} images" for index in (largest, smallest)]
     ratio = f"{counts[largest] / counts[smallest]:.1f}" if counts[smallest] else "infinite"
     return Problem(
         "class_imbalance",
         "info",
         None,
-        f"the classes of train differ in size: {', '.join(shown)}, imbalance ratio {ratio}",
+        f"the classes of train differ in size: {', '.join(counts_by_class)}, imbalance ratio {ratio}",
         "if rare classes matter as much: python BASE-BACK/src/main.py --class-weights balanced, or --sampling balanced",
     )

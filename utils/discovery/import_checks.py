@@ -17,27 +17,27 @@ from utils.predictions import inspection, out_of_fold
 from utils.predictions.catalog import IMPORTED, Member, Problem
 from utils.predictions.rows import MemberRows
 
-COARSE_FRACTION = 0.5  # of equal rows, for a model with few distinct outputs
+COARSE_FRACTION = 0.5  # limit of the fraction of equal rows for a model with few distinct outputs
 COARSEST_LAST = ("logits", "probabilities", "half-precision probabilities")
 
 
 @dataclass(frozen=True)
 class CheckedMember:
-    """A member that may be imported, and what is stored for it."""
+    """A member that can be imported, and the rows to store for it."""
 
     member: Member
     parts: dict[str, ImportedPart]
-    """{oof, val, test, train: the rows of the file that are used}"""
+    """{oof, val, test, train: the used rows of the file}"""
     problems: tuple[Problem, ...]
 
 
 def check_member(name: str, parts: Mapping[str, ImportedPart], oof_path: str) -> CheckedMember:
-    """A member as the catalog lists it, after its predictions were compared with each other and with its labels.
+    """The catalog's entry of a member, after comparing its predictions with each other and with its labels.
 
     Out-of-fold predictions that equal those of `train` are refused, and the member is used without them. Raises
-    UserError if no out-of-sample rows are left, or the columns are in another order than recorded.
+    UserError if no out-of-sample rows remain, or if the order of the columns differs from the recorded one.
     """
-    used: dict[str, ImportedPart] = dict(parts)
+    used_parts: dict[str, ImportedPart] = dict(parts)
     problems: list[Problem] = []
     member = Member(
         name=name,
@@ -67,27 +67,27 @@ def check_member(name: str, parts: Mapping[str, ImportedPart], oof_path: str) ->
                 f"out-of-fold predictions refused: {equal} of {comparable} comparable rows equal those of train.npz"
             )
             remedy = "write what cross-validation predicts into oof.npz"
-            if "val" not in used:
+            if "val" not in used_parts:
                 raise UserError(f"member {name}: {message}, and there is no val.npz; {remedy}")
             problems.append(Problem("oof_in_sample", "warning", name, message, f"it is used without them; {remedy}"))
-            del used["oof"]
+            del used_parts["oof"]
     oof: dict[str, Any] | None = None
-    if "oof" in used and used["oof"].fold is not None:
-        rows, fold = used["oof"].rows, used["oof"].fold
+    if "oof" in used_parts and used_parts["oof"].fold is not None:
+        rows, fold = used_parts["oof"].rows, used_parts["oof"].fold
         oof = {
             "path": oof_path,
             "rows": len(rows.labels),
             "folds": len(np.unique(fold)),
             "accuracy": float((rows.logits.argmax(axis=1) == rows.labels).mean()),
-            "sha256": _content_digest({"oof": used["oof"]}),
+            "sha256": _content_digest({"oof": used_parts["oof"]}),
         }
     member = replace(member, oof=oof, recorded_accuracy=None if measured is None else measured["accuracy"])
     if oof is not None and measured is not None:
-        independent = {"train": None, "val": None}  # a workspace's groups are not known to imported predictions
+        independent = {"train": None, "val": None}  # imported predictions have no information on groups
         problems += inspection.oof_accuracy_problems(
             member, oof["accuracy"], measured, remedy="Make oof.npz again", groups=independent
         )
-    return CheckedMember(member, used, tuple(problems))
+    return CheckedMember(member, used_parts, tuple(problems))
 
 
 def _single_class(name: str, val: MemberRows) -> list[Problem]:
@@ -99,7 +99,7 @@ def _single_class(name: str, val: MemberRows) -> list[Problem]:
 
 
 def count_copied_rows(oof: ImportedPart, train: ImportedPart) -> tuple[int, int]:
-    """How many out-of-fold rows equal the full model's outputs, and how many rows can be compared."""
+    """Number of out-of-fold rows equal to the full model's outputs, and number of comparable rows."""
     ids, oof_rows, train_rows = np.intersect1d(oof.rows.sample_ids, train.rows.sample_ids, return_indices=True)
     if not len(ids):
         return 0, 0
@@ -120,7 +120,7 @@ def equal_rows_limit(train: ImportedPart) -> float:
 
 
 def _content_digest(parts: Mapping[str, ImportedPart]) -> str:
-    """SHA-256 of what is stored; it does not depend on the order of rows and columns in the files."""
+    """SHA-256 of the stored content, independent of the order of rows and columns in the files."""
     digest = hashlib.sha256()
     for stem, part in sorted(parts.items()):
         digest.update(digest_of([stem, list(part.rows.classes), part.rows.sample_ids.tolist()]).encode())

@@ -1,4 +1,4 @@
-"""`import-predictions`: add members without a network, by their predictions; the catalog is written last."""
+"""`import-predictions`: adds members without networks from their predictions; the catalog is written last."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ UP_TO_DATE, REPLACED, NEW = "up to date", "replaced", "imported"
 
 @dataclass(frozen=True)
 class ImportContext:
-    """What imported files are matched with."""
+    """The samples, classes and members that imported files are matched with."""
 
     images: dict[str, ImageSplit] | None
-    """{split: images}; None if the samples come from imported members alone"""
+    """{split: images}; None if the samples come only from imported members"""
     staying: Catalog | None
-    """The catalog without the members that are imported now; None if there is none"""
+    """The catalog without the members to import; None if there is no catalog"""
     held: dict[str, dict[str, list[MemberRows]]]
-    """{split: {member: rows}} of other imported members; empty if there are images"""
+    """{split: {member: rows}} of the other imported members; empty if there are images"""
 
 
 def import_predictions(config: Config, workspace: Workspace, *, folder: str, force: bool = False) -> Result:
     """Read `folder/<member>/{oof,val,test,train}.npz`, check them together and import all members or none.
 
     With images, rows are those of the splits and labels those of the class folders; without, both come from the files.
-    A member with the same content is left as it is, unless `force`; another one of the same name is replaced. All rows
-    are in memory at once, as in `build-ensemble`. Raises UserError for invalid files.
+    A member with unchanged content is kept unless `force`; other members of the same name are replaced. All rows are in
+    memory at once, as in `build-ensemble`. Raises UserError for invalid files.
     """
     source = Path(folder).expanduser().absolute()
-    given = imported_members.read_folder(source)
+    predictions = imported_members.read_folder(source)
     earlier = _earlier(workspace)
-    _require_free_names(workspace, earlier, sorted(given))
-    ground = _ground(config, workspace, earlier, given.keys())
-    arrivals, listed = _matched(workspace, ground, given)
+    _require_free_names(workspace, earlier, sorted(predictions))
+    ground = _ground(config, workspace, earlier, predictions.keys())
+    arrivals, listed = _matched(workspace, ground, predictions)
     if ground.staying is not None:
         listed = with_imported(config, workspace, listed, ground.staying)
     store = Store(config, workspace, listed)
     states = {name: _state(store, earlier, arrival, force=force) for name, arrival in arrivals.items()}
     written = [name for name, state in states.items() if state != UP_TO_DATE]
     for name in written:
-        store.require_own_files(name)  # before the catalog forgets them
+        store.require_own_files(name)  # checked before the catalog is written without them
     if earlier is not None and earlier.imported().keys() & set(written):
         _save_without(config, workspace, ground)
     for name in written:
@@ -73,7 +73,7 @@ def import_predictions(config: Config, workspace: Workspace, *, folder: str, for
 
 
 def _earlier(workspace: Workspace) -> Catalog | None:
-    """The catalog on disk; None, with a warning, for a damaged one that no images can restore."""
+    """Read the catalog; None, with a warning, if it is damaged and cannot be restored from images."""
     if not workspace.catalog.is_file():
         return None
     try:
@@ -86,20 +86,20 @@ def _earlier(workspace: Workspace) -> Catalog | None:
 
 
 def _require_free_names(workspace: Workspace, earlier: Catalog | None, names: Sequence[str]) -> None:
-    """Raise UserError for names that new members may not have, and for existing ones that others have as well."""
+    """Raise UserError for invalid names of new members, and for names that other members have too."""
     imported = earlier.imported() if earlier is not None else {}
-    others = earlier.members.values() if earlier is not None else ()
-    taken = dict.fromkeys(catalog.checkpoint_files(workspace), "a network")
-    taken |= member_names.taken_names(member for member in others if member.name not in imported)
-    taken |= {path.name: "an ensemble" for path in workspace.models.glob("*")}
+    existing_members = earlier.members.values() if earlier is not None else ()
+    taken_names = dict.fromkeys(catalog.checkpoint_files(workspace), "a network")
+    taken_names |= member_names.taken_names(member for member in existing_members if member.name not in imported)
+    taken_names |= {path.name: "an ensemble" for path in workspace.models.glob("*")}
 
     def check(name: str) -> None:
         if name not in imported:
             folders = dict.fromkeys((other for other in names if other != name), "another folder")
-            all_taken = taken | member_names.taken_names(imported.values()) | folders
+            all_taken = taken_names | member_names.taken_names(imported.values()) | folders
             member_names.require_new(name, all_taken, where=f"member {name!r}", remedy="Rename the folder")
-        elif name in taken:
-            raise UserError(f"member {name}: {taken[name]} of this workspace has that name. Rename the folder")
+        elif name in taken_names:
+            raise UserError(f"member {name}: {taken_names[name]} of this workspace has that name. Rename the folder")
 
     apply_to_each(names, check)
 
@@ -128,16 +128,18 @@ def _ground(config: Config, workspace: Workspace, earlier: Catalog | None, arriv
 
 
 def _matched(
-    workspace: Workspace, ground: ImportContext, given: Mapping[str, Mapping[str, Predictions]]
+    workspace: Workspace, ground: ImportContext, predictions: Mapping[str, Mapping[str, Predictions]]
 ) -> tuple[dict[str, CheckedMember], Catalog]:
-    """The imported members, matched and checked, and a catalog of them and of the members that are not imported."""
+    """The imported members, matched and checked, and a catalog of them and of the remaining members."""
     images, staying = ground.images, ground.staying
-    known = staying.classes if staying and staying.members else None
-    known = images["train"].classes if images else known
-    classes, problems = imported_members.agree_on_classes(given, known, has_images=images is not None)
+    classes_of_workspace = staying.classes if staying and staying.members else None
+    classes_of_workspace = images["train"].classes if images else classes_of_workspace
+    classes, problems = imported_members.agree_on_classes(
+        predictions, classes_of_workspace, has_images=images is not None
+    )
     parts = {
         name: {stem: imported_members.to_workspace_order(part, stem, classes) for stem, part in files.items()}
-        for name, files in given.items()
+        for name, files in predictions.items()
     }
     if images:
         fitted = apply_to_each(parts, lambda name: imported_members.match_images(name, parts[name], images))
@@ -165,19 +167,19 @@ def _matched(
 def _splits_of_rows(
     ground: ImportContext, classes: tuple[str, ...], parts: Mapping[str, Mapping[str, ImportedPart]]
 ) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
-    """The splits by the rows of all imported members, and the problems with rows that are not shared."""
-    held = {split: _rows(ground, parts, split) for split in SPLITS}
+    """The splits from the rows of all imported members, and the problems with rows that are not shared."""
+    rows_of_splits = {split: _rows(ground, parts, split) for split in SPLITS}
     for split in SPLITS:
-        imported_members.require_rows_in_common(split, held[split])
-    samples = {split: collect_samples(split, classes, rows) for split, rows in held.items()}
+        imported_members.require_rows_in_common(split, rows_of_splits[split])
+    samples = {split: collect_samples(split, classes, rows) for split, rows in rows_of_splits.items()}
     splits = {split: split_facts(classes, split_samples) for split, split_samples in samples.items()}
-    return splits, imported_members.sharing_problems(held, samples)
+    return splits, imported_members.sharing_problems(rows_of_splits, samples)
 
 
 def _rows(
     ground: ImportContext, parts: Mapping[str, Mapping[str, ImportedPart]], split: str
 ) -> dict[str, list[MemberRows]]:
-    """{member: its rows of a split}, of existing and new members."""
+    """{member: its rows of a split} for existing and new members."""
     arriving = {
         name: [part.rows for stem, part in files.items() if SPLIT_OF[stem] == split] for name, files in parts.items()
     }
@@ -189,16 +191,16 @@ def _rows(
 
 def _state(store: Store, earlier: Catalog | None, arrival: CheckedMember, *, force: bool) -> str:
     member = arrival.member
-    known = earlier.imported().get(member.name) if earlier is not None else None
-    if known is None:
+    existing = earlier.imported().get(member.name) if earlier is not None else None
+    if existing is None:
         return NEW
-    whole = all(store.is_stored(member, SPLIT_OF[stem]) for stem in arrival.parts if stem != "oof")
-    is_current = known == member and whole and not store.outdated_parts(member)
+    is_complete = all(store.is_stored(member, SPLIT_OF[stem]) for stem in arrival.parts if stem != "oof")
+    is_current = existing == member and is_complete and not store.outdated_parts(member)
     return UP_TO_DATE if is_current and not force else REPLACED
 
 
 def _save_without(config: Config, workspace: Workspace, ground: ImportContext) -> None:
-    """Write the catalog without the members to replace, so that it never lists a member that is half written."""
+    """Write the catalog without the members to replace, so that it never lists a partially written member."""
     staying = ground.staying
     if staying is None or not staying.members:
         workspace.catalog.unlink()

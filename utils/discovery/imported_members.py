@@ -1,6 +1,6 @@
-"""Imported members: prediction files are read and matched with the workspace's samples and classes.
+"""Reads prediction files of imported members and matches them with the workspace's samples and classes.
 
-Nothing is written here.
+Writes nothing.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class ImportedPart:
 
     rows: MemberRows
     kind: str
-    """What the file held: logits, probabilities or half-precision probabilities."""
+    """Contents of the file: logits, probabilities or half-precision probabilities."""
     fold: np.ndarray | None
-    """int64 (N,)"""
+    """int64 (N,), fold in which each row was held out"""
     embeddings: np.ndarray | None
     """float32 (N, D)"""
 
     def take(self, indices: np.ndarray, labels: np.ndarray) -> ImportedPart:
-        """The rows at `indices`, with these labels."""
+        """The rows at `indices`, with `labels` as labels."""
         rows, fold, embeddings = self.rows, self.fold, self.embeddings
         return ImportedPart(
             replace(
@@ -66,7 +66,7 @@ class ImportedPart:
 
 
 def apply_to_each(names: Iterable[str], step: Callable[[str], T]) -> dict[str, T]:
-    """{name: step(name)}. Raises one UserError with the messages of all names that fail."""
+    """{name: step(name)}. Raises one UserError with the messages of all failures."""
     results: dict[str, T] = {}
     refused = []
     for name in names:
@@ -107,18 +107,18 @@ def read_folder(source: Path) -> dict[str, dict[str, Predictions]]:
 
 
 def _require_memory(source: Path, members: Mapping[str, Mapping[str, Path]]) -> None:
-    """Raise UserError where all files together, which are in memory at once, would take half of the machine's."""
-    needed = 0
+    """Raise UserError if all files, which are in memory at once, would need more than half of the machine's memory."""
+    n_bytes = 0
     for path in (path for files in members.values() for path in files.values()):
         try:
             of_file = prediction_files.memory_needed(array_headers(path, remedy=MEND))
         except UserError:
-            continue  # `_read_member` reports it with those of the other files, and a file that is too large by itself
-        needed += of_file if of_file <= prediction_files.memory_limit() else 0
+            continue  # `_read_member` reports damaged and too large files
+        n_bytes += of_file if of_file <= prediction_files.memory_limit() else 0
     limit = physical_memory() // 2
-    if needed > limit:
+    if n_bytes > limit:
         raise UserError(
-            f"--from {source}: the files of {len(members)} members take {needed / 1e9:.1f} GB in memory at once, more "
+            f"--from {source}: the files of {len(members)} members take {n_bytes / 1e9:.1f} GB in memory at once, more "
             f"than {limit / 1e9:.1f} GB, half of this machine's. Import fewer members, or on a larger machine"
         )
 
@@ -134,8 +134,8 @@ def _read_member(name: str, files: Mapping[str, Path]) -> dict[str, Predictions]
         parts[stem] = prediction_files.read(path, what=f"predictions of member {name}", remedy=MEND, needs=needs)
     widths = {part.embeddings.shape[1] for part in parts.values() if part.embeddings is not None}
     if len(widths) > 1:
-        shown = " and ".join(map(str, sorted(widths)))
-        raise UserError(f"member {name}: embeddings of {shown} numbers; expected the same in all files. {MEND}")
+        widths_text = " and ".join(map(str, sorted(widths)))
+        raise UserError(f"member {name}: embeddings of {widths_text} numbers; expected the same in all files. {MEND}")
     return parts
 
 
@@ -145,10 +145,10 @@ def _read_member(name: str, files: Mapping[str, Path]) -> dict[str, Predictions]
 def agree_on_classes(
     imports: Mapping[str, Mapping[str, Predictions]], classes: tuple[str, ...] | None, *, has_images: bool
 ) -> tuple[tuple[str, ...], list[Problem]]:
-    """The classes in their order, and the problems with them.
+    """The ordered classes, and the problems with them.
 
-    `classes` are those of the images or of existing members. If there are none, the names that most files have are
-    sorted; if no file has names, the columns are named 0 to C-1. Raises UserError for files with other classes.
+    `classes` are those of the images or of existing members. If None, the names in most files are sorted; if no file
+    has names, the columns are named 0 to C-1. Raises UserError for files with other classes.
     """
     files = {(name, stem): part for name, parts in imports.items() for stem, part in parts.items()}
     if classes is None:
@@ -194,7 +194,7 @@ def to_workspace_order(predictions: Predictions, stem: str, classes: tuple[str, 
     rows = np.argsort(predictions.sample_ids, kind="stable")
     column_of = {name: index for index, name in enumerate(predictions.classes or classes)}
     columns = np.array([column_of[name] for name in classes])
-    class_of = np.argsort(columns)  # of each column of the file
+    class_of = np.argsort(columns)  # class index of each column of the file
     labels = predictions.labels[rows]
     return ImportedPart(
         MemberRows(
@@ -214,7 +214,7 @@ def to_workspace_order(predictions: Predictions, stem: str, classes: tuple[str, 
 def match_images(
     name: str, parts: Mapping[str, ImportedPart], images: Mapping[str, ImageSplit]
 ) -> tuple[dict[str, ImportedPart], list[Problem]]:
-    """A member's rows that are images of the splits, labelled by the class folders, and problems for the others.
+    """A member's rows of images in the splits, labelled by the class folders, and problems with the other rows.
 
     Raises UserError for a file without such rows, or with labels that differ from the class folders.
     """
@@ -236,11 +236,11 @@ def _match_images(name: str, stem: str, part: ImportedPart, images: ImageSplit) 
             f"the first image is {images.sample_ids[0]}. Ids are paths below the split's folder"
         )
     labels, file_labels = images.labels[image_rows[matched]], part.rows.labels[matched]
-    wrong = np.flatnonzero((file_labels != UNKNOWN) & (file_labels != labels))
-    if wrong.size:
-        row, classes = wrong[0], part.rows.classes
+    mismatches = np.flatnonzero((file_labels != UNKNOWN) & (file_labels != labels))
+    if mismatches.size:
+        row, classes = mismatches[0], part.rows.classes
         raise UserError(
-            f"member {name}: {wrong.size} label(s) of {stem}.npz are not those of the class folders, first "
+            f"member {name}: {mismatches.size} label(s) of {stem}.npz are not those of the class folders, first "
             f"{ids[matched[row]]}: {classes[file_labels[row]]} instead of {classes[labels[row]]}. {MEND}"
         )
     problems = []
@@ -256,7 +256,7 @@ def _match_images(name: str, stem: str, part: ImportedPart, images: ImageSplit) 
 def match_samples(
     name: str, parts: Mapping[str, ImportedPart], samples: Mapping[str, Samples]
 ) -> tuple[dict[str, ImportedPart], list[Problem]]:
-    """A member's rows with the labels that any member has, and problems for the train and val rows without a label.
+    """A member's rows with labels from any member, and problems with the train and val rows without a label.
 
     Raises UserError for a file without labelled rows.
     """
@@ -270,42 +270,42 @@ def match_samples(
 def _match_samples(name: str, stem: str, part: ImportedPart, samples: Samples) -> tuple[ImportedPart, list[Problem]]:
     label_of = dict(zip(samples.sample_ids, samples.labels.tolist(), strict=True))
     labels = np.array([label_of[sample_id] for sample_id in part.rows.sample_ids.tolist()])
-    used = np.flatnonzero((labels != UNKNOWN) | (stem == "test"))
-    if not used.size:
+    used_rows = np.flatnonzero((labels != UNKNOWN) | (stem == "test"))
+    if not used_rows.size:
         raise UserError(f"member {name}: no row of {stem}.npz has a label, in its file or another member's. {MEND}")
     problems = []
-    if len(used) < len(labels):
-        message = f"{len(labels) - len(used)} of {len(labels)} rows of {stem}.npz have no label and are left out"
+    if len(used_rows) < len(labels):
+        message = f"{len(labels) - len(used_rows)} of {len(labels)} rows of {stem}.npz have no label and are left out"
         problems.append(Problem("unlabelled", "warning", name, message, MEND))
     elif UNKNOWN in labels:
         message = f"{int((labels == UNKNOWN).sum())} of {len(labels)} rows of {stem}.npz have no label"
         problems.append(Problem("unlabelled", "info", name, message, "they cannot be scored"))
-    return part.take(used, labels[used]), problems
+    return part.take(used_rows, labels[used_rows]), problems
 
 
-def require_rows_in_common(split: str, held: Mapping[str, Sequence[MemberRows]]) -> None:
-    """Raise UserError for a member that shares no out-of-sample row of a split with the others: {member: its rows}."""
-    parts, n_members = _out_of_sample(held)
+def require_rows_in_common(split: str, rows_of_members: Mapping[str, Sequence[MemberRows]]) -> None:
+    """Raise UserError for a member that shares no out-of-sample row of a split with the others, {member: its rows}."""
+    parts, n_members = _out_of_sample(rows_of_members)
 
     def check(name: str) -> None:
         ids = parts[name].sample_ids.tolist()
         if len(parts) > 1 and all(n_members[sample_id] == 1 for sample_id in ids):
-            others = next(part.sample_ids[0] for other, part in parts.items() if other != name)
+            other_id = next(part.sample_ids[0] for other, part in parts.items() if other != name)
             raise UserError(
                 f"member {name}: no row of {split} in common with the other members; its first id is {ids[0]}, "
-                f"another's {others}. {MEND}"
+                f"another's {other_id}. {MEND}"
             )
 
     apply_to_each(parts, check)
 
 
 def sharing_problems(
-    held: Mapping[str, Mapping[str, Sequence[MemberRows]]], samples: Mapping[str, Samples]
+    rows_of_splits: Mapping[str, Mapping[str, Sequence[MemberRows]]], samples: Mapping[str, Samples]
 ) -> list[Problem]:
-    """Problems with the splits if there are no images; `held` is {split: {member: its rows}}."""
+    """Problems with the splits if there are no images; `rows_of_splits` is {split: {member: its rows}}."""
     problems = []
     for split in SPLITS:
-        parts, n_members = _out_of_sample(held[split])
+        parts, n_members = _out_of_sample(rows_of_splits[split])
         sizes = [len(part.sample_ids) for part in parts.values()]
         shared = sum(count == len(parts) for count in n_members.values())
         if parts and shared < max(sizes):
@@ -317,14 +317,14 @@ def sharing_problems(
     return problems + _same_samples(samples)
 
 
-def _out_of_sample(held: Mapping[str, Sequence[MemberRows]]) -> tuple[dict[str, MemberRows], Counter[str]]:
-    """The out-of-sample rows of the members that have some, and how many members have a row of each sample."""
-    parts = {name: part for name, rows in held.items() for part in rows if part.out_of_sample.all()}
+def _out_of_sample(rows_of_members: Mapping[str, Sequence[MemberRows]]) -> tuple[dict[str, MemberRows], Counter[str]]:
+    """The out-of-sample rows of the members that have any, and the number of members with a row of each sample."""
+    parts = {name: part for name, rows in rows_of_members.items() for part in rows if part.out_of_sample.all()}
     return parts, Counter(sample_id for part in parts.values() for sample_id in part.sample_ids.tolist())
 
 
 def _same_samples(samples: Mapping[str, Samples]) -> list[Problem]:
-    """A warning for ids that are in two splits, all with equal labels: without images they may be the same samples."""
+    """A warning for ids that are in two splits with equal labels: without images they may be the same samples."""
     problems = []
     for pair in combinations(SPLITS, 2):
         first, second = (

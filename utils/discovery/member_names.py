@@ -1,6 +1,6 @@
 """The rule for names of new members, for import, declaration and renaming; existing members remain readable.
 
-Members share the ranking, the scores and `--model-name` with ensembles and derived members, so names that a method may
+Members share the ranking, the scores and `--model-name` with ensembles and derived members, so names that methods may
 use are reserved; they are collected from the registries of methods.
 """
 
@@ -21,7 +21,7 @@ SUFFIXES = (
     *(".npz", ".npy", ".pth", ".pt", ".pt2", ".ckpt", ".bin", ".safetensors", ".json", ".jsonl", ".csv", ".yaml"),
     *(".onnx", ".tflite", ".engine", ".md", ".tex", ".html", ".png", ".log", ".lock", ".partial", ".previous"),
 )
-"""Suffixes of files that this project reads or writes, with which no member's name may end."""
+"""File suffixes that this project reads or writes; a member's name must not end with them."""
 FOLDERS = ("members",)
 """Folders next to those of ensembles in `metrics_output/ensembles`."""
 _METHODS = {
@@ -48,7 +48,7 @@ PROBLEM = "member_name"
 
 
 def invalid_reason(name: str) -> str | None:
-    """Why a name is invalid, apart from being taken; None if it is valid."""
+    """The reason why a name is invalid, apart from being taken; None if it is valid."""
     if RESERVED.fullmatch(name):
         return "the name is reserved for ensembles and for what is made of other members"
     if not FORM.fullmatch(name):
@@ -58,10 +58,10 @@ def invalid_reason(name: str) -> str | None:
 
 
 def require_new(name: str, taken: Mapping[str, str], *, where: str, remedy: str) -> None:
-    """Raise UserError for a name that no new member may have.
+    """Raise UserError for an invalid or taken name of a new member.
 
-    `taken` {name: what has it} is compared regardless of case, since a file system may not distinguish it. The message
-    begins with `where` and ends with `remedy`.
+    `taken`, {name: kind of its owner}, is compared regardless of case, since file systems may be case-insensitive. The
+    message starts with `where` and ends with `remedy`.
     """
     reason = invalid_reason(name)
     if reason is None:
@@ -74,12 +74,12 @@ def require_new(name: str, taken: Mapping[str, str], *, where: str, remedy: str)
 
 
 def taken_names(members: Iterable[Member]) -> dict[str, str]:
-    """{name: what has it} of members."""
+    """{name: kind of its owner} of members."""
     return {member.name: "an imported member" if member.source == IMPORTED else "a network" for member in members}
 
 
 def name_problems(catalog: Catalog) -> list[Problem]:
-    """A warning for each member of the catalog whose name a new member could not have."""
+    """A warning for each member of the catalog whose name is invalid for new members."""
     problems = []
     for name, member in sorted(catalog.members.items()):
         is_user_named = member.source == IMPORTED or member.architecture.startswith(TIMM)

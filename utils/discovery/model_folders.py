@@ -1,6 +1,6 @@
-"""Folders of trained networks, as timm and Hugging Face write them: `config.json` and one file of weights.
+"""Folders of trained networks in the layout of timm and Hugging Face: `config.json` and one weights file.
 
-Entries of the configuration that name files or addresses are not followed.
+Files and addresses named in the configuration are not accessed.
 """
 
 from __future__ import annotations
@@ -19,52 +19,52 @@ from utils.networks.preprocessing import Preprocessing
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pth", "pytorch_model.pth")
-"""Names of the file of weights, the first that exists is read."""
+"""Names of the weights file; the first existing one is read."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 EXPECTED = f"expected {CONFIG} and {WEIGHTS[0]} or {WEIGHTS[1]}, as timm.models.save_for_hf writes them"
 CORRECT = "Correct the file, or save the network again with timm.models.save_for_hf"
 NEUTRAL_ARGUMENTS = ("num_classes", "drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate")
-"""Arguments of timm's factory that do not change what a trained network computes, or that are compared elsewhere."""
+"""Arguments of timm's factory that do not affect the outputs of a trained network, or that are compared elsewhere."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The facts on a network in its folder; None for those that no file states."""
+    """Facts about a network from its folder; None for facts that no file states."""
 
     weights: Path
     architecture: str
     num_classes: int | None
     classes: tuple[str, ...] | None
-    """Names of the outputs, in their order."""
+    """Names of the outputs, in order."""
     global_pool: str | None
     preprocessing: Preprocessing | None
     conflict: str | None
-    """The other preprocessing, where the folder holds two that differ."""
+    """The other preprocessing, if the folder has two that differ."""
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether a folder looks like one network: it has a configuration or a file of weights."""
+    """Whether a folder looks like one network: it has a configuration or a weights file."""
     return (folder / CONFIG).is_file() or any(
         path.suffix in WEIGHT_SUFFIXES and path.is_file() for path in folder.iterdir()
     )
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder has a configuration and a file of weights of the usual name."""
+    """Whether a folder has a configuration and a weights file with one of the usual names."""
     return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in WEIGHTS)
 
 
 def read_model_folder(folder: Path, *, preprocessing_is_given: bool = False) -> ModelFolder:
-    """The facts on a network in `folder`; weights are not read.
+    """Read the facts about the network in `folder`, but not its weights.
 
-    With `preprocessing_is_given`, a record of preprocessing that cannot be interpreted counts as none. Raises UserError
-    for a folder without configuration or weights, a configuration that contradicts itself, a network that is not
-    timm's, and a preprocessing that cannot be interpreted.
+    With `preprocessing_is_given`, an unsupported preprocessing record is ignored. Raises UserError for a folder without
+    configuration or weights, a contradictory configuration, a network that is not timm's, and an unsupported
+    preprocessing.
     """
     if not folder.is_dir():
-        what = "a file, not a folder" if folder.exists() else "no such folder"
+        problem = "a file, not a folder" if folder.exists() else "no such folder"
         siblings = [path.name for path in folder.parent.glob("*") if path.is_dir()]
-        raise UserError(f"{folder}: {what}{did_you_mean(folder.name, siblings, ';')} {EXPECTED}")
+        raise UserError(f"{folder}: {problem}{did_you_mean(folder.name, siblings, ';')} {EXPECTED}")
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no {CONFIG}; {EXPECTED}. A bare file of weights: --add NAME=timm:ARCH@FILE")
     config = read_json_object(folder / CONFIG, remedy=CORRECT)
@@ -73,7 +73,7 @@ def read_model_folder(folder: Path, *, preprocessing_is_given: bool = False) -> 
     if not isinstance(architecture, str) or not architecture:
         raise UserError(f"{where}: no architecture{_of_transformers(config)}; expected the name of a timm network")
     pretrained_cfg = config.get("pretrained_cfg")
-    # Configurations of timm before 0.8 have these entries at the top.
+    # Configurations of timm before 0.8 have these entries at the top level.
     data = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else config
     arguments = _arguments(config, where)
     classes = _classes(config, data, where)
@@ -113,7 +113,7 @@ def _weights(folder: Path) -> Path:
 
 
 def _arguments(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`model_args`: arguments of timm's factory. Raises UserError for one that makes another network."""
+    """`model_args`: arguments of timm's factory. Raises UserError for an argument that changes the network."""
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise UserError(f"{where}: model_args is {str(arguments)[:40]!r}; expected an object. {CORRECT}")
@@ -153,26 +153,26 @@ def _num_classes(
     classes: tuple[str, ...] | None,
     where: str,
 ) -> int | None:
-    """The number of outputs that the configuration states. Raises UserError if two entries differ."""
-    stated = {
+    """The number of outputs in the configuration. Raises UserError if two entries differ."""
+    counts = {
         "num_classes": config.get("num_classes", data.get("num_classes")),
         "model_args.num_classes": arguments.get("num_classes"),
         "the list of classes": len(classes) if classes else None,
     }
-    stated = {name: value for name, value in stated.items() if value is not None}
-    for name, value in stated.items():
+    counts = {name: value for name, value in counts.items() if value is not None}
+    for name, value in counts.items():
         if type(value) is not int or value < 0:
             raise UserError(f"{where}: {name} is {str(value)[:40]!r}; expected a number of classes. {CORRECT}")
-    if len(set(stated.values())) > 1:
-        numbers = ", ".join(f"{name} {value}" for name, value in stated.items())
+    if len(set(counts.values())) > 1:
+        numbers = ", ".join(f"{name} {value}" for name, value in counts.items())
         raise UserError(f"{where}: different numbers of classes: {numbers}. {CORRECT}")
-    return next(iter(stated.values()), None)
+    return next(iter(counts.values()), None)
 
 
 def _records(
     folder: Path, data: Mapping[str, Any], arguments: Mapping[str, Any], where: str, *, tolerant: bool
 ) -> tuple[list[Preprocessing], str | None]:
-    """The records of preprocessing, the most specific first, and what one says that cannot be interpreted."""
+    """The preprocessing records, most specific first, and the problem with a record that cannot be interpreted."""
     records: list[Preprocessing] = []
     unread = None
     processor = folder / PREPROCESSOR
@@ -196,7 +196,7 @@ def _records(
 
 
 def _fixed_size(arguments: Mapping[str, Any], where: str) -> int | None:
-    """`model_args.img_size`, which a network of fixed input size was built for."""
+    """`model_args.img_size`, the input size of a network with a fixed size."""
     size = arguments.get("img_size")
     sides = size if isinstance(size, list) else [size, size]
     if size is None:

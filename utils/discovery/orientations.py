@@ -1,7 +1,7 @@
-"""Photographs that their EXIF orientation would turn, and the members that apply or ignore it.
+"""Photographs with a rotating EXIF orientation, and the members that apply or ignore it.
 
-Loaders differ: torchvision, timm and the base pipeline read the pixels as they are stored, Hugging Face's image
-processors are usually given upright images.
+Loaders differ: torchvision, timm and the base pipeline read the stored pixels, Hugging Face image processors usually
+receive upright images.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ VERSION = 1
 def orientation_problems(
     splits: Mapping[str, ImageSplit], digests: FileDigests, members: Iterable[Member]
 ) -> list[Problem]:
-    """One problem that counts the turned photographs and names the members by their rule; none without any."""
+    """A problem with the number of rotated photographs and the members by their rule; empty without any."""
     counted = {name: _turned(images, digests) for name, images in splits.items()}
     count = sum(entry["count"] for entry in counted.values())
     if not count:
         return []
     total = sum(len(images.sample_ids) for images in splits.values())
-    first = next(f"{name}/{entry['first']}" for name, entry in counted.items() if entry["count"])
+    first_name = next(f"{name}/{entry['first']}" for name, entry in counted.items() if entry["count"])
     names: dict[str, list[str]] = {"apply": [], "ignore": []}
     for member in members:
         if member.source != IMPORTED:
@@ -37,7 +37,9 @@ def orientation_problems(
     applying, ignoring = (sorted(names[rule]) for rule in ("apply", "ignore"))
     rules = [f"applied by {_listed(applying, not ignoring)}"] if applying else []
     rules += [f"ignored by {_listed(ignoring, not applying)}"] if ignoring else []
-    message = f"{count} of {total} images have an EXIF orientation that turns them, first {first}: {'; '.join(rules)}"
+    message = (
+        f"{count} of {total} images have an EXIF orientation that turns them, first {first_name}: {'; '.join(rules)}"
+    )
     remedy = "nothing to do"
     if ignoring:
         remedy = (
@@ -52,7 +54,7 @@ def _listed(names: list[str], is_all: bool) -> str:
 
 
 def _turned(images: ImageSplit, digests: FileDigests) -> dict[str, Any]:
-    """`count` and `first` of the turned images of a split; read once for equal images."""
+    """`count` and `first` of the rotated images of a split; cached by the images' digest."""
     key = digest_of([CODE, VERSION, images.digest])
     entry: dict[str, Any] | None = digests.facts(key)
     if entry is None:
@@ -67,14 +69,14 @@ def _turned(images: ImageSplit, digests: FileDigests) -> dict[str, Any]:
 
 
 def _is_turned(path: Path, image_files: Any, resizing: Any) -> bool:
-    """Whether the EXIF orientation of a file turns it; no pixel is decoded. False for a file that cannot be opened."""
+    """Whether the EXIF orientation of a file rotates or flips it; decodes no pixels. False for an unreadable file."""
     try:
         with image_files.open_image(path) as image:
             if image.format == "TIFF":
-                return False  # its decoder turns it, for every member
+                return False  # the decoder applies the orientation for all members
             if image.format == "PNG" and "exif" not in image.info:
-                return False  # asking Pillow for more would decode it
+                return False  # reading further EXIF data would decode the image
             is_turned: bool = resizing.exif_orientation(image) != 1
             return is_turned
-    except Exception:  # of whatever the decoder of a damaged file meets; discover --verify and runs name the file
+    except Exception:  # decoders of damaged files may raise anything; discover --verify and runs name the file
         return False

@@ -1,7 +1,7 @@
 """Comparison of a declared network's assumed preprocessing with other common rules, on val images.
 
-The network runs under each rule; the result is a recommendation, never a change. Results are stored under digests of
-the network and the images, so that later scans, which run no network, show them as well.
+The network runs with each rule; the result is a recommendation, never a change. Results are stored under digests of the
+network and the images, so that later scans, which run no network, can report them too.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from utils.predictions.inspection import FEWEST_ROWS, Inspector
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 2  # raised whenever the same files would be judged differently
+VERSION = 2  # incremented whenever the results for the same files change
 MOST_ROWS = 500
-STANDARD_ERRORS = 3.0  # by which a rule's mean log-loss must be lower, paired by image; several rules are compared
+STANDARD_ERRORS = 3.0  # required difference of mean log-loss in standard errors, paired by image, for several rules
 FITS_BETTER = "preprocessing_fits_better"
 
 
 def candidate_rules(current: Preprocessing, architecture: str) -> list[Preprocessing]:
-    """Other rules that such networks are commonly trained with, at the same input size; all differ from `current`."""
+    """Other common rules for networks of this architecture, at the same input size; all differ from `current`."""
     size = current.input_size
     base = Preprocessing.of_base_pipeline(size)
     half = replace(base, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -59,10 +59,10 @@ def candidate_rules(current: Preprocessing, architecture: str) -> list[Preproces
 
 
 def compare(inspector: Inspector, member: Member, *, force: bool = False) -> None:
-    """Run a member under its preprocessing and the candidate rules on up to MOST_ROWS val images; store the results.
+    """Run a member with its preprocessing and the candidate rules on up to MOST_ROWS val images; store the results.
 
-    A member is not run if its preprocessing is not assumed, if it was compared already unless `force` is set, or if it
-    failed on val.
+    A member is skipped if its preprocessing is not assumed, if it has been compared (unless `force`), or if it failed
+    on val.
     """
     measured = inspector.measured(member) or {}
     if (
@@ -79,13 +79,13 @@ def compare(inspector: Inspector, member: Member, *, force: bool = False) -> Non
     logger.info(
         "verify %s: compares %d rules of preprocessing on %d val images", member.name, len(rules), len(images.labels)
     )
-    with tempfile.TemporaryDirectory(prefix="preprocessing-") as folder:  # the cache keeps what members need
+    with tempfile.TemporaryDirectory(prefix="preprocessing-") as folder:  # keeps these rules out of the image cache
         image_splits.decode([images], rules, image_cache=Path(folder), threads=inspector.threads)
         logits = {}
         for index, rule in enumerate(rules):
             try:
                 logits[index] = _logits(inspector, member, rule, images, Path(folder))
-            except UserError as error:  # such as logits that are not finite
+            except UserError as error:  # for example logits that are not finite
                 logger.info("verify %s: %s is left out: %s", member.name, rule.describe(), error)
     if 0 not in logits:
         return
@@ -104,7 +104,7 @@ def compare(inspector: Inspector, member: Member, *, force: bool = False) -> Non
 
 
 def is_assumed(workspace: Workspace, member: Member) -> bool:
-    """Whether a member was declared and neither the user nor a file states the preprocessing of its weights."""
+    """Whether a member was declared without a preprocessing from the user or a file."""
     is_recorded = member.preprocessing is not None and is_declared(workspace, member)
     return is_recorded and preprocessing_sources.is_guess(member.image_preprocessing)
 
@@ -112,7 +112,7 @@ def is_assumed(workspace: Workspace, member: Member) -> bool:
 def _logits(
     inspector: Inspector, member: Member, rule: Preprocessing, images: ImageSplit, image_cache: Path
 ) -> np.ndarray:
-    """Logits (N, C) under a rule, with columns in the workspace's class order."""
+    """Logits (N, C) with a rule, with columns in the workspace's class order."""
     batches = streaming.stream(
         replace(member.network(inspector.workspace), preprocessing=rule),
         [images],
@@ -126,7 +126,7 @@ def _logits(
 
 
 def _losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Log-loss per row (N,) at the temperature that fits the rows best, so that confidence alone does not decide."""
+    """Log-loss per row (N,) at the best temperature, so that the comparison does not depend on calibration."""
     scores = metrics.log_softmax(logits)
     return metrics.log_loss_per_row(metrics.softmax(scores / fit_temperature(scores, labels)), labels)
 
@@ -134,7 +134,7 @@ def _losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _standard_errors(gains: np.ndarray, groups: np.ndarray | None = None) -> float:
     """Mean of paired gains (N,) in units of its standard error over rows or groups (N,).
 
-    0 if they do not vary, and for fewer than `MIN_UNITS` groups.
+    0 without variance, and with fewer than `MIN_UNITS` groups.
     """
     few = groups is not None and count_units(len(gains), groups) < MIN_UNITS
     error = 0.0 if few else standard_error(gains, groups)
@@ -142,10 +142,10 @@ def _standard_errors(gains: np.ndarray, groups: np.ndarray | None = None) -> flo
 
 
 def with_comparisons(inspector: Inspector, problems: Sequence[Problem], members: Mapping[str, Member]) -> list[Problem]:
-    """The problems, where warnings of an assumed preprocessing include the result of the comparison.
+    """The problems, with warnings of an assumed preprocessing updated by the result of the comparison.
 
-    A rule that fits better is a warning of its own with the option that sets it; if none does, the warning becomes an
-    info.
+    A rule that fits better is an additional warning with the option that sets it; if there is none, the warning becomes
+    an info.
     """
     updated = []
     for problem in problems:
@@ -165,7 +165,7 @@ def with_comparisons(inspector: Inspector, problems: Sequence[Problem], members:
 
 
 def _better_rule(facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The rule of the lowest log-loss among those that are better beyond chance and no less accurate; None without."""
+    """The rule of lowest log-loss among those significantly better and not less accurate; None if there is none."""
     current, *others = facts["rules"]
     better = [
         rule for rule in others if rule["standard_errors"] > STANDARD_ERRORS and rule["accuracy"] >= current["accuracy"]

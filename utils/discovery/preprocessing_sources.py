@@ -1,8 +1,8 @@
 """Preprocessing records of declared networks, from the user, a file or timm.
 
 In this order: `--preprocess KEY=VALUE`, the record of the checkpoint or of the folder (`preprocessor_config.json` of
-Hugging Face, `pretrained_cfg` in timm's `config.json`), timm's configuration of the architecture. The last says what
-its public weights take, so it is an assumption for other weights.
+Hugging Face, `pretrained_cfg` in timm's `config.json`), timm's configuration of the architecture. The last describes
+timm's public weights, so it is an assumption for other weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEYS = (
 )
 """Keys of --preprocess."""
 FIELDS = {"range": "value_range"}
-"""Fields of a preprocessing that have another name than their key."""
+"""Fields of a preprocessing whose name differs from their key."""
 TIMM_KEYS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 STATE = "State it with --preprocess KEY=VALUE ..."
 
@@ -49,7 +49,7 @@ class Requests:
 
 
 def parse_requests(texts: Sequence[str]) -> Requests:
-    """The requests of `KEY=VALUE` and `NAME:KEY=VALUE`. Raises UserError for an invalid one."""
+    """Parse `KEY=VALUE` and `NAME:KEY=VALUE`. Raises UserError for an invalid text."""
     general: dict[str, Any] = {}
     by_name: dict[str, dict[str, Any]] = {}
     for text in texts:
@@ -70,7 +70,7 @@ def parse_requests(texts: Sequence[str]) -> Requests:
 
 
 def _parsed(key: str, text: str, where: str) -> Any:
-    """The value of one key. Raises UserError for another form; `Preprocessing` checks the bounds."""
+    """Parse the value of one key. Raises UserError for an invalid text; `Preprocessing` checks the bounds."""
     if key in ("mean", "std"):
         values = _numbers(text, (1, 3), where)
         return values * 3 if len(values) == 1 else values
@@ -101,10 +101,10 @@ def _numbers(text: str, counts: tuple[int, ...], where: str) -> list[float]:
 
 
 def with_requests(base: Preprocessing, requests: Mapping[str, Any], where: str) -> Preprocessing:
-    """`base` with what the user requests. Raises UserError for values that no preprocessing can have.
+    """`base` with the user's changes. Raises UserError for invalid values.
 
-    A new input size keeps the fraction that is cropped, unless the user gives that, too. The rule `squash` without a
-    fraction leaves nothing to crop.
+    A new input size keeps the crop fraction, unless the user sets it too. The rule `squash` without a fraction does not
+    crop.
     """
     if not requests:
         return base
@@ -135,7 +135,7 @@ def with_requests(base: Preprocessing, requests: Mapping[str, Any], where: str) 
 
 
 def as_requests(record: Preprocessing, base: Preprocessing) -> list[str]:
-    """The words of --preprocess by which `record` differs from `base`."""
+    """The arguments of --preprocess that turn `base` into `record`."""
     values = {
         name: _listed(value) if isinstance(value, tuple) else str(value)
         for name, value in (
@@ -155,7 +155,7 @@ def as_requests(record: Preprocessing, base: Preprocessing) -> list[str]:
         name for name in values if getattr(record, FIELDS.get(name, name)) != getattr(base, FIELDS.get(name, name))
     ]
     if {"input_size", "resize"} & set(changed) and "resized" not in changed:
-        changed.append("resized")  # it would follow from them
+        changed.append("resized")  # otherwise it would be derived from them
     return [f"{name}={values[name]}" for name in changed]
 
 
@@ -167,7 +167,7 @@ def _listed(values: Sequence[float]) -> str:
 
 
 def of_timm_config(config: Mapping[str, Any], where: str, *, source: str, img_size: int | None = None) -> Preprocessing:
-    """The preprocessing of a `pretrained_cfg` of timm. Raises UserError for what no record can hold."""
+    """The preprocessing of a timm `pretrained_cfg`. Raises UserError for an unsupported configuration."""
     try:
         record = base_back.load_bundled("resizing").record_of_timm_config(config, img_size, source=source)
     except ValueError as error:
@@ -176,9 +176,9 @@ def of_timm_config(config: Mapping[str, Any], where: str, *, source: str, img_si
 
 
 def of_architecture(architecture: str, fallback_size: int, input_size: int | None = None) -> Preprocessing:
-    """timm's preprocessing for its own weights of an architecture; `input_size` replaces its own size.
+    """timm's preprocessing for its weights of an architecture; `input_size` replaces its input size.
 
-    Where timm's configuration gives none, that of the base pipeline at `input_size`, or `fallback_size`, is assumed.
+    If timm's configuration has none, that of the base pipeline at `input_size`, or `fallback_size`, is assumed.
     """
     try:
         record = base_back.load_bundled("resizing").timm_record(architecture, input_size)
@@ -191,9 +191,9 @@ def of_architecture(architecture: str, fallback_size: int, input_size: int | Non
 
 
 def of_hugging_face(config: Mapping[str, Any], where: str, *, source: str) -> Preprocessing:
-    """The preprocessing of a `preprocessor_config.json` of Hugging Face's transformers.
+    """The preprocessing of a `preprocessor_config.json` of Hugging Face transformers.
 
-    Raises UserError for a class of image processor that is not known, and for entries of another form.
+    Raises UserError for an unknown class of image processor, and for invalid entries.
     """
     try:
         record = base_back.load_bundled("image_processors").record_of_image_processor(config, source=source)
@@ -203,7 +203,7 @@ def of_hugging_face(config: Mapping[str, Any], where: str, *, source: str) -> Pr
 
 
 def is_guess(record: Preprocessing) -> bool:
-    """Whether neither the user nor a file states that a preprocessing is that of the weights."""
+    """Whether a preprocessing was assumed: its source is neither the user nor a file."""
     return record.source in GUESSES
 
 

@@ -1,8 +1,8 @@
-"""`discover --rename OLD=NEW`: rename an imported or declared member, with everything that is stored for it.
+"""`discover --rename OLD=NEW`: renames an imported or declared member, with all its stored files.
 
-The files get their second name by hard links, then the catalog names NEW instead of OLD in one write, then the old
-names are removed. A process that is killed before the write leaves OLD unchanged, one that is killed after it leaves
-NEW complete; `clean` lists what is left over, and the same command finishes the renaming.
+The files get a second name by hard links, then one write of the catalog replaces OLD by NEW, then the old names are
+removed. A process killed before the write leaves OLD unchanged, one killed after it leaves NEW complete; `clean` lists
+the leftovers, and the same command finishes the renaming.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from utils.predictions.store import AGAIN
 
 
 def user_named_members(workspace: Workspace, listed: Catalog | None) -> dict[str, Member]:
-    """The members whose names the user has chosen: imported members and declared networks."""
+    """The members named by the user: imported members and declared networks."""
     members = listed.members if listed else {}
     return {
         name: member for name, member in members.items() if member.source == IMPORTED or is_declared(workspace, member)
@@ -37,10 +37,10 @@ def begin(
     requests: Sequence[str],
     require_new: Callable[[str, str], None],
 ) -> tuple[Catalog | None, dict[str, str]]:
-    """The catalog with the new names, which is not written yet, and {old: new} of the requests `OLD=NEW`.
+    """The catalog with the new names, not yet written, and {old: new} of the requests `OLD=NEW`.
 
-    `require_new(name, where)` raises UserError for a name that a member may not get. Raises UserError, before anything
-    changes, for a member that cannot be renamed.
+    `require_new(name, where)` raises UserError for an invalid new name. Raises UserError, before anything changes, for
+    a member that cannot be renamed.
     """
     names = _parse(requests)
     begun = {old: new for old, new in names.items() if not _is_finished(workspace, listed, old, new)}
@@ -51,7 +51,7 @@ def begin(
 
 
 def _parse(requests: Sequence[str]) -> dict[str, str]:
-    """{old: new} of `OLD=NEW`. Raises UserError for another format, and for a name that occurs twice."""
+    """{old: new} of `OLD=NEW`. Raises UserError for another format, and for a duplicate name."""
     names: dict[str, str] = {}
     for text in requests:
         old, _, new = text.rpartition("=")  # an old name may contain `=`, a new one may not
@@ -83,7 +83,7 @@ def _require_can_go(workspace: Workspace, listed: Catalog | None, old: str, new:
 
 
 def _is_finished(workspace: Workspace, listed: Catalog | None, old: str, new: str) -> bool:
-    """Whether an interrupted renaming had written the catalog: what is left of `old` belongs to the member `new`."""
+    """Whether an interrupted renaming had written the catalog, so that leftovers of `old` belong to member `new`."""
     member = user_named_members(workspace, listed).get(new)
     if member is None or listed is None or old in listed.members or not is_name(old):
         return False
@@ -92,7 +92,7 @@ def _is_finished(workspace: Workspace, listed: Catalog | None, old: str, new: st
 
 
 def _renamed(workspace: Workspace, listed: Catalog, names: Mapping[str, str]) -> Catalog:
-    """The catalog with the new names; the files of the members have both names on disk afterwards."""
+    """The catalog with the new names; afterwards, the files of the members have both names on disk."""
     members = {}
     for name, member in listed.members.items():
         new = names.get(name)
@@ -114,7 +114,7 @@ def _folders(workspace: Workspace, name: str) -> tuple[Path, Path]:
 
 
 def _link(workspace: Workspace, old: str, new: str) -> None:
-    """Give all stored files of a member their second name; leftovers of an interrupted renaming are replaced."""
+    """Give all stored files of a member a second name; leftovers of an interrupted renaming are replaced."""
     for source, target in zip(_folders(workspace, old), _folders(workspace, new), strict=True):
         for folder in (source, *(path for path in source.rglob("*") if path.is_dir()), target):
             require_no_symlink(folder)
@@ -138,7 +138,7 @@ def remove_old_names(workspace: Workspace, names: Mapping[str, str]) -> None:
     for old in names:
         workspace.oof(old).unlink(missing_ok=True)
         workspace.training_data(old).unlink(missing_ok=True)
-        for folder in _folders(workspace, old):  # predictions last: by their records `_is_finished` knows them
+        for folder in _folders(workspace, old):  # predictions last, since `_is_finished` reads their records
             if folder.is_dir() and not folder.is_symlink():
                 shutil.rmtree(folder)
 
@@ -154,12 +154,12 @@ def rename_messages(workspace: Workspace, names: Mapping[str, str]) -> list[str]
 
 
 def _built_with(workspace: Workspace, old: str) -> list[str]:
-    """Names of the saved ensembles of which a member is part, or was a candidate."""
+    """Names of the saved ensembles that contain a member or had it as a candidate."""
     built = []
     for path in sorted(workspace.models.glob("*/ensemble.json")):
         try:
             record = read_json(path, remedy=AGAIN)
-        except UserError:  # `status` and `evaluate` name it
+        except UserError:  # `status` and `evaluate` report damaged records
             continue
         listed = [record.get(key) for key in ("members", "candidates")] if isinstance(record, dict) else []
         if any(isinstance(names, list) and old in names for names in listed):

@@ -1,4 +1,4 @@
-"""Checks of the splits against each other: their classes, and images that are in more than one of them."""
+"""Checks between splits: their classes, and images that are in more than one of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMED_PAIRS = 20  # pairs of equal images that are listed individually
 
 
 def split_problems(splits: Mapping[str, ImageSplit]) -> list[Problem]:
-    """An error for each split with other classes than train, and a warning for each image that is in two splits."""
+    """An error for each split whose classes differ from train's, and a warning for each image that is in two splits."""
     problems = []
     train = splits["train"]
     for name, split in splits.items():

@@ -12,8 +12,8 @@ from utils.core.artifacts import read_json
 from utils.core.workspace import Workspace
 from utils.predictions.catalog import LAST_EPOCH, VERIFY, Problem
 
-DIFFERS = 0.005  # accuracies that differ by more than half a point are different figures
-SLACK_S = 60.0  # a record that is older than its checkpoint by more seconds belongs to an earlier training
+DIFFERS = 0.005  # accuracies that differ by more than half a percentage point contradict each other
+SLACK_S = 60.0  # a record older than its checkpoint by more seconds belongs to an earlier training
 OUTPUT_NUMBER = re.compile("[0-9]{1,6}")
 NO_METRICS = "no_metrics"
 AGAIN = "Train the backbone again, or remove the file"
@@ -21,12 +21,12 @@ AGAIN = "Train the backbone again, or remove the file"
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """The recorded figures of one backbone; None where nothing is recorded."""
+    """The recorded metrics of one backbone; None for missing values."""
 
     path: Path | None
     """The metrics file, if there is one"""
     accuracy: float | None
-    """On val, of the checkpoint that is the member"""
+    """Val accuracy of the member's checkpoint"""
     test_accuracy: float | None
     exports: tuple[str, ...]
     problems: tuple[Problem, ...]
@@ -41,10 +41,10 @@ def read(
     checkpoint_accuracy: float | None,
     siblings: Mapping[str, Any],
 ) -> TrainingRecord:
-    """The records of `checkpoint`, which is the backbone's `stage`.
+    """Read the records of `checkpoint`, the backbone's checkpoint of `stage`.
 
     `checkpoint_accuracy` is recorded in the checkpoint, `siblings` {stage: accuracy} in those of the backbone's other
-    stages. In the metrics file only `final_accuracy` describes `final`; `best_accuracy` may belong to an epoch without
+    stages. In the metrics file, only `final_accuracy` describes `final`; `best_accuracy` may belong to an epoch without
     a checkpoint. Raises UserError for a damaged record.
     """
     path = workspace.training_metrics(backbone)
@@ -82,9 +82,9 @@ def _number(value: object) -> float | None:
 
 
 def _stale(path: Path, checkpoint: Path, written: float | None, checkpoint_accuracy: float | None) -> str | None:
-    """Why the metrics file does not describe the checkpoint; None if it does, or nothing contradicts it.
+    """The reason why the metrics file does not describe the checkpoint; None if nothing contradicts it.
 
-    The accuracy in the checkpoint decides; modification times, which a copy may change, are compared only without it.
+    The accuracy in the checkpoint is compared; modification times, which copying may change, only without it.
     """
     if checkpoint_accuracy is not None and written is not None:
         if abs(checkpoint_accuracy - written) <= DIFFERS:
@@ -103,7 +103,7 @@ def _best_not_kept(
     metrics: Mapping[str, Any], accuracy: float | None, siblings: Mapping[str, Any], checkpoint: Path
 ) -> str | None:
     if metrics.get("selection") == LAST_EPOCH:
-        return None  # the last epoch is the one to hold, whatever val has of the others
+        return None  # the last epoch is kept by design, regardless of val accuracies
     best = _number(metrics.get("best_accuracy"))
     if best is None or accuracy is None or abs(best - accuracy) <= DIFFERS:
         return None
@@ -117,7 +117,7 @@ def _best_not_kept(
 
 
 def _test_accuracy(workspace: Workspace, backbone: str, metrics: Mapping[str, Any]) -> float | None:
-    """From the metrics file, else the summary of the last run, else the recovery state."""
+    """Test accuracy from the metrics file, else the summary of the last run, else the recovery state."""
     summary = read_json(workspace.pipeline_summary, remedy=AGAIN) or {}
     state = read_json(workspace.recovery_state, remedy=AGAIN) or {}
     records = (
@@ -143,7 +143,7 @@ def _exports(workspace: Workspace, backbone: str) -> tuple[str, ...]:
 
 
 def kfold_over_all_images(workspace: Workspace, backbone: str) -> Problem | None:
-    """The problem of a K-fold record without predictions: it covers the raw folder, with val and test images."""
+    """The problem of a K-fold record without predictions: it covers the raw folder, including val and test images."""
     path = workspace.kfold_results(backbone)
     record = read_json(path, remedy=AGAIN)
     if not isinstance(record, dict) or "oof_file" in record or "split_digest" in record:

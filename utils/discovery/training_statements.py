@@ -1,7 +1,7 @@
 """`discover --trained-on`: statements of the user on the training data of declared networks.
 
-A statement belongs to the weights: it stays as long as the content of the checkpoint does. A list of images is stored
-by content, so that it holds for another split of the same images too.
+A statement belongs to the weights: it is kept as long as the content of the checkpoint does not change. A list of
+images is stored by content, so that it remains valid for another split of the same images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from utils.predictions.training_data import FILE, STATEMENTS, TRAIN, UNKNOWN, co
 OPTION = "--trained-on"
 CODE = "unknown_training_data"
 UNMATCHED = "training_list"
-TOLERATED = 0.1  # share of a list's lines that may match no image, such as images that were removed from the data
+TOLERATED = 0.1  # share of a list's lines that may match no image, for example images removed from the data
 WORDS = tuple(statement for statement in STATEMENTS if statement != FILE)
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 MOST_BYTES = 256 << 20
@@ -35,24 +35,24 @@ EXPECTED = f"expected {', '.join(WORDS)} or a file that lists images, for --add,
 
 @dataclass(frozen=True)
 class Statement:
-    """The statement on one network."""
+    """The statement on the training data of one network."""
 
     text: str
-    """As it was typed, for messages"""
+    """Text as typed, for messages"""
     trained_on: str
     file: Path | None
     """The list of a `file` statement"""
 
 
 def parse(values: Sequence[str], added: Collection[str], declared: Collection[str]) -> dict[str, Statement]:
-    """{network: statement} of the values of `--trained-on`, `STATEMENT` for the `added` networks or `NAME=STATEMENT`.
+    """{network: statement} of the values of `--trained-on`: `STATEMENT` for the `added` networks, or `NAME=STATEMENT`.
 
-    `declared` are all networks that were declared, now or earlier. Raises UserError for a value that is neither, for a
-    network that was not declared, and for two statements on one.
+    `declared` are all networks declared now or earlier. Raises UserError for an invalid value, for a network that was
+    not declared, and for two statements on one network.
     """
     statements: dict[str, Statement] = {}
     for value in values:
-        name, sign, rest = value.partition("=")
+        name, sign, statement_text = value.partition("=")
         is_named = bool(sign) and not Path(value).expanduser().is_file()
         if is_named and name not in declared:
             raise UserError(
@@ -65,9 +65,9 @@ def parse(values: Sequence[str], added: Collection[str], declared: Collection[st
                 f"{OPTION} {value}: no network is added by this command. Name one that was declared: {OPTION} "
                 f"NAME={value}; these were: {', '.join(sorted(declared)) or 'none'}"
             )
-        statement = _statement(value, rest if is_named else value)
+        statement = _statement(value, statement_text if is_named else value)
         for target in [name] if is_named else sorted(added):
-            # A statement on a named network takes precedence over one on all that are added.
+            # A statement on a named network takes precedence over one on all added networks.
             if target in statements and is_named == ("=" in statements[target].text):
                 raise UserError(f"{OPTION} {value}: {OPTION} {statements[target].text} is about {target} too")
             if target not in statements or is_named:
@@ -92,11 +92,11 @@ def with_statements(
     earlier: Catalog | None,
     statements: Mapping[str, Statement],
 ) -> tuple[dict[str, Member], list[str]]:
-    """The members with what they were trained on, and a message for each list of images; lists are stored.
+    """The members with their training data, and a message for each list of images; stores the lists.
 
-    Of a network that the base pipeline has trained, a statement is about the weights that its training started from. A
-    network without a new statement keeps its earlier one as long as its weights are the same. Raises UserError for a
-    list that names none of the images or cannot be read.
+    For a network trained by the base pipeline, the statement is about its initial weights. A network without a new
+    statement keeps its earlier one as long as its weights do not change. Raises UserError for a list that names none of
+    the images or cannot be read.
     """
     previous = earlier.members if earlier else {}
     stated: dict[str, Member] = {}
@@ -121,7 +121,7 @@ def with_statements(
 
 
 def _recounted(workspace: Workspace, splits: Mapping[str, ImageSplit], member: Member) -> dict[str, Any] | None:
-    """The facts of a member's stored list, for the images that the splits hold now."""
+    """The facts of a member's stored list for the current images of the splits."""
     path = workspace.training_data(member.name)
     if member.training_list is None or not path.is_file():
         return member.training_list
@@ -131,12 +131,12 @@ def _recounted(workspace: Workspace, splits: Mapping[str, ImageSplit], member: M
 
 
 def _listed_rows(splits: Mapping[str, ImageSplit], listed: Collection[str]) -> dict[str, int]:
-    """{split: number of its images that a list names}"""
+    """{split: number of its images in a list}"""
     return {name: sum(content in listed for content in split.contents) for name, split in splits.items()}
 
 
 def of_unknown_origin(members: Mapping[str, Member]) -> list[str]:
-    """Members that the base pipeline trained from weights whose training data their checkpoints do not state."""
+    """Members that the base pipeline trained from weights of unknown training data."""
     return [name for name, member in members.items() if member.pretrained_on == UNKNOWN]
 
 
@@ -146,7 +146,7 @@ def _same_weights(member: Member, before: Member) -> bool:
 
 
 def _of_parents(member: Member, members: Mapping[str, Member], previous: Mapping[str, Member]) -> Member:
-    """A derived member with the widest statement of its parents; its earlier one counts where a parent is missing."""
+    """A derived member with the widest statement of its parents; if a parent is missing, its earlier one counts too."""
     sources = [members[name] for name in member.parents if name in members]
     before = previous.get(member.name)
     if len(sources) < len(member.parents) and before is not None and before.digest == member.digest:
@@ -157,7 +157,7 @@ def _of_parents(member: Member, members: Mapping[str, Member], previous: Mapping
 def _stated(
     workspace: Workspace, splits: Mapping[str, ImageSplit], member: Member, statement: Statement
 ) -> tuple[Member, str | None]:
-    if member.pretrained_on == UNKNOWN:  # trained here, on weights from elsewhere
+    if member.pretrained_on == UNKNOWN:  # trained in this workspace, from weights of other origin
         if statement.file is not None:
             raise UserError(
                 f"{OPTION} {statement.text}: {member.name} was trained here on other weights, of which a list is not "
@@ -196,7 +196,7 @@ def _stated(
 
 
 def read_list(path: Path) -> list[str]:
-    """The first column of a text or CSV file without its heading and without repeated entries.
+    """The first column of a text or CSV file, without its header and without duplicates.
 
     Raises UserError for a file that is not UTF-8 text, or too large.
     """
@@ -213,9 +213,9 @@ def read_list(path: Path) -> list[str]:
 
 
 def problems(members: Mapping[str, Member], sample_id: str) -> list[Problem]:
-    """A warning for each network whose training data is not stated, or whose list hardly matches.
+    """A warning for each network whose training data is not stated, or whose list matches few images.
 
-    `sample_id` is one of the workspace's, to show the form of a list's lines.
+    `sample_id` is an example from the workspace, to show the format of a list's lines.
     """
     unmatched = [
         Problem(
@@ -229,7 +229,7 @@ def problems(members: Mapping[str, Member], sample_id: str) -> list[Problem]:
         )
         for name, member in members.items()
         if (facts := member.training_list) is not None
-        and facts["unmatched"] > TOLERATED * (facts.get("lines") or math.inf)  # older catalogs lack it
+        and facts["unmatched"] > TOLERATED * (facts.get("lines") or math.inf)  # missing in older catalogs
     ]
     return unmatched + [
         Problem(
@@ -245,6 +245,8 @@ def problems(members: Mapping[str, Member], sample_id: str) -> list[Problem]:
 
 
 def summary_lines(members: Mapping[str, Member]) -> list[str]:
-    """A line on the members that were trained on other images than those of train, where there are some."""
-    others = [f"{name} {member.trained_on}" for name, member in sorted(members.items()) if member.trained_on != TRAIN]
-    return [f"trained on other images than those of train: {', '.join(others)}"] if others else []
+    """A line on the members that were trained on other images than those of train, if there are any."""
+    other_members = [
+        f"{name} {member.trained_on}" for name, member in sorted(members.items()) if member.trained_on != TRAIN
+    ]
+    return [f"trained on other images than those of train: {', '.join(other_members)}"] if other_members else []

@@ -1,4 +1,4 @@
-"""The command `config`: the configuration of a workspace with comments, and what the schema says of a key."""
+"""The command `config`: shows the configuration of a workspace with comments, and explains keys by the schema."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ OTHER_EFFECTS: dict[str, tuple[str, ...]] = {
     "dataset.batch_size": ("soups",),
     "runs.model_soup": ("soups",),
     "runs.snapshot_ensemble": ("snapshot_ensemble",),
-    "runs.meta_fuser.enable": ("stacking_*",),  # what feeds a fuser answers by its full networks
+    "runs.meta_fuser.enable": ("stacking_*",),  # inputs of a fuser are predicted by the full networks
     "runs.meta_fuser.input_ensembles": ("stacking_*", "meta_fuser"),
     "runs.fusion.end_to_end": ("fusion_*",),
     "runs.fusion.end_to_end_epochs": ("fusion_* that are trained end to end",),
     "distillation": (),
 }
-"""{key or section: what changes with it beside what combiners name in their `settings`}"""
+"""{key or section: ensembles that depend on it, in addition to the `settings` of combiners}"""
 
 
 def show(config: Config, workspace: Workspace, *, set: Sequence[str] = (), force: bool = False, **_: Any) -> Result:
-    """Print every value with what it means and where it comes from; with `set`, remember them first.
+    """Print every value with its meaning and origin; with `set`, store these values first.
 
     `force` has no effect.
     """
@@ -60,7 +60,7 @@ def show(config: Config, workspace: Workspace, *, set: Sequence[str] = (), force
 
 
 def explain(*, explain: str, **_: Any) -> Result:
-    """What a key or a section means, its type, range and default, and what it makes stale."""
+    """Explain a key or a section: meaning, type, range and default, and what a change makes stale."""
     key = config_schema.find(explain)
     effects = affected(key)
     document = {"key": key.name, "meaning": key.meaning, "type": key.kind, "affects": effects}
@@ -76,7 +76,7 @@ def explain(*, explain: str, **_: Any) -> Result:
 
 
 def schema(**_: Any) -> Result:
-    """The JSON schema, with which editors complete and check a configuration file."""
+    """The JSON schema, which editors use to complete and check a configuration file."""
     from utils.ensemble_methods import COMBINERS
 
     document = config_schema.json_schema({"runs.score_ensemble.methods": tuple(COMBINERS)})
@@ -84,7 +84,7 @@ def schema(**_: Any) -> Result:
 
 
 def init(*, init: str, **_: Any) -> Result:
-    """Write a file with every key, its default and a comment. Raises UserError where there is one."""
+    """Write a file with every key, its default and a comment. Raises UserError if the file exists."""
     path = Path(init).expanduser()
     if path.exists():
         raise UserError(f"{path}: there is one already, which stays as it is. Give another name: config --init FILE")
@@ -97,8 +97,8 @@ def init(*, init: str, **_: Any) -> Result:
 
 
 def affected(key: Key) -> list[str]:
-    """Ensembles and results that another value at the key makes stale."""
-    # These two import most of the project: a mistyped key is answered without them.
+    """Ensembles and results that become stale when the value of the key changes."""
+    # Imported here, since these import most of the project, which is not needed to report a mistyped key.
     from utils.building import ensembles
     from utils.distillation.student_plan import DIGEST_SETTINGS
 
@@ -125,7 +125,7 @@ def _starter(path: Path) -> Iterator[str]:
 
 
 def _yaml_lines(values: Mapping[str, Any], origins: Mapping[str, str] | None) -> Iterator[str]:
-    """The configuration as YAML; above each key what it means, behind each value where it comes from."""
+    """The configuration as YAML, with the meaning above each key and the origin after each value."""
     for key in config_schema.iterate_keys():
         depth = key.name.count(".")
         indent = "  " * depth

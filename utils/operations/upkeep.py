@@ -1,4 +1,4 @@
-"""The commands `status` (what there is, what to do next) and `clean` (what may be removed, and its removal)."""
+"""The commands `status` (contents of the workspace and next command) and `clean` (removable files)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from utils.predictions.catalog import MADE
 
 MOST_REASONS = 5
 UNFINISHED = re.compile(rf"\..+_(?:{MADE})\.[a-z0-9_]{{8}}\.partial\.pth")
-"""Our checkpoints under temporary names, in a folder where the base pipeline may be writing too."""
+"""This project's checkpoints under temporary names, in a folder that the base pipeline may write to as well."""
 
 RECOVERY_STATE: Form = {"units?": Each({"files": Each(list)})}
 """{unit: its entry with {file: [size, modification time in ns, SHA-256]}}"""
@@ -35,12 +35,12 @@ TRAIN_ANEW = "Remove it, and the base pipeline trains anew"
 
 @dataclass(frozen=True)
 class Group:
-    """Things of one kind that may be removed."""
+    """Removable items of one kind."""
 
     what: str
     items: tuple[Item, ...]
     option: str | None
-    """Without it they are listed and stay."""
+    """Option that removes them; without it they are only listed."""
 
     @property
     def size(self) -> int:
@@ -49,7 +49,7 @@ class Group:
 
 
 def status(config: Config, workspace: Workspace, *, force: bool = False) -> Result:
-    """What is built, what is stale and why, disk usage and the next command. Writes nothing; `force` has no effect."""
+    """Report built and stale parts, disk usage and the next command. Writes nothing; `force` has no effect."""
     listing = inventory.take(config, workspace)
     sizes = {
         "decoded_images": sum(item.size for item in caches.all_packs(workspace.image_cache)),
@@ -110,13 +110,14 @@ def clean(
     unlisted: bool = False,
     force: bool = False,
 ) -> Result:
-    """List what may be removed, and remove it with `confirm`: temporary files, predictions of members that are gone and
-    progress of finished trainings; with `cache` also the decoded images, with `stale` also stale ensembles, with
-    `unlisted` also those that the configuration does not ask for.
+    """List removable files, and remove them with `confirm`.
 
-    `temporary` removes files under temporary names, nothing else, and needs no `confirm`. Other base files and whatever
-    lies behind a symbolic link are never touched (`force` changes nothing). What cannot be removed is a failure of the
-    result. Raises UserError for a damaged recovery state, by which finished trainings are known.
+    These are temporary files, predictions of members that no longer exist and progress of finished trainings; with
+    `cache` also the decoded images, with `stale` also stale ensembles, with `unlisted` also those that the
+    configuration does not request. `temporary` removes only files under temporary names, and needs no `confirm`. Other
+    files of the base pipeline and anything behind a symbolic link are never removed (`force` has no effect). Items that
+    cannot be removed are failures of the result. Raises UserError for a damaged recovery state, which records finished
+    trainings.
     """
     if temporary and (confirm or cache or stale or unlisted):
         raise ConfigError(
@@ -128,15 +129,15 @@ def clean(
     switches = {"--cache": cache, "--stale": stale, "--unlisted": unlisted}
     options = [option for option, is_on in switches.items() if is_on]
     allowed = {None, *options}
-    chosen = [group for group in groups if group.option in allowed]
-    removed, failures = _remove(chosen) if confirm or temporary else ([], [])
+    groups_to_remove = [group for group in groups if group.option in allowed]
+    removed, failures = _remove(groups_to_remove) if confirm or temporary else ([], [])
     lines = []
     for group in groups:
         note = "" if group.option in allowed else f"  (stay, unless {group.option})"
         lines.append(f"{group.what:38} {len(group.items):>5}  {format_bytes(group.size):>8}{note}")
         lines += [f"  {item.name}  {format_bytes(item.size)}" for item in group.items if len(group.items) <= 20]
     lines += _links(workspace)
-    waiting = not (confirm or temporary) and any(group.items for group in chosen)
+    waiting = not (confirm or temporary) and any(group.items for group in groups_to_remove)
     if confirm or temporary:
         lines.append(f"removed: {len(removed)}, {format_bytes(sum(item.size for item in removed))}")
     else:
@@ -170,7 +171,7 @@ def _remove(groups: list[Group]) -> tuple[list[Item], list[str]]:
 
 
 def _temporary(workspace: Workspace) -> list[Item]:
-    """Leftovers in the folders that only we write, and old ones in the cache that the base pipeline writes as well."""
+    """Leftovers in folders that only this project writes, and old ones in the cache shared with the base pipeline."""
     folders = [workspace.ensembles, workspace.scores, *([workspace.exports] if workspace.output else [])]
     items = [
         item
@@ -178,33 +179,33 @@ def _temporary(workspace: Workspace) -> list[Item]:
         if not _linked(workspace, folder)
         for item in caches.temporary_files(folder, shared=False)
     ]
-    made = (
+    derived_items = (
         [] if _linked(workspace, workspace.derived_checkpoints) else caches.list_children(workspace.derived_checkpoints)
     )
-    items += [item for item in made if UNFINISHED.fullmatch(item.name)]
+    items += [item for item in derived_items if UNFINISHED.fullmatch(item.name)]
     items += [] if _linked(workspace, workspace.exports) else export_folder.unfinished_folders(workspace.exports)
     return items + caches.temporary_files(workspace.image_cache, shared=True)
 
 
 def _removable(config: Config, workspace: Workspace) -> list[Group]:
     listing = inventory.take(config, workspace)
-    gone: list[Item] = []
+    orphans: list[Item] = []
     if listing.content is not None:
         members = listing.content.members
         for folder in (workspace.all_predictions, workspace.all_embeddings):
             items = [] if _linked(workspace, folder) else caches.list_children(folder)
-            gone += [item for item in items if item.paths[0].is_dir() and item.name not in members]
-        kept = {workspace.oof(name).name for name in members}
+            orphans += [item for item in items if item.paths[0].is_dir() and item.name not in members]
+        oof_names = {workspace.oof(name).name for name in members}
         for folder in (workspace.all_oof, workspace.all_training_data):
             items = [] if _linked(workspace, folder) else caches.list_children(folder)
-            gone += [item for item in items if item.paths[0].suffix == ".npz" and item.name not in kept]
+            orphans += [item for item in items if item.paths[0].suffix == ".npz" and item.name not in oof_names]
     saved = [] if _linked(workspace, workspace.models) else caches.list_children(workspace.models)
     stale = listing.stale_ensembles()
     old = [_saved_item(item, f": {stale[item.name]}") for item in saved if item.name in stale]
     unread = ensemble_listing.without_readers(workspace, listing.unlisted)
     apart = [_saved_item(item) for item in saved if item.name in unread and item.name not in stale]
     return [
-        Group("predictions of members that are gone", tuple(gone), None),
+        Group("predictions of members that are gone", tuple(orphans), None),
         Group("progress of finished trainings", tuple(_finished_progress(workspace)), None),
         Group("decoded images", tuple(caches.image_packs(workspace.image_cache)), "--cache"),
         Group(
@@ -216,14 +217,14 @@ def _removable(config: Config, workspace: Workspace) -> list[Group]:
 
 
 def _saved_item(item: Item, why: str = "") -> Item:
-    """An ensemble's folder; `ensemble.json` goes first, without which there is no ensemble."""
+    """An ensemble's folder; `ensemble.json` is removed first, since it defines the ensemble."""
     return Item(f"{item.name}{why}", (item.paths[0] / "ensemble.json", *item.paths), item.size, item.modified)
 
 
 def _finished_progress(workspace: Workspace) -> list[Item]:
-    """Progress files that a run left which was killed when its training had just been entered as finished.
+    """Progress files left by runs that were killed right after their training was recorded as finished.
 
-    A training that is under way or waits to go on has no entry, or saves after the files that an older entry names.
+    An unfinished training has no entry, or its progress file is newer than the files of its older entry.
     """
     if workspace.output is not None or _linked(workspace, workspace.training_progress):
         return []
@@ -238,13 +239,15 @@ def _finished_progress(workspace: Workspace) -> list[Item]:
 
 
 def _linked(workspace: Workspace, folder: Path) -> Path | None:
-    """The symbolic link on the way from the workspace to one of our folders; nothing behind it is ours to remove."""
-    way = [path for path in (folder, *folder.parents) if path.is_relative_to(workspace.root) and path != workspace.root]
-    return next((path for path in (way or [folder]) if path.is_symlink()), None)
+    """The symbolic link on the path from the workspace to a folder, if any; nothing behind it may be removed."""
+    folders = [
+        path for path in (folder, *folder.parents) if path.is_relative_to(workspace.root) and path != workspace.root
+    ]
+    return next((path for path in (folders or [folder]) if path.is_symlink()), None)
 
 
 def _links(workspace: Workspace) -> list[str]:
-    """A line for each of our folders that a symbolic link leads to."""
+    """A line for each of this project's folders behind a symbolic link."""
     folders = (
         *(workspace.ensembles, workspace.all_predictions, workspace.all_embeddings, workspace.all_oof),
         workspace.all_training_data,
@@ -255,7 +258,7 @@ def _links(workspace: Workspace) -> list[str]:
 
 
 def _writer(workspace: Workspace) -> tuple[dict[str, Any] | None, str | None]:
-    """Who writes now, as a record and in words."""
+    """The process that is writing now, as a record and in words."""
     try:
         owner = locks.owner_of(workspace.lock)
     except UserError as error:
@@ -279,7 +282,7 @@ def _next_command(listing: Inventory) -> str | None:
 
 
 def _base_command(workspace: Workspace) -> str | None:
-    """What the base pipeline has to do before anything can be discovered; None when it is done."""
+    """The command of the base pipeline that is needed before discovery; None if there is none."""
     program = str(base_back.locate() / "src" / "main.py")
     command = shlex.join(["python", program, "--workspace", str(workspace.base)])
     if not workspace.checkpoints.is_dir() or not any(workspace.checkpoints.glob("*.pth")):
@@ -303,7 +306,7 @@ def _catalog_words(listing: Inventory) -> str:
 
 
 def _configuration_words(config: Config, workspace: Workspace) -> str:
-    """The file, and for a remembered one where it came from."""
+    """The configuration file and, for a stored configuration, its origin."""
     origin = remembered.origin_of(workspace.config) if config.is_remembered else None
     return f"{config.source}{f', from {origin[0]}' if origin else ''}"
 

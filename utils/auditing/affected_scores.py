@@ -18,18 +18,22 @@ METRICS = {"accuracy": metrics.accuracy, "f1_macro": metrics.f1_macro, "log_loss
 
 
 def scores(store: Store, ranking: Mapping[str, Any], affected: Collection[str]) -> list[dict[str, Any]]:
-    """One entry for each model of a ranking whose predictions are stored, in its order.
+    """One entry per model of a ranking with stored predictions, in the order of the ranking.
 
-    `all` and `without` hold its figures on all test rows and on those of images that are not `affected` (sample ids),
-    with the number of rows `n`; a figure without rows is None.
+    `all` and `without` are its metrics on all test rows and on rows of images that are not `affected` (sample ids),
+    with the number of rows `n`; a metric without rows is None.
     """
     entries = []
     for name, kind, ids, labels, probabilities in _predictions(store, ranking):
-        kept = ~np.isin(ids, list(affected))
+        is_unaffected = ~np.isin(ids, list(affected))
         entry: dict[str, Any] = {"name": name, "kind": kind}
         entry |= {
             word: _figures(probabilities[rows], labels[rows])
-            for word, rows in (("all", np.ones(len(ids), dtype=bool)), ("without", kept), ("affected", ~kept))
+            for word, rows in (
+                ("all", np.ones(len(ids), dtype=bool)),
+                ("without", is_unaffected),
+                ("affected", ~is_unaffected),
+            )
         }
         entries.append(entry)
     return entries
@@ -44,7 +48,7 @@ def _figures(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 def _predictions(
     store: Store, ranking: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, np.ndarray]]:
-    """Name, kind, sample ids (N,), labels (N,) and probabilities (N, C) of each model; others are left out."""
+    """Name, kind, sample ids (N,), labels (N,) and probabilities (N, C) of each model with stored predictions."""
     for row in ranking["rows"]:
         name, kind = row["name"], row["kind"]
         try:
@@ -57,4 +61,4 @@ def _predictions(
                 rows = store.rows(member, SPLIT)
                 yield name, kind, rows.sample_ids, np.asarray(rows.labels), metrics.softmax(np.asarray(rows.logits))
         except (UserError, OSError, KeyError):
-            continue  # removed since the evaluation; `status` names it
+            continue  # removed since the evaluation; `status` reports it

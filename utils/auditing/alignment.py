@@ -1,9 +1,9 @@
-"""Pixel comparison of candidate pairs: is one thumbnail, cut and resized, the other one?
+"""Pixel comparison of candidate pairs: is one thumbnail a crop of the other?
 
 The window is fitted by Gauss-Newton steps on position and scale of each axis (Lucas and Kanade 1981), with gain and
-offset of the brightness, at half the resolution first. What decides is fine detail with its contrast made even: of
-leaves with similar outlines only the same one has the same veins and spots. The correlation over the whole image is
-averaged with its median over blocks, which a watermark that covers some of them does not change.
+offset of the brightness, first at half the resolution. The decision is based on fine detail with normalised contrast:
+of leaves with similar outlines, only the same leaf has the same veins and spots. The correlation over the whole image
+is averaged with its median over blocks, which is robust to a watermark on some of them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from utils.auditing.thumbnail_views import WINDOWS, blocks, flip, interpolation
 
 COARSE_STEPS, FINE_STEPS = 6, 5
-COARSE_BLUR, FINE_BLUR = 1.5, 1.0  # standard deviations in pixels of that resolution
-COARSE_CORRELATION = 0.88  # of the blurred images; pairs below are not fitted further
+COARSE_BLUR, FINE_BLUR = 1.5, 1.0  # standard deviations in pixels of the coarse and of the fine resolution
+COARSE_CORRELATION = 0.88  # of the blurred images; pairs below are not fitted at the fine resolution
 DETAIL_BLURS = 0.7, 2.5  # detail is the difference of two blurs with these standard deviations, in pixels
-CONTRAST_BLUR, CONTRAST_FLOOR = 3.0, 2.0  # detail is divided by its local deviation; the floor is noise, in grey levels
+CONTRAST_BLUR, CONTRAST_FLOOR = 3.0, 2.0  # detail is divided by its local deviation plus the noise floor in grey levels
 BLOCK = 8  # pixels; side of a block of the comparison
-BATCH = 256  # pairs that are fitted together
+BATCH = 256  # pairs that are fitted at a time
 LOWEST_SCALE, HIGHEST_SCALE, MARGIN = 0.75, 1.04, 0.03
-"""Bounds of the window as fractions of the source's sides, and how far it may reach beyond them."""
+"""Bounds of the window's sides as fractions of the source's, and the margin by which it may exceed the source."""
 
 
 def similarity(
@@ -34,10 +34,11 @@ def similarity(
     *,
     threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Correlation of detail float32 (B,) of pairs: is `target` a window of the flipped `source`?
+    """Correlation of detail, float32 (B,), between `target` and the fitted window of the flipped `source`.
 
-    `source` and `target` (B,) index the thumbnails uint8 (N, SIDE, SIDE), `flips` FLIPS, and `windows` WINDOWS, from
-    which the fit starts. 0 for pairs that differ coarsely already. Also returns the fitted windows (B, 4).
+    `source` and `target` (B,) are indices into the thumbnails, uint8 (N, SIDE, SIDE), `flips` (B,) into FLIPS, and
+    `windows` (B,) into WINDOWS, the initial windows of the fit. Pairs that differ at the coarse resolution get 0. Also
+    returns the fitted windows (B, 4).
     """
     scores = np.zeros(len(source), dtype=np.float32)
     starts = flipped_windows(np.array(WINDOWS)[windows], flips)
@@ -47,11 +48,11 @@ def similarity(
         first = flip(thumbnails[source[block]], flips[block]).astype(np.float32)
         second = thumbnails[target[block]].astype(np.float32)
         fitted = _fitted(_halved(first), _halved(second), starts[block], COARSE_BLUR, COARSE_STEPS)
-        kept = _correlation(_warped(_halved(first), fitted), _halved(second)) >= COARSE_CORRELATION
-        if kept.any():
-            rows = np.arange(len(source))[block][kept]
-            transforms[rows] = _fitted(first[kept], second[kept], fitted[kept], FINE_BLUR, FINE_STEPS)
-            pair = _warped(_detail(first[kept]), transforms[rows]), _detail(second[kept])
+        is_similar = _correlation(_warped(_halved(first), fitted), _halved(second)) >= COARSE_CORRELATION
+        if is_similar.any():
+            rows = np.arange(len(source))[block][is_similar]
+            transforms[rows] = _fitted(first[is_similar], second[is_similar], fitted[is_similar], FINE_BLUR, FINE_STEPS)
+            pair = _warped(_detail(first[is_similar]), transforms[rows]), _detail(second[is_similar])
             scores[rows] = _detail_correlation(*pair)
 
     with ThreadPoolExecutor(threads) as pool:
@@ -61,7 +62,7 @@ def similarity(
 
 
 def flipped_windows(windows: np.ndarray, flips: np.ndarray) -> np.ndarray:
-    """Where windows (B, 4) of images lie in the flipped images."""
+    """The windows (B, 4) of images in the coordinates of the flipped images."""
     top, left, height, width = windows.T
     transpose, vertical, horizontal = flips >> 2 & 1, flips >> 1 & 1, flips & 1
     top, left = np.where(transpose, left, top), np.where(transpose, top, left)
@@ -88,7 +89,7 @@ def _detail(images: np.ndarray) -> np.ndarray:
 
 
 def _fitted(source: np.ndarray, target: np.ndarray, windows: np.ndarray, blur: float, steps: int) -> np.ndarray:
-    """The windows (B, 4) of the sources (B, S, S) that are most like the targets, from the given ones on."""
+    """The windows (B, 4) of the sources (B, S, S) that best match the targets, fitted from the given windows."""
     source, target = _blurred(source, blur), _blurred(target, blur)
     images = np.stack([source, *np.gradient(source, axis=(1, 2))], axis=1)
     for _ in range(steps):
@@ -110,7 +111,7 @@ def _warped(images: np.ndarray, windows: np.ndarray) -> np.ndarray:
 
 
 def _stepped(images: np.ndarray, target: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """The windows after one step; `images` (B, 3, S, S) are the source and its slopes along both axes."""
+    """The windows after one Gauss-Newton step; `images` (B, 3, S, S): the source and its gradients along both axes."""
     count, side = len(images), images.shape[-1]
     warped = _warped(images, windows)
     source, vertical, horizontal = warped[:, 0], side * warped[:, 1], side * warped[:, 2]
@@ -141,7 +142,7 @@ def _correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _detail_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Correlation (B,) of detail (B, S, S) with even contrast: mean of that of the whole and of the blocks' median."""
+    """Correlation (B,) of detail (B, S, S) with normalised contrast: mean of the image's and of the blocks' median."""
     first, second = (
         detail / (np.sqrt(_blurred(np.square(detail), CONTRAST_BLUR)) + CONTRAST_FLOOR) for detail in (first, second)
     )
@@ -149,13 +150,13 @@ def _detail_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _block_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Median correlation (B,) of that half of the blocks of two images (B, S, S) which holds the most detail."""
+    """Median correlation (B,) over the half of the blocks of two images (B, S, S) with the most detail."""
     centred = [part - part.mean(axis=2, keepdims=True) for part in map(_in_blocks, (first, second))]
     norms = [np.linalg.norm(part, axis=2) for part in centred]
     detail = norms[0] * norms[1]
     correlations = (centred[0] * centred[1]).sum(axis=2) / np.maximum(detail, 1e-6)
-    most = np.argsort(-detail, axis=1)[:, : detail.shape[1] // 2]
-    return np.median(np.take_along_axis(correlations, most, axis=1), axis=1)
+    most_detailed = np.argsort(-detail, axis=1)[:, : detail.shape[1] // 2]
+    return np.median(np.take_along_axis(correlations, most_detailed, axis=1), axis=1)
 
 
 def _in_blocks(images: np.ndarray) -> np.ndarray:

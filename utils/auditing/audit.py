@@ -1,4 +1,4 @@
-"""The command `audit`: copies of images across splits, shortcuts to the classes, and images that hold nothing.
+"""The command `audit`: copies of images across splits, shortcuts to the classes, and empty images.
 
 It gathers (`audit_inputs`), computes (`audit_record`) and writes `audit.json`, the report, and a clean split
 on request.
@@ -42,11 +42,11 @@ def audit(
 ) -> Result:
     """Audit the images of the workspace, write `audit.json` and renew the reports that show it.
 
-    `write_split` names a CSV manifest to write, the workspace's `clean_split.csv` where it is empty. A record of the
+    `write_split` is the path of a CSV manifest to write; if empty, the workspace's `clean_split.csv`. A record of the
     same images and predictions is kept unless `force`. A report that cannot be written is a failure of the result.
 
-    Raises UserError for a damaged record or a manifest that cannot hold the images; with `strict`, LeakageError where
-    copies of an image are in more than one split, after everything was written.
+    Raises UserError for a damaged record or images that a manifest cannot list; with `strict`, LeakageError if copies
+    of an image are in more than one split, after everything has been written.
     """
     if not workspace.has_images:
         text = "audit: this workspace has no images, only imported predictions; there is nothing to audit"
@@ -79,37 +79,39 @@ def audit(
 
 
 def _write_clean_split(path: Path, inputs: AuditInputs, record: Mapping[str, Any]) -> list[str]:
-    """Write the manifest; returns lines that say what moved and how to use it."""
-    place = {name: row for row, name in enumerate(inputs.names)}
+    """Write the manifest; returns lines on the moved images and on how to use it."""
+    row_of = {name: row for row, name in enumerate(inputs.names)}
     pairs = [
-        Pair(place[pair["first"]], place[pair["second"]], pair["relation"], pair["similarity"])
+        Pair(row_of[pair["first"]], row_of[pair["second"]], pair["relation"], pair["similarity"])
         for pair in record["duplicates"]["pairs"]
     ]
-    groups = near_duplicates.group_indices(len(place), pairs, inputs.groups)
+    groups = near_duplicates.group_indices(len(row_of), pairs, inputs.groups)
     splits = clean_split.proposed_splits(inputs.splits, groups)
-    kept = np.setdiff1d(np.arange(len(place)), [place[entry["image"]] for entry in record["unreadable"]])
+    readable_rows = np.setdiff1d(np.arange(len(row_of)), [row_of[entry["image"]] for entry in record["unreadable"]])
     text = clean_split.manifest(
         path,
-        [inputs.paths[row].absolute() for row in kept],
-        [inputs.classes[inputs.labels[row]] for row in kept],
-        [splits[row] for row in kept],
-        groups[kept],
+        [inputs.paths[row].absolute() for row in readable_rows],
+        [inputs.classes[inputs.labels[row]] for row in readable_rows],
+        [splits[row] for row in readable_rows],
+        groups[readable_rows],
     )
     write_text(path, text)
-    moved = sum(splits[row] != inputs.splits[row] for row in kept)
-    lines = [f"clean split: {path} ({moved} of {len(kept)} images move, each to the earliest split of its copies)"]
-    labels = {inputs.labels[row] for row in kept}
+    moved = sum(splits[row] != inputs.splits[row] for row in readable_rows)
+    lines = [
+        f"clean split: {path} ({moved} of {len(readable_rows)} images move, each to the earliest split of its copies)"
+    ]
+    labels = {inputs.labels[row] for row in readable_rows}
     for split in inputs.split_digests:
-        lacking = labels - {inputs.labels[row] for row in kept if splits[row] == split}
-        if lacking:
-            names = ", ".join(inputs.classes[label] for label in sorted(lacking))
+        missing_labels = labels - {inputs.labels[row] for row in readable_rows if splits[row] == split}
+        if missing_labels:
+            names = ", ".join(inputs.classes[label] for label in sorted(missing_labels))
             lines.append(f"    {split} has no image of {names} left; move some groups there before it is used")
     lines.append(f"    python BASE-BACK/src/main.py --stages split --data {path} --workspace NEW_WORKSPACE")
     return lines
 
 
 def _with_reports(config: Config, workspace: Workspace, inputs: AuditInputs, result: Result) -> Result:
-    """The result after every page that exists shows this record."""
+    """The result, after rewriting all existing reports to show this record."""
     failures = list(result.failures)
     for split in ("test", "val"):
         is_shown = workspace.report(split).is_file() and workspace.ranking(split).is_file()

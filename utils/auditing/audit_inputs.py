@@ -1,4 +1,4 @@
-"""What an audit reads: images of the splits, recorded groups, stored embeddings and the ranking of an evaluation."""
+"""Inputs of an audit: images of the splits, recorded groups, stored embeddings and the ranking of an evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 2  # raised whenever the same images would give another record
+VERSION = 2  # incremented whenever the record for the same images changes
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class AuditInputs:
     """N images of all splits that exist, in their order."""
 
     classes: tuple[str, ...]
-    """Of all splits; other than those of `discover`, splits may lack some"""
+    """Classes of all splits; unlike in `discover`, splits may lack some"""
     splits: tuple[str, ...]
-    """(N,)"""
+    """(N,), split of each image"""
     sample_ids: tuple[str, ...]
     """(N,)"""
     labels: np.ndarray
@@ -43,13 +43,13 @@ class AuditInputs:
     groups: np.ndarray
     """int64 (N,): equal contents, recorded groups and those of `dataset.group_regex`"""
     split_digests: dict[str, str]
-    """As the catalog records them"""
+    """{split: digest} in the catalog's format"""
     store: Store | None
     """None without a catalog of these images"""
     ranking: dict[str, Any] | None
-    """Of the test split"""
+    """Ranking on the test split"""
     digest: str
-    """Of everything that the record depends on"""
+    """Digest of everything that the record depends on"""
 
     @property
     def names(self) -> list[str]:
@@ -58,7 +58,7 @@ class AuditInputs:
 
 
 def gather(config: Config, workspace: Workspace) -> AuditInputs:
-    """Read what an audit needs. Raises UserError without images, and for a class folder without any."""
+    """Read the inputs of an audit. Raises UserError without images, and for an empty class folder."""
     digests = FileDigests(workspace.digests)
     folders = [split for split in SPLITS if any(path.is_dir() for path in (workspace.split_dir / split).glob("[!.]*"))]
     listed = [image_splits.list_images(workspace.split_dir, split, digests) for split in folders]
@@ -103,7 +103,7 @@ def _groups(
 
 
 def _store(config: Config, workspace: Workspace, split_digests: dict[str, str]) -> Store | None:
-    """The prediction store, where there is a catalog and it lists these images."""
+    """The prediction store, if the catalog lists these images, else None."""
     if not workspace.catalog.is_file():
         return None
     try:
@@ -118,7 +118,7 @@ def _store(config: Config, workspace: Workspace, split_digests: dict[str, str]) 
 
 
 def _embedded(store: Store, splits: Sequence[str]) -> list[tuple[Any, str]]:
-    """(member, split) of the member whose stored embeddings cover most splits; by name among equals."""
+    """(member, split) pairs of the member whose stored embeddings cover most splits; ties are broken by name."""
     best: list[tuple[Any, str]] = []
     for name in sorted(store.catalog.members):
         member = store.catalog.members[name]
@@ -131,10 +131,10 @@ def _embedded(store: Store, splits: Sequence[str]) -> list[tuple[Any, str]]:
 
 
 def embeddings(inputs: AuditInputs) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Stored embeddings (n, D) of one network with the images (n,) that they belong to; empty where there are none."""
+    """Stored embeddings (n, D) of one network with the indices (n,) of their images; empty if there are none."""
     if inputs.store is None:
         return []
-    place = {name: row for row, name in enumerate(inputs.names)}
+    index_of = {name: row for row, name in enumerate(inputs.names)}
     values, rows = [], []
     for member, split in _embedded(inputs.store, list(inputs.split_digests)):
         try:
@@ -143,5 +143,5 @@ def embeddings(inputs: AuditInputs) -> list[tuple[np.ndarray, np.ndarray]]:
             continue  # a network without embeddings
         assert part.embeddings is not None
         values.append(np.asarray(part.embeddings))
-        rows += [place[f"{split}/{sample_id}"] for sample_id in part.sample_ids.tolist()]
+        rows += [index_of[f"{split}/{sample_id}"] for sample_id in part.sample_ids.tolist()]
     return [(np.concatenate(values), np.array(rows))] if values else []

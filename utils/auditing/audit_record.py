@@ -22,7 +22,7 @@ from utils.auditing.near_duplicates import Pair
 
 SCHEMA = 1
 LEARNED_FROM = {"val": ("train",), "test": ("train", "val")}
-"""Splits whose images a model may have learned from, for each split that it is judged on."""
+"""Evaluation split -> splits whose images a model may have been fitted or selected on."""
 
 
 def empty() -> dict[str, Any]:
@@ -46,7 +46,7 @@ def empty() -> dict[str, Any]:
 
 
 def compute(inputs: AuditInputs, seed: int, *, threads: int) -> dict[str, Any]:
-    """The record of an audit; `threads` decode and compare side by side."""
+    """Compute the record of an audit, with `threads` threads for decoding and comparing."""
     signatures = image_signatures.read(inputs.paths, threads=threads)
     embeddings = audit_inputs.embeddings(inputs)
     pairs = near_duplicates.find_pairs(signatures, inputs.contents, embeddings, threads=threads)
@@ -81,7 +81,7 @@ def compute(inputs: AuditInputs, seed: int, *, threads: int) -> dict[str, Any]:
 
 
 def duplicates_record(inputs: AuditInputs, pairs: list[Pair]) -> dict[str, Any]:
-    """Pairs, the groups that they join (those of several splits first), and images with a copy in an earlier split."""
+    """Pairs, the groups that they form (those across splits first), and images with a copy in an earlier split."""
     names = inputs.names
     groups = near_duplicates.group_indices(len(names), pairs)
     order = np.argsort(groups, kind="stable")
@@ -123,8 +123,8 @@ def _probes(
         return [], {"probes": reason}
     file_names = [PurePosixPath(sample_id).name for sample_id in inputs.sample_ids]
     features = shortcut_probes.features(signatures, file_names, inputs.classes)
-    kept = {name: values[readable] for name, values in features.items()}
-    probes = shortcut_probes.run(kept, labels, units, seed=seed)
+    readable_features = {name: values[readable] for name, values in features.items()}
+    probes = shortcut_probes.run(readable_features, labels, units, seed=seed)
     return [
         {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(p).items()}
         for p in probes

@@ -9,12 +9,12 @@ from utils.core.display_text import format_count, format_percent, join_names
 from utils.core.workspace import SPLITS
 from utils.discovery.imbalance import REPORTED_RATIO
 
-SHOWN = 3  # images or groups that are named
+SHOWN = 3  # images or groups named in the text
 
 
 def lines(record: Mapping[str, Any]) -> list[str]:
-    """A summary in the first line, then one line for each finding."""
-    splits = [split for split in SPLITS if split in record["splits"]]  # a record on disk has its keys sorted
+    """A summary in the first line, then one line per finding."""
+    splits = [split for split in SPLITS if split in record["splits"]]  # keys of a record on disk are sorted
     counts = ", ".join(f"{split} {record['splits'][split]['n']:,}" for split in splits)
     sentences = [f"audit: {format_count(record['n'], 'image')} ({counts}): {_duplicates(record)}"]
     duplicates = record["duplicates"]
@@ -80,8 +80,8 @@ def _scores(record: Mapping[str, Any]) -> list[str]:
 
 
 def _probes(record: Mapping[str, Any]) -> list[str]:
-    own = record["recommended"]
-    beside = f", {own['name']} {format_percent(own['accuracy'])}" if own else ""
+    recommended = record["recommended"]
+    beside = f", {recommended['name']} {format_percent(recommended['accuracy'])}" if recommended else ""
     sentences = [
         f"{probe['name']} alone predict the class of {format_percent(probe['accuracy'])} of the images (chance "
         f"{format_percent(probe['chance'])}{beside})"

@@ -1,4 +1,4 @@
-"""How the classes differ in number, resolution and brightness, and which images hold nothing."""
+"""Differences between the classes in number, resolution and brightness of images, and nearly empty images."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ def by_class(
 ) -> list[dict[str, Any]]:
     """One entry per class: images by split, median width, height and JPEG quality, mean brightness and contrast.
 
-    `labels` (N,) index `classes`; figures of pixels are of readable images, None where a class has none.
+    `labels` (N,) are indices into `classes`; pixel statistics are those of readable images, None without any.
     """
     names, readable = np.array(splits), signatures.readable
     widths, heights = (np.array([getattr(file, side) for file in signatures.files]) for side in ("width", "height"))
     facts = []
     for label, name in enumerate(classes):
-        own = labels == label
-        shown = own & readable
-        qualities = [jpeg_quality(signatures.files[row].quantisation) for row in np.flatnonzero(shown)]
-        known = [quality for quality in qualities if quality is not None]
+        in_class = labels == label
+        is_used = in_class & readable
+        qualities = [jpeg_quality(signatures.files[row].quantisation) for row in np.flatnonzero(is_used)]
+        known_qualities = [quality for quality in qualities if quality is not None]
         facts.append(
             {
                 "name": name,
-                "images": {split: int((own & (names == split)).sum()) for split in dict.fromkeys(splits)},
-                "width": _median(widths[shown]),
-                "height": _median(heights[shown]),
-                "jpeg_quality": _median(np.array(known)),
-                "brightness": _mean(signatures.brightness[shown]),
-                "contrast": _mean(signatures.deviation[shown]),
+                "images": {split: int((in_class & (names == split)).sum()) for split in dict.fromkeys(splits)},
+                "width": _median(widths[is_used]),
+                "height": _median(heights[is_used]),
+                "jpeg_quality": _median(np.array(known_qualities)),
+                "brightness": _mean(signatures.brightness[is_used]),
+                "contrast": _mean(signatures.deviation[is_used]),
             }
         )
     return facts
 
 
 def nearly_empty(signatures: Signatures) -> np.ndarray:
-    """Rows of readable images that hold a single colour, or hardly more."""
+    """Indices of readable images with nearly a single colour."""
     return np.flatnonzero(signatures.readable & (signatures.deviation < NEARLY_EMPTY))
 
 
 def imbalance_ratio(labels: np.ndarray, classes: Sequence[str]) -> float | None:
-    """Images of the largest class over those of the smallest; None where a class has none."""
+    """Ratio of the sizes of the largest and the smallest class; None if a class has no images."""
     counts = np.bincount(labels, minlength=len(classes))
     return round(float(counts.max() / counts.min()), 2) if len(counts) and counts.min() else None
 

@@ -1,4 +1,4 @@
-"""A proposed split that keeps every group of copies on one side, as a CSV manifest that the base pipeline reads."""
+"""Proposes a split that keeps every group of copies on one side, as a CSV manifest for the base pipeline."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from utils.evaluation.table_formats import csv_text
 def proposed_splits(splits: Sequence[str], groups: np.ndarray) -> list[str]:
     """The split of each image (N,): that of the group's first image in the order train, val, test.
 
-    So no image moves towards test, and what is left of val and test has no copy in the data that the existing networks
-    were trained on.
+    No image moves towards test, so the remaining images of val and test have no copy in the training data of existing
+    networks.
     """
     order = np.array([SPLITS.index(split) for split in splits], dtype=np.int64)
     earliest = np.full(int(groups.max()) + 1 if len(groups) else 0, len(SPLITS))
@@ -28,9 +28,9 @@ def proposed_splits(splits: Sequence[str], groups: np.ndarray) -> list[str]:
 def manifest(
     path: Path, images: Sequence[Path], labels: Sequence[str], splits: Sequence[str], groups: np.ndarray
 ) -> str:
-    """The text of a manifest `file_name,label,split,group` at `path`; images alone in their group have no group.
+    """The text of a manifest `file_name,label,split,group` at `path`; an image alone in its group has no group name.
 
-    Raises UserError where an image does not lie below the manifest's folder, as the base pipeline requires it.
+    Raises UserError for an image outside the manifest's folder, which the base pipeline does not allow.
     """
     folder = Path(os.path.abspath(path.parent))
     sizes = np.bincount(groups) if len(groups) else np.zeros(0, dtype=np.int64)

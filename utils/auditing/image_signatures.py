@@ -1,6 +1,6 @@
-"""What the audit keeps of every image: a grey thumbnail, colours of border and background, and properties of its file.
+"""Signatures of images for the audit: a grey thumbnail, colours of border and background, and file properties.
 
-Each file is opened once. A signature takes about five kilobytes, whatever the size of the image.
+Each file is opened once. A signature takes about five kilobytes, independent of the size of the image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from utils.auditing.thumbnail_views import FLIPS, SIDE
 if TYPE_CHECKING:
     from PIL import Image
 
-FRAME = 6  # pixels of a thumbnail's edge that count as background
+FRAME = 6  # width in pixels of a thumbnail's frame that counts as background
 BINS = 4  # of each colour channel in the histogram of the background
 POINTS = (0, SIDE // 2, SIDE - 1)
 TOLERANT_SIDE = 40  # pixels; images with a shorter side are compared by equal pixels only
@@ -32,11 +32,11 @@ CAMERA_TAGS = {"make": 0x010F, "model": 0x0110, "software": 0x0131}
 
 @dataclass(frozen=True)
 class FileFacts:
-    """Properties of an image file that are no pixels."""
+    """Properties of an image file other than pixels."""
 
     bytes: int
     width: int
-    """Pixels, as stored; 0 where the file cannot be read"""
+    """In pixels, as stored; 0 if the file cannot be read"""
     height: int
     format: str
     mode: str
@@ -44,32 +44,32 @@ class FileFacts:
     """Mean step of the luminance table of a JPEG file relative to quality 50; 0 for other formats"""
     exif_tags: int
     camera: str
-    """Make, model and software as EXIF names them"""
+    """Make, model and software in the EXIF data"""
 
 
 @dataclass(frozen=True)
 class Signatures:
-    """Signatures of N images in the order in which they were asked for."""
+    """Signatures of N images, in the order of the paths."""
 
     thumbnails: np.ndarray
     """uint8 (N, SIDE, SIDE), grey; upright by EXIF"""
     border: np.ndarray
-    """uint8 (N, 16, 3): mean and deviation of each side's outermost pixels, then the colour of eight border points"""
+    """uint8 (N, 16, 3): mean and deviation of each side's outermost pixels, then the colours of eight border points"""
     background: np.ndarray
     """float32 (N, BINS**3): share of each colour among the pixels of the frame"""
     brightness: np.ndarray
     """float32 (N,): mean grey level"""
     deviation: np.ndarray
-    """float32 (N,): standard deviation of the grey levels; near 0 for an image that holds nothing"""
+    """float32 (N,): standard deviation of the grey levels; near 0 for an empty image"""
     pixel_digests: tuple[str, ...]
-    """Of small images: equal for equal pixels, mirrored or turned or not; empty for others and for unreadable files"""
+    """Digests of small images, invariant to flips and quarter turns; empty for large images and unreadable files"""
     files: tuple[FileFacts, ...]
     problems: dict[int, str]
-    """{index: why the file cannot be decoded}"""
+    """{index: reason why the file cannot be decoded}"""
 
     @property
     def readable(self) -> np.ndarray:
-        """bool (N,)"""
+        """bool (N,): whether the file could be decoded."""
         mask = np.ones(len(self.files), dtype=bool)
         mask[list(self.problems)] = False
         return mask
@@ -82,7 +82,7 @@ class Signatures:
 
 
 def read(paths: Sequence[Path], *, threads: int) -> Signatures:
-    """Signatures of image files; `threads` decode side by side."""
+    """Signatures of image files, with `threads` decoding threads."""
     count = len(paths)
     thumbnails = np.zeros((count, SIDE, SIDE), dtype=np.uint8)
     border = np.zeros((count, 16, 3), dtype=np.uint8)
@@ -97,12 +97,14 @@ def read(paths: Sequence[Path], *, threads: int) -> Signatures:
                 files[index] = _file_facts(paths[index], image)
                 colours, digests[index] = _small(image, modules[1])
             thumbnails[index], border[index], background[index] = _described(colours)
-        except Exception as error:  # decoders of damaged files raise whatever they meet
+        except Exception as error:  # decoders of damaged files may raise anything
             problems[index] = str(error).replace(str(paths[index]), "it") or type(error).__name__
 
     modules = [base_back.load_bundled(name) for name in ("image_files", "resizing")]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # metadata, transparent palettes and large sizes do not matter here
+        warnings.simplefilter(
+            "ignore"
+        )  # about metadata, transparent palettes and large sizes, which are irrelevant here
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(read_into, range(count), chunksize=16):
                 pass
@@ -121,7 +123,7 @@ def read(paths: Sequence[Path], *, threads: int) -> Signatures:
 
 
 def _small(image: Image.Image, resizing: Any) -> tuple[np.ndarray, str]:
-    """RGB thumbnail uint8 (SIDE, SIDE, 3), upright, and for a small image the digest of its pixels."""
+    """Upright RGB thumbnail, uint8 (SIDE, SIDE, 3), and for a small image the digest of its pixels."""
     from PIL import Image
 
     is_small = min(image.size) < TOLERANT_SIDE
@@ -133,7 +135,7 @@ def _small(image: Image.Image, resizing: Any) -> tuple[np.ndarray, str]:
 
 
 def _pixel_digest(pixels: np.ndarray) -> str:
-    """Digest of pixels (H, W, 3) that is the same for all eight ways to mirror and turn them."""
+    """Digest of pixels (H, W, 3), invariant to all eight combinations of flips and quarter turns."""
     turned = []
     for transpose, vertical, horizontal in FLIPS:
         view = pixels.transpose(1, 0, 2) if transpose else pixels
@@ -159,12 +161,12 @@ def _file_facts(path: Path, image: Image.Image) -> FileFacts:
     tables = getattr(image, "quantization", None) or {}
     quantisation = sum(tables[0]) / STANDARD_LUMINANCE if 0 in tables else 0.0
     tags, camera = 0, ""
-    if image.format != "PNG" or "exif" in image.info:  # asking Pillow for more would decode it
+    if image.format != "PNG" or "exif" in image.info:  # otherwise, reading EXIF data would decode the image
         try:
             exif = image.getexif()
             tags = len(exif)
             camera = " ".join(str(exif.get(tag, "")).strip("\0 ") for tag in CAMERA_TAGS.values()).strip()
-        except Exception:  # of damaged metadata, which damage no pixel
+        except Exception:  # damaged metadata do not affect the pixels
             tags = -1
     return FileFacts(
         path.stat().st_size, *image.size, str(image.format), image.mode, float(quantisation), tags, camera[:80]
@@ -172,7 +174,7 @@ def _file_facts(path: Path, image: Image.Image) -> FileFacts:
 
 
 def jpeg_quality(quantisation: float) -> int | None:
-    """The quality setting of the Independent JPEG Group's library that gives such a luminance table; None without."""
+    """The quality setting of the Independent JPEG Group's library with this luminance table; None for other formats."""
     if not quantisation or math.isnan(quantisation):
         return None
     return round(max(1.0, min(100.0, 100 - 50 * quantisation if quantisation <= 1 else 50 / quantisation)))

@@ -1,10 +1,10 @@
-"""Shortcut probes: how well border pixels, background colours, file properties or file names alone tell the classes.
+"""Shortcut probes: how well border pixels, background colours, file properties or file names alone predict the classes.
 
-A network that reaches its accuracy by such features fails where they change (Geirhos et al. 2020; eight background
-pixels alone reach 49% on PlantVillage, Noyan et al. 2022). Each probe is a ridge regression of the classes on an
-RBF map (Nystroem) of its features, scored by cross-validation whose folds keep groups together. Chance is the same
-classifier on labels that are exchanged between groups of equal size (permutation test, Phipson and Smyth 2010), so that
-copies of one image are no evidence.
+A network whose accuracy relies on such features fails when they change (Geirhos et al. 2020; eight background pixels
+alone reach 49% on PlantVillage, Noyan et al. 2022). Each probe is a ridge regression of the classes on an RBF map
+(Nystroem) of its features, scored by cross-validation with whole groups in a fold. The chance level is that of the same
+classifier with labels permuted between groups of equal size (permutation test, Phipson and Smyth 2010), so that copies
+of an image are not counted as evidence.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from utils.numeric.statistics import holm
 
 FOLDS = 5
 PERMUTATIONS = 499
-LEVEL = 0.01  # family-wise, over the probes (Holm 1979)
-COMPONENTS = 150  # of the RBF map
+LEVEL = 0.01  # family-wise significance level over the probes (Holm 1979)
+COMPONENTS = 150  # dimension of the RBF map
 RIDGE = 0.1
-MOST_ROWS = 4000  # a random part of larger sets is probed
-LEAST_PER_CLASS = 5  # images of each class without which nothing is probed
-MOST_PATTERNS = 24  # patterns of file names that are told apart
-CHUNK = 1 << 24  # numbers of permuted targets that are held at once
+MOST_ROWS = 4000  # larger sets are subsampled
+LEAST_PER_CLASS = 5  # minimum number of images per class for probes
+MOST_PATTERNS = 24  # distinct patterns of file names
+CHUNK = 1 << 24  # permuted target values in memory at a time
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one kind of feature alone tells."""
+    """Result of one kind of features."""
 
     name: str
     accuracy: float
-    """Cross-validated fraction of images whose class the features alone give"""
+    """Cross-validated accuracy of the features alone"""
     chance: float
-    """Mean accuracy on exchanged labels"""
+    """Mean accuracy on permuted labels"""
     chance_95: float
-    """95% quantile of it"""
+    """95% quantile of the accuracy on permuted labels"""
     p_value: float
     stands_out: bool
-    """Whether p_value is below LEVEL after Holm's correction for all probes"""
+    """Whether p_value is at most LEVEL after Holm's correction for all probes"""
     rows: int
 
 
 def reason_for_none(labels: np.ndarray, groups: np.ndarray) -> str | None:
-    """Why a set cannot be probed: too few classes, images or groups; None where it can."""
+    """The reason why a set cannot be probed (too few classes, images or groups); None if it can."""
     counts = np.bincount(labels)
     counts = counts[counts > 0]
     if len(counts) < 2:
@@ -68,51 +68,53 @@ def run(
     seed: int,
     permutations: int = PERMUTATIONS,
 ) -> list[Probe]:
-    """One probe for each of the features {name: (N, D)}; `labels` and `groups` int64 (N,)."""
+    """One probe for each entry of `features`, {name: (N, D)}; `labels` and `groups` are int64 (N,)."""
     rng = np.random.default_rng(seed)
-    chosen = _some_groups(groups, rng)
-    truth = np.unique(labels[chosen], return_inverse=True)[1]
-    units = np.unique(groups[chosen], return_inverse=True)[1]
+    rows = _some_groups(groups, rng)
+    truth = np.unique(labels[rows], return_inverse=True)[1]
+    units = np.unique(groups[rows], return_inverse=True)[1]
     folds = _folds(units, rng)
     exchanged = _exchanged(truth, units, permutations, rng)
     by_probe = {}
     for name, values in features.items():
-        scores = _accuracies(_mapped(values[chosen], seed), np.concatenate([truth[None], exchanged]), folds)
+        scores = _accuracies(_mapped(values[rows], seed), np.concatenate([truth[None], exchanged]), folds)
         by_probe[name] = scores[0], scores[1:]
-    p_values = {name: (1 + int((null >= own).sum())) / (1 + len(null)) for name, (own, null) in by_probe.items()}
+    p_values = {
+        name: (1 + int((null >= accuracy).sum())) / (1 + len(null)) for name, (accuracy, null) in by_probe.items()
+    }
     adjusted = holm(p_values)
     return [
         Probe(
             name,
-            float(own),
+            float(accuracy),
             float(null.mean()),
             float(np.quantile(null, 0.95)),
             p_values[name],
             adjusted[name] <= LEVEL,
             len(truth),
         )
-        for name, (own, null) in by_probe.items()
+        for name, (accuracy, null) in by_probe.items()
     ]
 
 
 def _some_groups(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Sorted rows of whole groups in random order, at most MOST_ROWS."""
+    """Sorted rows of randomly selected groups, at most MOST_ROWS; the last group may be incomplete."""
     names, unit = np.unique(groups, return_inverse=True)
     if len(groups) <= MOST_ROWS:
         return np.arange(len(groups))
-    place = rng.permutation(len(names))[unit]
-    order = np.argsort(place, kind="stable")
+    rank = rng.permutation(len(names))[unit]
+    order = np.argsort(rank, kind="stable")
     return np.sort(order[:MOST_ROWS])
 
 
 def _folds(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Fold of each row; whole groups, dealt out in random order, which knows no label."""
+    """Fold of each row: whole groups, assigned at random without stratification."""
     fold_of: np.ndarray = rng.permutation(int(groups.max()) + 1)[groups] % FOLDS
     return fold_of
 
 
 def _exchanged(labels: np.ndarray, groups: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 (count, N): labels with those of each group exchanged for those of another group of its size."""
+    """int64 (count, N): permuted labels, each group with those of another group of equal size."""
     order = np.argsort(groups, kind="stable")
     sizes = np.bincount(groups)
     starts = np.r_[0, np.cumsum(sizes)[:-1]]
@@ -125,7 +127,7 @@ def _exchanged(labels: np.ndarray, groups: np.ndarray, count: int, rng: np.rando
 
 
 def _mapped(values: np.ndarray, seed: int) -> np.ndarray:
-    """float32 (N, K + 1): standardised features in an RBF map, and a constant."""
+    """float32 (N, K + 1): RBF map of standardised features, and a constant."""
     from sklearn.kernel_approximation import Nystroem
 
     centred = values - values.mean(axis=0)
@@ -168,7 +170,7 @@ def _accuracies(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> 
 
 
 def features(signatures: Signatures, file_names: Sequence[str], class_names: Sequence[str]) -> dict[str, np.ndarray]:
-    """{probe: features float64 (N, D)} of N images; `file_names` are the last parts of their paths."""
+    """{probe: features, float64 (N, D)} of N images; `file_names` are the last components of their paths."""
     return {
         "border pixels": signatures.border.reshape(len(file_names), -1).astype(np.float64),
         "background colours": np.sqrt(signatures.background.astype(np.float64)),
@@ -196,15 +198,15 @@ def _file_features(files: Sequence[FileFacts]) -> np.ndarray:
 
 
 def _one_hot(words: Sequence[str], most: int) -> np.ndarray:
-    """float64 (N, K): which of the most frequent words each one is; K is 1 or more."""
+    """float64 (N, K): one-hot encoding of each word among the `most` most frequent ones; K is at least 1."""
     frequent = [word for word, _ in sorted(Counter(words).items(), key=lambda item: (-item[1], item[0]))[:most]]
     return np.array([[float(word == other) for other in frequent] for word in words]).reshape(len(words), -1)
 
 
 def name_pattern(file_name: str, class_names: Sequence[str]) -> str:
-    """The file name with its numbers as `#` and the names of classes as `<class>`: `canker_12.jpg` is `<class>_#.jpg`.
+    """The file name with numbers replaced by `#` and class names by `<class>`: `canker_12.jpg` gives `<class>_#.jpg`.
 
-    Numbering and class names in file names are usual and show no difference between the sources of the classes.
+    Numbers and class names in file names are common and do not indicate different sources of the classes.
     """
     folded = re.sub(r"[\s_.-]+", "_", file_name.casefold())
     for name in sorted(class_names, key=len, reverse=True):

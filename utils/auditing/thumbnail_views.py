@@ -1,8 +1,8 @@
-"""Low-frequency descriptors of grey thumbnails, and of windows of them, which find candidates of near duplicates.
+"""Low-frequency descriptors of grey thumbnails, and of windows of them, for finding candidates of near duplicates.
 
-The magnitudes of low DCT coefficients do not change when an image is mirrored, and change little when it is cut,
-resized, compressed or brightened, which is the idea of the perceptual hash (Zauner 2010). Real numbers take the place
-of bits, so that neighbours are found by distance, and transposed coefficients are joined, so that quarter turns match.
+The magnitudes of low DCT coefficients do not change when an image is flipped, and change little when it is cropped,
+resized, compressed or brightened: the idea of the perceptual hash (Zauner 2010). Descriptors are real numbers instead
+of bits, so that neighbours are found by distance; transposed coefficients are combined, so that quarter turns match.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import numpy as np
 
 SIDE = 64  # pixels of a thumbnail
 FREQUENCIES = 9  # lowest DCT frequencies per axis
-CUT = 0.89  # part of a side that the windows keep: a copy that keeps 0.85 to 1 is at most 0.11 away from a window
+CUT = 0.89  # side of the windows: the window of a copy with a side of 0.85 to 1 differs from one by at most 0.11
 WINDOWS = (
     (0.0, 0.0, 1.0, 1.0),
     *((top, left, CUT, CUT) for top in (0.0, (1 - CUT) / 2, 1 - CUT) for left in (0.0, (1 - CUT) / 2, 1 - CUT)),
 )
 """(top, left, height, width) as fractions: the whole image, and nine windows of it."""
 FLIPS = tuple((transpose, vertical, horizontal) for transpose in (0, 1) for vertical in (0, 1) for horizontal in (0, 1))
-"""The eight ways to mirror and turn a square, as (transposed first, then upside down, then mirrored)."""
+"""The eight symmetries of a square, as (transpose first, then flip vertically, then flip horizontally)."""
 
 
 def basis(start: float, length: float) -> np.ndarray:
-    """float32 (FREQUENCIES, SIDE): DCT-II of a window of a line, as a linear map of the whole line's pixels."""
+    """float32 (FREQUENCIES, SIDE): DCT-II of a window of a line, as a linear map of the pixels of the whole line."""
     centres = (start + length * (np.arange(SIDE) + 0.5) / SIDE) * SIDE - 0.5
     sampling = interpolation(centres[None])[0]
     angles = np.pi * np.outer(np.arange(FREQUENCIES), np.arange(SIDE) + 0.5) / SIDE
@@ -32,7 +32,7 @@ def basis(start: float, length: float) -> np.ndarray:
 
 
 def interpolation(positions: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """float32 (B, P, side): linear interpolation of lines of `side` pixels at `positions` (B, P), kept on the line."""
+    """float32 (B, P, side): linear interpolation of lines of `side` pixels at clipped `positions` (B, P)."""
     clipped = np.clip(positions, 0, side - 1).astype(np.float32)
     return np.maximum(0, 1 - np.abs(clipped[..., None] - np.arange(side, dtype=np.float32)))
 
@@ -46,7 +46,7 @@ def coefficients(thumbnails: np.ndarray, window: tuple[float, float, float, floa
 
 
 def blocks(count: int, size: int = 2048) -> Iterator[slice]:
-    """Slices of a range, so that arithmetic on all of it takes the memory of one."""
+    """Consecutive slices of a range, to limit memory."""
     for start in range(0, count, size):
         yield slice(start, start + size)
 
@@ -67,7 +67,7 @@ def weights(coefficients: np.ndarray) -> np.ndarray:
 
 
 def descriptors(coefficients: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """float32 (N, D), of length 1: magnitudes that mirroring and quarter turns do not change."""
+    """float32 (N, D), of norm 1: magnitudes invariant to flips and quarter turns."""
     magnitudes = np.abs(coefficients) * weights
     upper = np.triu_indices(FREQUENCIES, k=1)
     first, second = magnitudes[:, upper[0], upper[1]], magnitudes[:, upper[1], upper[0]]
@@ -77,9 +77,9 @@ def descriptors(coefficients: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def best_flips(source: np.ndarray, target: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Correlation (B,) and index in FLIPS (B,) of the flip of `source` (B, F, F) that is most like `target`.
+    """Correlation (B,) and index in FLIPS (B,) of the flip of `source` (B, F, F) that best matches `target`.
 
-    Mirroring an image negates its odd coefficients along that axis, and transposing it transposes them.
+    Flipping an image negates its odd coefficients along that axis, and transposing it transposes them.
     """
     scores = np.empty((len(source), len(FLIPS)), dtype=np.float32)
     weighted = target * np.square(weights)
@@ -98,11 +98,11 @@ def best_flips(source: np.ndarray, target: np.ndarray, weights: np.ndarray) -> t
 
 
 def flip(thumbnails: np.ndarray, flips: np.ndarray) -> np.ndarray:
-    """Thumbnails (B, SIDE, SIDE), each mirrored and turned by its index in FLIPS (B,)."""
+    """Transform thumbnails (B, SIDE, SIDE), each by its index in FLIPS (B,)."""
     turned = np.empty_like(thumbnails)
     for index, (transpose, vertical, horizontal) in enumerate(FLIPS):
         rows = flips == index
-        part = thumbnails[rows]
-        part = part.transpose(0, 2, 1) if transpose else part
-        turned[rows] = part[:, :: -1 if vertical else 1, :: -1 if horizontal else 1]
+        flipped = thumbnails[rows]
+        flipped = flipped.transpose(0, 2, 1) if transpose else flipped
+        turned[rows] = flipped[:, :: -1 if vertical else 1, :: -1 if horizontal else 1]
     return turned

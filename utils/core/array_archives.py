@@ -1,4 +1,4 @@
-"""`.npz` archives of any origin: sizes are held against the file and the machine before memory is asked for."""
+"""Reading of `.npz` archives of any origin: sizes are checked against file and machine before memory is allocated."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DEFLATED_AT_MOST = 1032  # bytes that one deflated byte can stand for
+DEFLATED_AT_MOST = 1032  # largest compression ratio of deflate
 
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """What an archive declares of one of its arrays; the bytes for it are there."""
+    """The header of an array in an archive, checked against the size of its data."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -27,13 +27,13 @@ class ArrayHeader:
 
 
 def checked_entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """{array: its entry} of an archive of `size` bytes. Raises ValueError for sizes that cannot be true."""
+    """{array: its entry} of an archive of `size` bytes. Raises ValueError for impossible sizes."""
     _check_sizes(archive.infolist(), size)
     return {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
 
 
 def _check_sizes(entries: Sequence[zipfile.ZipInfo], size: int) -> None:
-    """ValueError for an archive that promises more bytes than its `size` can hold or this machine should give."""
+    """Raise ValueError for an archive that declares more bytes than fit its `size` or half of the machine's memory."""
     names = [entry.filename for entry in entries]
     strangers = [name for name in names if not name.endswith(".npy")]
     if strangers or len(set(names)) < len(names):
@@ -46,9 +46,11 @@ def _check_sizes(entries: Sequence[zipfile.ZipInfo], size: int) -> None:
     swollen = [entry.filename for entry in entries if entry.file_size > DEFLATED_AT_MOST * entry.compress_size]
     if swollen:
         raise ValueError(f"{swollen[0]} promises more bytes than its part of the file can hold")
-    total, most = sum(entry.file_size for entry in entries), physical_memory()
-    if total > most // 2:
-        raise ValueError(f"its arrays take {total / 1e9:.1f} GB, more than half of this machine's {most / 1e9:.1f} GB")
+    total, memory = sum(entry.file_size for entry in entries), physical_memory()
+    if total > memory // 2:
+        raise ValueError(
+            f"its arrays take {total / 1e9:.1f} GB, more than half of this machine's {memory / 1e9:.1f} GB"
+        )
 
 
 def physical_memory() -> int:
@@ -57,18 +59,18 @@ def physical_memory() -> int:
 
 
 def read_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> ArrayHeader:
-    """What an entry declares. Raises ValueError for objects, and for other bytes than it declares."""
+    """Read an entry's header. Raises ValueError for pickled objects, and if the data has another size than declared."""
     with archive.open(entry) as header:
         version = np.lib.format.read_magic(header)
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in readers:
             raise ValueError(f"{entry.filename} has the format version {version}")
         shape, _, dtype = readers[version](header)
-        there = entry.file_size - header.tell()
+        n_bytes = entry.file_size - header.tell()
     if dtype.hasobject:
         raise ValueError(f"{entry.filename} holds pickled objects (text goes into an array of type str)")
-    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != there:
-        raise ValueError(f"{entry.filename} declares {dtype} of shape {shape}; {there} bytes are there")
+    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != n_bytes:
+        raise ValueError(f"{entry.filename} declares {dtype} of shape {shape}; {n_bytes} bytes are there")
     return ArrayHeader(tuple(shape), dtype)
 
 

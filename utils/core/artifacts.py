@@ -1,4 +1,4 @@
-"""The only writer: every file appears whole or not at all, and is read with its damage named.
+"""The only module that writes files, atomically; reading raises errors that name damaged files.
 
 Records are JSON with sorted keys, arrays `.npy` / `.npz` without pickled objects, parameters `.safetensors`.
 """
@@ -30,26 +30,26 @@ from utils.core.links import require_unlinked
 from utils.core.record_forms import Form, problem_of
 from utils.core.regular_files import open_regular, require_regular
 
-NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a file system that sets no room aside
+NOT_OFFERED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # file systems without preallocation
 BLOCK = 1 << 20
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError)
-"""What reading a damaged array raises; the last four come from its header, which numpy reads as a Python literal."""
+"""Errors of reading a damaged array; the last four come from its header, which NumPy parses as a Python literal."""
 _ARCHIVE_DAMAGE = (*_DAMAGE, zipfile.BadZipFile, zlib.error, RuntimeError)
 _HEADERS = threading.Lock()
-"""Such literals are read by one thread at a time: Python before 3.11.8 may mix up how deep two are (gh-106905)."""
+"""Serialises parsing of these literals: before Python 3.11.8, concurrent parsers may confuse depths (gh-106905)."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path` that takes its place when the block ends well, else vanishes.
+    """A temporary path in the folder of `path` that replaces it when the block succeeds, and is removed otherwise.
 
-    Raises UserError, with path and remedy, where the disk is full, the folder cannot be written, or a symbolic link
-    leads to it.
+    Raises UserError, with path and remedy, if the disk is full, the folder is not writable, or it is behind a symbolic
+    link.
     """
     require_unlinked(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The ending stays last, since numpy adds its own where it is missing.
+        # The suffix stays last, since NumPy appends its own if it is missing.
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -59,29 +59,30 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would shut out colleagues
+        temporary.chmod(0o666 & ~umask)  # mkstemp creates files that only their owner can read
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
     except OSError as error:
         if error.filename not in (None, str(temporary), str(path)):
-            raise  # another file, which was read to fill this one
+            raise  # about another file, which was read inside the block
         raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_temporary_files(path: Path) -> None:
-    """Remove what killed processes left of `path` under temporary names, for a caller who alone writes that file."""
+    """Remove temporary files of `path` left by killed processes; for callers that are the only writer of the file."""
     stem, suffix = glob.escape(path.stem), glob.escape(path.suffix)
     for unfinished in path.parent.glob(f".{stem}.????????.partial{suffix}"):
         unfinished.unlink(missing_ok=True)
 
 
 def preallocate(path: Path, start: int) -> None:
-    """Give a sparse file all the room from byte `start` on, which is zeros so far; OSError where the disk has none.
+    """Allocate the disk space of a sparse file from byte `start` on, which is a hole; OSError if the disk is full.
 
-    Filling a hole of a memory-mapped file on a full disk is no error but a signal (SIGBUS), which ends the process.
+    Writing to a hole of a memory-mapped file on a full disk raises no exception, but the signal SIGBUS, which ends the
+    process.
     """
     size = path.stat().st_size
     with path.open("r+b", buffering=0) as file:
@@ -93,12 +94,12 @@ def preallocate(path: Path, start: int) -> None:
                 if error.errno not in NOT_OFFERED:
                     raise
         file.seek(start)
-        while (left := size - file.tell()) > 0:
-            file.write(bytes(min(left, BLOCK)))
+        while (n_missing := size - file.tell()) > 0:
+            file.write(bytes(min(n_missing, BLOCK)))
 
 
 def link_file(source: Path, path: Path) -> None:
-    """Give a file that is only ever replaced as a whole another name; a copy where the file system has no links."""
+    """Hard-link a file that is never modified in place to `path`; copy it on file systems without links."""
     with replacing(path) as temporary:
         temporary.unlink()
         try:
@@ -114,12 +115,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write a record with sorted keys, atomically; ValueError for NaN or infinity."""
+    """Write a record with sorted keys, atomically. Raises ValueError for NaN or infinity."""
     write_text(path, json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, *, remedy: str) -> Any:
-    """The record in `path`; None when there is no such file. Raises UserError with `remedy` for a damaged one."""
+    """Read the record in `path`; None if there is no such file. Raises UserError with `remedy` if it is damaged."""
     try:
         with open_regular(path) as file:
             return json.loads(file.read().decode("utf-8"))
@@ -130,10 +131,10 @@ def read_json(path: Path, *, remedy: str) -> Any:
 
 
 class _Record(dict[str, Any]):
-    """A dictionary of a record of ours; a key that it lacks is damage of its file, not a mistake of the program."""
+    """A dictionary of a record of this project; a missing key means that its file is damaged."""
 
     source: tuple[Path, str]
-    """Its file, and the remedy if that is damaged."""
+    """Its file, and the remedy for a damaged file."""
 
     def __missing__(self, key: str) -> Any:
         raise _no_record(*self.source, f"it has no {key!r}")
@@ -144,10 +145,10 @@ def _no_record(path: Path, remedy: str, problem: str) -> UserError:
 
 
 def read_record(path: Path, *, remedy: str, form: Form = MappingProxyType({})) -> dict[str, Any] | None:
-    """A record of our own, whose keys may be relied on; None when there is no such file.
+    """Read a record of this project; None if there is no such file.
 
-    `form` is what its values must be (`record_forms`). Raises UserError with `remedy` for a damaged file, another form,
-    and later for every key that is asked for and not there, at any depth.
+    `form` declares its values (`record_forms`). Raises UserError with `remedy` for a damaged file, another form, and on
+    access to a missing key at any depth.
     """
     record = read_json(path, remedy=remedy)
     if record is None:
@@ -176,7 +177,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def open_array(path: Path, *, remedy: str) -> np.ndarray:
-    """A memory map of a `.npy` file. Raises UserError with `remedy` for a missing, damaged or pickled one."""
+    """A memory map of a `.npy` file. Raises UserError with `remedy` if it is missing, damaged or pickled."""
     try:
         require_regular(path)
         with _HEADERS:
@@ -196,11 +197,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def read_arrays(
     path: Path, *, remedy: str, check: Callable[[Mapping[str, ArrayHeader]], Collection[str]] | None = None
 ) -> dict[str, np.ndarray]:
-    """All arrays of a `.npz` file. Raises UserError with `remedy` for a missing, damaged or pickled one.
+    """All arrays of a `.npz` file. Raises UserError with `remedy` if it is missing, damaged or pickled.
 
-    Nothing is taken on trust: before memory is asked for, the shape in each array's header is held against the bytes
-    that the archive has for it, and those against the file and the machine. `check` sees the headers before any array
-    is read, raises ValueError for what is too large, and returns the names of the arrays to read.
+    Before memory is allocated, the shape in each array's header is checked against its bytes in the archive, and these
+    against the file and the machine's memory. `check` receives the headers before any array is read, raises ValueError
+    for arrays that are too large, and returns the names of the arrays to read.
     """
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
@@ -215,11 +216,11 @@ def read_arrays(
 
 
 def array_headers(path: Path, *, remedy: str) -> dict[str, ArrayHeader]:
-    """The headers of a `.npz` file's arrays; errors as of `read_arrays`."""
+    """The headers of a `.npz` file's arrays; raises the errors of `read_arrays`."""
     headers: dict[str, ArrayHeader] = {}
 
-    def keep(given: Mapping[str, ArrayHeader]) -> tuple[str, ...]:
-        headers.update(given)
+    def keep(checked_headers: Mapping[str, ArrayHeader]) -> tuple[str, ...]:
+        headers.update(checked_headers)
         return ()
 
     read_arrays(path, remedy=remedy, check=keep)
@@ -236,7 +237,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def read_tensors(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
-    """All arrays of a `.safetensors` file. Raises UserError with `remedy` for a missing or damaged one."""
+    """All arrays of a `.safetensors` file. Raises UserError with `remedy` if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -248,35 +249,35 @@ def read_tensors(path: Path, *, remedy: str) -> dict[str, np.ndarray]:
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-    """Write a network in the base pipeline's form, atomically; equal content gives equal bytes.
+    """Write a checkpoint in the base pipeline's format, atomically; equal contents give equal bytes.
 
-    `weights` {name: tensor}; `extra` is what it says of itself, JSON-ready. What a killed writer left of it goes.
+    `weights` is {name: tensor}; `extra` is its metadata, JSON-ready. Temporary files of killed writers are removed.
     """
     import torch
 
-    # A pickle notes which strings are one object; those that come out of the parser are alike every time.
+    # A pickle records which strings are identical objects; parsing JSON makes that reproducible.
     plain = json.loads(json.dumps(extra, sort_keys=True, allow_nan=False))
     remove_temporary_files(path)
-    with replacing(path) as temporary, temporary.open("wb") as file:  # a path would put its name into the archive
+    with replacing(path) as temporary, temporary.open("wb") as file:  # with a path, its name would be in the archive
         torch.save({"model_state_dict": dict(weights), "extra": plain}, file)
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON-ready value, whatever the order of its keys."""
+    """SHA-256 of a JSON-ready value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()).hexdigest()
 
 
 def _digest_or_empty(value: Any) -> str:
     try:
         return digest_of(value)
-    except ValueError:  # NaN, or half a character, which no writer of ours leaves
+    except ValueError:  # NaN or a lone surrogate, which this project never writes
         return ""
 
 
 class FileDigests:
-    """SHA-256 of files, remembered by size, modification time and inode, so that nothing is read twice.
+    """SHA-256 of files, cached by size, modification time and inode, so that no file is read twice.
 
-    What else was learned from a file of one content can be kept beside its digest (`facts`).
+    Other facts about a file's content can be stored under its digest (`facts`).
     """
 
     def __init__(self, path: Path) -> None:
@@ -289,13 +290,13 @@ class FileDigests:
             if isinstance(entry, list) and len(entry) == 4
         }
         facts: dict[str, Any] = stored.get("facts", {})
-        # Facts are of many forms, so damage is detected by a digest; they are then learned again.
+        # Facts have many forms, so damage is detected by a digest; damaged facts are discarded.
         is_intact = stored.get("facts_sha256") in (None, _digest_or_empty(facts))
         self._facts = facts if is_intact else {}
         self._changed = not is_intact
 
     def of(self, path: Path) -> str:
-        """Digest of one file; raises OSError when it cannot be read."""
+        """Digest of one file; raises OSError if it cannot be read."""
         status = path.stat()
         state = [status.st_size, status.st_mtime_ns, status.st_ino]
         entry = self._files.get(str(path))
@@ -308,7 +309,7 @@ class FileDigests:
         return digest
 
     def is_unchanged(self, path: Path) -> bool | None:
-        """Whether a file is still as it was when its digest was taken, without reading it; None when it never was."""
+        """Whether a file is unchanged since its digest was computed, without reading it; None without a digest."""
         entry = self._files.get(str(path))
         if entry is None:
             return None
@@ -316,20 +317,20 @@ class FileDigests:
         return entry[:3] == [status.st_size, status.st_mtime_ns, status.st_ino]
 
     def is_intact(self, path: Path) -> bool:
-        """Whether a file is there and not known to have changed; nothing is read."""
+        """Whether a file exists and is not known to have changed; does not read it."""
         return path.is_file() and self.is_unchanged(path) is not False
 
     def facts(self, digest: str) -> Any:
-        """What was kept for a content; None when nothing was."""
+        """The facts stored for a content; None without any."""
         return self._facts.get(digest)
 
     def keep(self, digest: str, facts: Any) -> None:
-        """Keep JSON-ready facts about a content."""
+        """Store JSON-ready facts about a content."""
         self._facts[digest] = facts
         self._changed = True
 
     def save(self) -> None:
-        """Write what was learned since the last time."""
+        """Write new digests and facts to disk."""
         if self._changed:
             facts_sha256 = digest_of(self._facts)
             write_json(self.path, {"files": self._files, "facts": self._facts, "facts_sha256": facts_sha256})

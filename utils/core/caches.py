@@ -14,29 +14,29 @@ from pathlib import Path
 logger = logging.getLogger("disease_pipeline")
 
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.partial(\.[^.]+)?")
-"""As `artifacts.replacing` and the base pipeline's writer name what is not finished."""
+"""Names of temporary files of `artifacts.replacing` and of the base pipeline's writer."""
 PACK = re.compile(r"(\d+(?:-[a-z]+)*_[0-9a-f]+)\.np[yz]")
 EMBEDDINGS = "embeddings"  # folder in the image cache
 EMBEDDING_PACK = re.compile(r"[0-9a-f]{16}/[0-9a-f]{16}\.npz")
-"""Files of the decoded-image cache; the two of one pack share the first part."""
+"""Files of the image cache; the two files of a pack share the first part."""
 HOUR = 3600.0
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something that can be counted and removed."""
+    """Files that are counted and removed together."""
 
     name: str
     paths: tuple[Path, ...]
-    """In the order in which they may go: what makes the others valid comes first."""
+    """Paths in the order of removal: the file that makes the others valid is first."""
     size: int
     """Bytes."""
     modified: float
-    """Of the newest file, seconds since the epoch."""
+    """Modification time of the newest file, in seconds since the epoch."""
 
 
 def walk_files(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Regular files at any depth; nothing where `folder` is a link or is not there."""
+    """Regular files at any depth; none if `folder` is a link or does not exist."""
     if folder.is_symlink() or not folder.is_dir():
         return
     with os.scandir(folder) as entries:
@@ -53,7 +53,7 @@ def total_size(folder: Path) -> int:
 
 
 def list_children(folder: Path) -> list[Item]:
-    """One item per file or folder that lies directly in `folder`, links left out."""
+    """One item per file or folder directly in `folder`, except links."""
     if folder.is_symlink() or not folder.is_dir():
         return []
     items = []
@@ -66,9 +66,9 @@ def list_children(folder: Path) -> list[Item]:
 
 
 def temporary_files(folder: Path, *, shared: bool) -> list[Item]:
-    """Files under temporary names, which a killed process left.
+    """Temporary files left by killed processes.
 
-    In a `shared` folder another program may be writing, so only what nobody has touched for an hour counts there.
+    In a `shared` folder another program may be writing, so only files that are at least an hour old are included.
     """
     items = []
     for entry in walk_files(folder):
@@ -81,13 +81,13 @@ def temporary_files(folder: Path, *, shared: bool) -> list[Item]:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove all files under temporary names from a folder that only the caller writes. Raises OSError."""
+    """Remove all temporary files from a folder that only the caller writes. Raises OSError."""
     for item in temporary_files(folder, shared=False):
         remove(item)
 
 
 def image_packs(image_cache: Path) -> list[Item]:
-    """The packs of decoded images, oldest first; their index goes before their pixels."""
+    """The packs of decoded images, oldest first; the index of a pack is removed before its pixels."""
     files: dict[str, list[tuple[Path, os.stat_result]]] = {}
     for entry in walk_files(image_cache):
         match = PACK.fullmatch(entry.name)
@@ -106,7 +106,7 @@ def image_packs(image_cache: Path) -> list[Item]:
 
 
 def image_embeddings(image_cache: Path) -> list[Item]:
-    """The packs of embeddings that the base pipeline's frozen networks have made of images, oldest first."""
+    """The packs of image embeddings by the base pipeline's frozen networks, oldest first."""
     items = []
     for entry in walk_files(image_cache / EMBEDDINGS):
         path = Path(entry.path)
@@ -118,13 +118,13 @@ def image_embeddings(image_cache: Path) -> list[Item]:
 
 
 def all_packs(image_cache: Path) -> list[Item]:
-    """The packs of decoded images and of embeddings, which the quota bounds together; oldest first."""
+    """The packs of decoded images and of embeddings, which share the quota; oldest first."""
     packs = [*image_packs(image_cache), *image_embeddings(image_cache)]
     return sorted(packs, key=lambda item: (item.modified, item.name))
 
 
 def enforce_quota(image_cache: Path, quota_gb: float | None) -> list[Item]:
-    """Remove the oldest packs until the cache keeps within the quota (10^9 bytes each); what was removed."""
+    """Remove the oldest packs until the cache fits the quota in units of 10^9 bytes; returns the removed items."""
     packs = all_packs(image_cache)
     total = sum(item.size for item in packs)
     removed: list[Item] = []
@@ -145,7 +145,7 @@ def enforce_quota(image_cache: Path, quota_gb: float | None) -> list[Item]:
 
 
 def remove(item: Item) -> None:
-    """Remove an item, in its order; links inside it go as names, what they point to stays. Raises OSError."""
+    """Remove an item, in the order of its paths; links are removed, their targets are kept. Raises OSError."""
     for path in item.paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -154,7 +154,7 @@ def remove(item: Item) -> None:
 
 
 def format_bytes(size: float) -> str:
-    """Bytes for a reader: `3.4 MB`."""
+    """Bytes as readable text: `3.4 MB`."""
     for unit in ("B", "kB", "MB"):
         if size < 999.5:
             return f"{size:.0f} {unit}" if size >= 99.5 or unit == "B" else f"{size:.1f} {unit}"
@@ -163,7 +163,7 @@ def format_bytes(size: float) -> str:
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Of an entry itself; None when it vanished since it was listed."""
+    """Status of an entry without following links; None if it no longer exists."""
     try:
         return entry.stat(follow_symlinks=False)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""The configuration: its sections together (`config_sections`), the values of one command, and their digests.
+"""The configuration: all sections (`config_sections`), the values of one command, and their digests.
 
-`utils.core.config_file` finds and reads the file; code that receives a `Config` needs only this module.
+`utils.core.config_file` locates and reads the file; code that receives a `Config` needs only this module.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from utils.core.config_sections import (
 from utils.core.config_values import Device, Seed
 from utils.core.errors import UserError
 
-# What the specification's file and text print is accepted before its method is built; the families' tables add to it.
+# Names in the specification are accepted even before their method exists; the tables of the families add others.
 SPECIFIED: dict[str, tuple[str, ...]] = {
     "exports.formats": (
         *("state_dict", "checkpoint", "torchscript", "exported_program", "onnx", "tflite", "tensorrt", "custom"),
@@ -41,11 +41,11 @@ SPECIFIED: dict[str, tuple[str, ...]] = {
     "runs.model_soup.methods": ("uniform", "greedy", "wise_ft"),
     "runs.stacking.meta_learners": ("lr", "xgb", "rf", "mlp"),
     "runs.fusion.fusion_methods": ("concat_mlp", "attention", "bilinear", "cca_aligned"),
-    "runs.meta_fuser.fuser_type": ("xgb", "mlp", "attention", "convex"),  # the last one is ours
+    "runs.meta_fuser.fuser_type": ("xgb", "mlp", "attention", "convex"),  # the last one is not in the specification
     "pruning.methods": ("greedy_forward", "greedy_backward", "diversity_max", "clustering"),
 }
 FILE = "file"
-"""The origin of a value that a configuration file states."""
+"""Origin of a value that is set in a configuration file."""
 
 
 class Config(Section):
@@ -76,27 +76,27 @@ class Config(Section):
 
     @property
     def source(self) -> Path:
-        """The file as the user named it, for messages."""
+        """Path of the file as the user named it, for messages."""
         return self._source
 
     @property
     def origins(self) -> Mapping[str, str]:
-        """{dotted key: where its value is from}: `FILE`, or `KEY=VALUE` of the command line; the rest are defaults."""
+        """{dotted key: origin of its value}: `FILE`, or `KEY=VALUE` of the command line; other keys have defaults."""
         return self._origins
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """`KEY=VALUE` of each `--set` of this command; they win over those that an earlier build has recorded."""
+        """`KEY=VALUE` of each `--set` of this command; they override those recorded by an earlier build."""
         return self._overrides
 
     @property
     def recorded_overrides(self) -> tuple[str, ...]:
-        """Those of `overrides` that differ from what the workspace remembers: recorded with what the command builds."""
+        """Those of `overrides` that differ from the workspace's stored configuration: recorded with what is built."""
         return self._recorded_overrides
 
     @property
     def is_remembered(self) -> bool:
-        """Whether it is the workspace's own, so that what was built with a `--set` stays as it was built."""
+        """Whether it is the workspace's stored configuration, so that results built with a `--set` stay valid."""
         return self._is_remembered
 
     def at(self, key: str) -> Any:
@@ -113,14 +113,14 @@ class Config(Section):
         return self.model_dump(mode="json")
 
     def digest(self, *keys: str) -> str:
-        """SHA-256 in hexadecimal of the values at these keys, in any order, or of all values without a key."""
+        """SHA-256 in hexadecimal of the values at these keys, in any order; without keys, of all values."""
         values = {key: self.at(key) for key in keys} if keys else {"": self}
         plain = {key: value.model_dump() if isinstance(value, Section) else value for key, value in values.items()}
         return hashlib.sha256(json.dumps(plain, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def validate(values: dict[str, Any], *, source: Path, origins: Mapping[str, str] = MappingProxyType({})) -> Config:
-    """Validate plain values; the Config keeps its `source` and `origins`. Raises pydantic's ValidationError."""
+    """Validate plain values; returns a Config with `source` and `origins`. Raises pydantic's ValidationError."""
     config = Config.model_validate(values)
     config._source, config._origins = source, dict(origins)
     return config
@@ -129,15 +129,15 @@ def validate(values: dict[str, Any], *, source: Path, origins: Mapping[str, str]
 def of_workspace(
     config: Config, *, overrides: Sequence[str] = (), recorded: Sequence[str] = (), is_remembered: bool = False
 ) -> Config:
-    """The configuration with what a workspace knows about it: its properties of these names."""
-    known = config.model_copy()
-    known._overrides, known._recorded_overrides = tuple(overrides), tuple(recorded)
-    known._is_remembered = is_remembered
-    return known
+    """A copy of the configuration with these properties, which depend on the workspace."""
+    copy = config.model_copy()
+    copy._overrides, copy._recorded_overrides = tuple(overrides), tuple(recorded)
+    copy._is_remembered = is_remembered
+    return copy
 
 
 def require_enabled(config: Config, key: str) -> None:
-    """Raise UserError, with the line to add, if the section at `key` is disabled."""
+    """Raise UserError, with the configuration line to add, if the section at `key` is disabled."""
     if not config.at(f"{key}.enable"):
         raise UserError(
             f"{config.source}: {key} is disabled; run again with --set {key}.enable=true, "

@@ -1,9 +1,9 @@
-"""Find and read the configuration file, apply every `--set`, and report all problems at once.
+"""Locates and reads the configuration file, applies every `--set`, and reports all problems at once.
 
-A section that is absent takes the specification's values. The exception: where a file names any `runs`, every absent
-section with an `enable` key (`runs.*`, `pruning`, `distillation`) is off; `exports` never is. A section that is present
-takes the specification's value for every key it leaves out, `enable` too: `moe: {top_k: 1}` alone leaves moe off,
-`fusion: {end_to_end: true}` leaves fusion on. `--set` is applied after that, so it never switches anything else.
+An absent section has the specification's values. The exception: if a file has any section of `runs`, every absent
+section with an `enable` key (`runs.*`, `pruning`, `distillation`) is off, except `exports`. A section that is present
+has the specification's value for every missing key, including `enable`: `moe: {top_k: 1}` leaves moe off,
+`fusion: {end_to_end: true}` leaves fusion on. `--set` is applied afterwards, so it does not switch other sections.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from utils.core.config import FILE, SPECIFIED, Config, of_workspace, validate
 from utils.core.config_sections import Runs, Section
 from utils.core.errors import ConfigError, UserError, did_you_mean, nearest_first
 
-MOST_FILES, MOST_LINES = 10, 100  # shown of similar files and of problems
-MOST_BYTES, MOST_VALUES, LONGEST, DEEPEST = 1_000_000, 10_000, 1_000, 20  # beyond these it is not a configuration file
+MOST_FILES, MOST_LINES = 10, 100  # number of similar files and of problems in a message
+MOST_BYTES, MOST_VALUES, LONGEST, DEEPEST = 1_000_000, 10_000, 1_000, 20  # limits of a configuration file
 PROVENANCE = "provenance"
-"""A remembered configuration's section about the others: where each value came from."""
+"""Section of a stored configuration with the origin of each value."""
 YAML = "tag:yaml.org,2002:"
 SCALARS = {YAML + kind for kind in ("null", "bool", "int", "float")}
-AS_TEXT = {YAML + kind for kind in ("str", "timestamp", "value", "merge")}  # no date, `=` or `<<` means anything here
+AS_TEXT = {YAML + kind for kind in ("str", "timestamp", "value", "merge")}  # dates, `=` and `<<` are plain text here
 TAGS = {yaml.ScalarNode: SCALARS | AS_TEXT, yaml.SequenceNode: {YAML + "seq"}, yaml.MappingNode: {YAML + "map"}}
 KeyPath = tuple[str, ...]
 Problems = list[tuple[KeyPath, str]]
 
 
 def find_config(name: str, project: Path) -> Path:
-    """The file called `name` below the working directory, else below the project; ConfigError that names both paths."""
+    """The file `name` in the working directory, else in the project. Raises ConfigError naming both paths."""
     requested = Path(os.path.expanduser(name))
     candidates = [requested] if requested.is_absolute() else [requested, project / requested]
     for candidate in candidates:
@@ -48,16 +48,18 @@ def find_config(name: str, project: Path) -> Path:
             return candidate
     folders = dict.fromkeys([*(candidate.parent for candidate in candidates), project / "configs"])
     files = sorted(file for folder in folders for file in folder.glob("*.y*ml"))
-    near = list(
+    similar_files = list(
         dict.fromkeys(str(file.relative_to(project) if file.is_relative_to(project) else file) for file in files)
     )
     problem = "is a folder; expected a file" if any(candidate.is_dir() for candidate in candidates) else "no such file"
-    places = dict.fromkeys(os.path.abspath(candidate) for candidate in candidates)
-    meant = did_you_mean(name, near) or did_you_mean(requested.name, [Path(file).name for file in near])
-    shown = [*near[:MOST_FILES], *(["..."] if near[MOST_FILES:] else [])]
+    searched = dict.fromkeys(os.path.abspath(candidate) for candidate in candidates)
+    suggestion = did_you_mean(name, similar_files) or did_you_mean(
+        requested.name, [Path(file).name for file in similar_files]
+    )
+    shown_files = [*similar_files[:MOST_FILES], *(["..."] if similar_files[MOST_FILES:] else [])]
     raise ConfigError(
-        f"{name}: {problem}{meant or '.'} Looked for {' and '.join(places)}; there are "
-        f"{', '.join(shown) or 'no YAML files'}"
+        f"{name}: {problem}{suggestion or '.'} Looked for {' and '.join(searched)}; there are "
+        f"{', '.join(shown_files) or 'no YAML files'}"
     )
 
 
@@ -67,9 +69,9 @@ def load_config(
     overrides: Sequence[str] = (),
     names: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> Config:
-    """Read and validate the file with `overrides` such as `runs.moe.enable=true` applied to it.
+    """Read the file, apply `overrides` such as `runs.moe.enable=true`, and validate the result.
 
-    `names` maps a key of `SPECIFIED` to further accepted names. Raises ConfigError that lists every problem of the file
+    `names` maps a key of `SPECIFIED` to further accepted names. Raises ConfigError that lists all problems of the file
     and of the overrides.
     """
     if strange := sorted(set(names) - set(SPECIFIED)):
@@ -78,31 +80,33 @@ def load_config(
     provenance = (values or {}).pop(PROVENANCE, None)
     origins: dict[KeyPath, str] = {}
     raw = _switch_off_absent(values or {})
-    stated = _stated_origins(raw, provenance)
+    stated_origins = _stated_origins(raw, provenance)
     lines = [*_lines(problems, {}), *_apply(raw, overrides, origins)]
     unknown = dict(_unknown_names(raw, names))
     invalid: dict[KeyPath, str] = {}
     try:
-        config = validate(raw, source=path, origins=stated | {".".join(key): text for key, text in origins.items()})
+        config = validate(
+            raw, source=path, origins=stated_origins | {".".join(key): text for key, text in origins.items()}
+        )
     except ValidationError as error:
         invalid = dict(chain.from_iterable(map(_explain, error.errors())))
     invalid |= unknown
-    for key_path, _ in problems:  # already listed
+    for key_path, _ in problems:  # already reported
         invalid.pop(key_path, None)
-    if values is None:  # the overrides can still be judged
+    if values is None:  # the overrides can still be validated
         invalid = {key_path: text for key_path, text in invalid.items() if _origin(key_path, origins) is not None}
     if lines := [*lines, *_lines(list(invalid.items()), origins)]:
-        shown = lines[:MOST_LINES] + [f"... and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES)
+        shown_lines = lines[:MOST_LINES] + [f"... and {len(lines) - MOST_LINES} more"] * (len(lines) > MOST_LINES)
         raise ConfigError(
-            "\n  ".join([f"{path}: {len(lines)} problem(s)", *shown]) if lines[1:] else f"{path}: {lines[0]}"
+            "\n  ".join([f"{path}: {len(lines)} problem(s)", *shown_lines]) if lines[1:] else f"{path}: {lines[0]}"
         )
     return config
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """The configuration with `KEY=VALUE` of an earlier command applied below those of this one.
+    """The configuration with `KEY=VALUE` of an earlier command, which those of this command override.
 
-    Raises UserError for one that the schema does not take (any more).
+    Raises UserError for an override that the schema does not accept (any more).
     """
     raw, origins = config.as_dict(), dict[KeyPath, str]()
     problems = list(_apply(raw, [*overrides, *config.overrides], origins))
@@ -121,7 +125,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def leaves(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value of a configuration; a section is no value."""
+    """(dotted key, value) of every value of a configuration; sections are not values."""
     for name, value in values.items():
         if isinstance(value, dict) and _section((*above, name)) is not None:
             yield from leaves(value, (*above, name))
@@ -130,17 +134,17 @@ def leaves(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[str
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """What a remembered configuration records about itself; nothing where the file is none."""
+    """The section `provenance` of a stored configuration; empty for other files."""
     values = _read_file(path)[0] if path.is_file() else None
     provenance = (values or {}).get(PROVENANCE)
     return provenance if isinstance(provenance, dict) else {}
 
 
 def _stated_origins(raw: dict[str, Any], provenance: object) -> dict[str, str]:
-    """{key: origin} of what a file states; a remembered one records where each value came from."""
-    stated = provenance.get("keys") if isinstance(provenance, dict) else None
-    if isinstance(stated, dict):
-        return {str(key): str(origin) for key, origin in stated.items()}
+    """{key: origin} of the values in a file; a stored configuration records their origins."""
+    recorded = provenance.get("keys") if isinstance(provenance, dict) else None
+    if isinstance(recorded, dict):
+        return {str(key): str(origin) for key, origin in recorded.items()}
     return dict.fromkeys((key for key, _ in leaves(raw)), FILE)
 
 
@@ -154,7 +158,7 @@ def _switch_off_absent(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(key_path: KeyPath) -> type[Section] | None:
-    """The schema of the section at `key_path`, or None where there is a value or nothing."""
+    """The schema of the section at `key_path`; None if there is a value or nothing."""
     section: type[Section] = Config
     for name in key_path:
         field = section.model_fields.get(name)
@@ -174,7 +178,7 @@ def _sections(key_path: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def _unknown_key(key_path: KeyPath) -> str:
-    """The message for a key that its section does not have."""
+    """The message for an unknown key of a section."""
     section = _section(key_path[:-1])
     keys = list(section.model_fields) if section else []
     elsewhere = [".".join(section_key) for section_key in _sections() if section_key[-1:] == key_path[-1:]]
@@ -184,7 +188,7 @@ def _unknown_key(key_path: KeyPath) -> str:
 
 
 def _explain(problem: ErrorDetails) -> Iterator[tuple[KeyPath, str]]:
-    """One of pydantic's problems in plain words."""
+    """The message for one of pydantic's problems."""
     key_path = tuple(map(str, problem["loc"]))
     value = f"found {_show(problem['input'])}; "
     if problem["type"] == "extra_forbidden":
@@ -202,7 +206,7 @@ def _explain(problem: ErrorDetails) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _unknown_names(raw: dict[str, Any], names: Mapping[str, Collection[str]]) -> Iterator[tuple[KeyPath, str]]:
-    """Unknown method names; removes the ending `_ensemble` from names that are written in full."""
+    """Problems of unknown method names; strips the suffix `_ensemble` from names."""
     printed = Config()
     for dotted, specified in SPECIFIED.items():
         *parents, key = key_path = tuple(dotted.split("."))
@@ -211,7 +215,7 @@ def _unknown_names(raw: dict[str, Any], names: Mapping[str, Collection[str]]) ->
             holder = holder.get(parent) if isinstance(holder, dict) else None
         value = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(value, list) != isinstance(printed.at(dotted), tuple):
-            continue  # absent, or not what the schema takes here
+            continue  # absent, or of an invalid type
         allowed = (*specified, *sorted(set(names.get(dotted, ())) - set(specified)))
         items: list[Any] = value if isinstance(value, list) else [value]
         for position, name in enumerate(items):
@@ -225,7 +229,7 @@ def _unknown_names(raw: dict[str, Any], names: Mapping[str, Collection[str]]) ->
 
 
 def _misplaced(key_path: KeyPath) -> str:
-    """Why no value can be set at `key_path`, or nothing."""
+    """The reason why no value can be set at `key_path`, or an empty text."""
     for end, name in enumerate(key_path, start=1):
         around = _section(key_path[: end - 1])
         if around is None:
@@ -236,7 +240,7 @@ def _misplaced(key_path: KeyPath) -> str:
 
 
 def _apply(raw: dict[str, Any], overrides: Sequence[str], origins: dict[KeyPath, str]) -> Iterator[str]:
-    """Apply each override to `raw` and record it in `origins` {key of a value: its override}; yield the problems."""
+    """Apply each override to `raw` and record it in `origins`, {key of a value: its override}; yields the problems."""
     for override in overrides:
         dotted, equals, text = override.partition("=")
         key_path = tuple(dotted.strip().split("."))
@@ -260,7 +264,7 @@ def _put(raw: dict[str, Any], key_path: KeyPath, value: object, override: str, o
     holder = raw
     for name in key_path[:-1]:
         holder = holder.setdefault(name, {})
-        if not isinstance(holder, dict):  # the file has no section here, which is reported as the file's own problem
+        if not isinstance(holder, dict):  # the file has no section here, which is reported as a problem of the file
             return
     holder[key_path[-1]] = value
     origins[key_path] = override
@@ -290,7 +294,7 @@ def _show(value: object) -> str:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any] | None, Problems]:
-    """The mapping in the file (None: it cannot be read as one) and what is wrong with it."""
+    """The mapping in the file (None if it cannot be read as one) and its problems."""
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -308,17 +312,17 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, Problems]:
         ]
     values, problems = _read_text(text)
     if not problems and not isinstance(values, dict):
-        what = "an empty file" if values is None else _show(values)
-        problems = [((), f"line 1, column 1: found {what}; expected sections: {', '.join(Config.model_fields)}")]
+        content = "an empty file" if values is None else _show(values)
+        problems = [((), f"line 1, column 1: found {content}; expected sections: {', '.join(Config.model_fields)}")]
     return values if isinstance(values, dict) else None, problems
 
 
 def _read_text(text: str) -> tuple[Any, Problems]:
-    """YAML -> plain values and what is wrong with them; nothing is built that YAML 1.1's plain kinds do not name."""
+    """Parse YAML to plain values and problems; constructs only values of YAML 1.1's plain types."""
     return copy.deepcopy(_parsed(text))
 
 
-@lru_cache(maxsize=2)  # a command reads the remembered configuration, then what it records about itself
+@lru_cache(maxsize=2)  # a command reads the stored configuration, then its provenance
 def _parsed(text: str) -> tuple[Any, Problems]:
     try:
         return (reader := _Reader(text)).read(), reader.problems
@@ -331,13 +335,13 @@ def _parsed(text: str) -> tuple[Any, Problems]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        what = ", ".join(filter(None, [error.context, error.problem]))
-        what = "found a tab; expected spaces" if "'\\t'" in what else f"expected YAML: {what}"
-        return None, [((), position + what)]
+        problem = ", ".join(filter(None, [error.context, error.problem]))
+        problem = "found a tab; expected spaces" if "'\\t'" in problem else f"expected YAML: {problem}"
+        return None, [((), position + problem)]
 
 
 class _Reader(yaml.SafeLoader):
-    """Counts what aliases expand to, reports duplicate keys, and accepts plain values only."""
+    """Limits the expansion of aliases, reports duplicate keys, and accepts only plain values."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -393,7 +397,7 @@ class _Reader(yaml.SafeLoader):
         else:
             try:
                 return self.yaml_constructors[node.tag](self, node)
-            except (ValueError, KeyError):  # such as `0b_`, or `!!bool 7`
+            except (ValueError, KeyError):  # for example `0b_`, or `!!bool 7`
                 self._note(key_path, node, f"found {_show(node.value)}; expected {node.tag.removeprefix(YAML)}")
         return None
 
@@ -402,12 +406,14 @@ class _Reader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             key = self._plain(key_node, key_path) if isinstance(key_node, yaml.ScalarNode) else None
-            here = (*key_path, str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?")
+            value_path = (*key_path, str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?")
             if not isinstance(key, str):
-                self._note(here, key_node, "found a key that is not text; expected a name, in quotes if necessary")
+                self._note(
+                    value_path, key_node, "found a key that is not text; expected a name, in quotes if necessary"
+                )
             elif key in lines:
-                self._note(here, key_node, f"found again; expected once, and line {lines[key]} has it")
+                self._note(value_path, key_node, f"found again; expected once, and line {lines[key]} has it")
             else:
                 lines[key] = key_node.start_mark.line + 1
-                values[key] = self._plain(value_node, here)
+                values[key] = self._plain(value_node, value_path)
         return values

@@ -1,4 +1,4 @@
-"""What the configuration's models say: meaning, type, range and default of a key, and the JSON schema."""
+"""Descriptions of the configuration's keys (meaning, type, range and default), and the JSON schema."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Key:
     """One key of the configuration, or one section."""
 
     name: str
-    """Dotted, such as `runs.moe.top_k`"""
+    """Dotted name, such as `runs.moe.top_k`"""
     meaning: str
     kind: str
     """Type of its values; `section` for a section"""
     range: str
-    """What is accepted, in words; empty where the type says it"""
+    """Accepted values in words; empty if the type suffices"""
     default: Any
     keys: tuple[str, ...] = ()
-    """Of a section, its keys"""
+    """Keys of a section"""
 
 
 def iterate_keys(section: type[Section] = Config, above: str = "") -> Iterator[Key]:
-    """Every section and key in the file's order, a section before its keys."""
+    """All sections and keys in the file's order, a section before its keys."""
     for name, field in section.model_fields.items():
         dotted = f"{above}{name}"
         kind = field.annotation
@@ -48,17 +48,17 @@ def iterate_keys(section: type[Section] = Config, above: str = "") -> Iterator[K
 
 
 def find(name: str) -> Key:
-    """The key or section of a dotted name. Raises ConfigError that suggests the nearest one."""
-    known = {key.name: key for key in iterate_keys()}
-    if name not in known:
-        ends = [dotted for dotted in known if dotted.endswith(f".{name}")]
+    """The key or section with a dotted name. Raises ConfigError that suggests the closest name."""
+    keys = {key.name: key for key in iterate_keys()}
+    if name not in keys:
+        ends = [dotted for dotted in keys if dotted.endswith(f".{name}")]
         if len(ends) > 1:
             raise ConfigError(f"--explain {name}: several keys have this name: {', '.join(ends)}")
-        last = {dotted.rpartition(".")[2]: dotted for dotted in known}
-        near = ends or [last[word] for word in get_close_matches(name.rpartition(".")[2], last, n=1)]
-        hint = f"; did you mean {near[0]!r}?" if near and "." not in name else did_you_mean(name, known)
+        last = {dotted.rpartition(".")[2]: dotted for dotted in keys}
+        similar = ends or [last[word] for word in get_close_matches(name.rpartition(".")[2], last, n=1)]
+        hint = f"; did you mean {similar[0]!r}?" if similar and "." not in name else did_you_mean(name, keys)
         raise ConfigError(f"--explain {name}: no such key{hint or '.'} The command `config` lists them all")
-    return known[name]
+    return keys[name]
 
 
 def json_schema(names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -67,12 +67,12 @@ def json_schema(names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     for dotted, specified in SPECIFIED.items():
         allowed = [*specified, *sorted(set(names.get(dotted, ())) - set(specified))]
         *sections, key = dotted.split(".")
-        place = schema
+        node = schema
         for section in sections:
-            place = schema["$defs"][place["properties"][section]["$ref"].rpartition("/")[2]]
-        target = place["properties"][key]
+            node = schema["$defs"][node["properties"][section]["$ref"].rpartition("/")[2]]
+        target = node["properties"][key]
         (target["items"] if target.get("type") == "array" else target)["enum"] = allowed
-    # A remembered configuration holds where its values came from.
+    # A stored configuration has the origins of its values.
     schema["properties"]["provenance"] = {"type": "object", "description": "Where each value came from."}
     return {"$schema": DIALECT, **schema, "title": "Configuration of the ensemble system"}
 
@@ -88,7 +88,7 @@ def _kind(annotation: Any) -> str:
         return "list"
     parts = [part for part in get_args(annotation) if part is not type(None)]
     words = list(dict.fromkeys(_kind(part) for part in parts))
-    if len(words) > 1 and "one of" in words:  # a list, or a word
+    if len(words) > 1 and "one of" in words:  # a list, or one of some words
         words = [word for word in words if word != "one of"] + ["a word"]
     return " or ".join(words) + (" or null" if type(None) in get_args(annotation) else "")
 
@@ -97,15 +97,15 @@ def _range(dotted: str, field: FieldInfo) -> str:
     if dotted in SPECIFIED:
         return ", ".join(SPECIFIED[dotted])
     words = _literals(field.annotation)
-    own = [_expected(each) for each in field.metadata]
+    own_checks = [_expected(each) for each in field.metadata]
     of_parts = [_expected(each) for part in get_args(field.annotation) for each in getattr(part, "__metadata__", ())]
     if get_origin(field.annotation) is tuple:
         of_parts = [f"each {text}" for text in of_parts if text]
-    return "; ".join(filter(None, [", ".join(words), *own, *of_parts]))
+    return "; ".join(filter(None, [", ".join(words), *own_checks, *of_parts]))
 
 
 def _expected(check: Any) -> str:
-    """What a check of `config_values` accepts, in words."""
+    """The values that a check of `config_values` accepts, in words."""
     text = check.func.__doc__ or "" if isinstance(check, BeforeValidator) else ""
     return text.removeprefix("expected ") if text.startswith("expected ") else ""
 

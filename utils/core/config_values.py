@@ -1,6 +1,6 @@
-"""Types of the configuration's values: each checks one value and says what it expects.
+"""Types of the configuration's values: each validates one value and describes the expected values.
 
-The text of a check is what messages and `config --explain` print; the bounds are in the JSON schema as well.
+Messages and `config --explain` print the text of a check; the bounds are in the JSON schema too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a page says: text of users made showable, and numbers as people write them."""
+"""Text for display: users' text made printable, and formatted numbers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from utils.core.program_names import as_typed
 
 NOT_MEASURED = "not measured"
 _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-_HARMLESS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # which some scripts are written with
+_HARMLESS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # used by some scripts
 
 
 def printable(text: object) -> str:
-    """The text on one line, with what cannot be seen or encoded written out: `\\n`, `\\xff`, `\\u202e`.
+    """The text on one line, with invisible and unencodable characters escaped: `\\n`, `\\xff`, `\\u202e`.
 
-    Bytes of a file name that are no UTF-8, which Python keeps as lone surrogates, come out as `\\xNN`.
+    Bytes of a file name that are not UTF-8, which Python represents by lone surrogates, become `\\xNN`.
     """
     text = str(text)
     return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
 
 
 def printable_lines(text: object) -> str:
-    """The text with its lines and tabs, each line made `printable`; for everything that reaches a terminal.
+    """The text with lines and tabs kept, and each line made `printable`; for all output to a terminal.
 
     Commands in it are shown as the user types them (`program_names.as_typed`).
     """
@@ -40,12 +40,12 @@ def _shown(letter: str) -> str:
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
-    """A figure with a fixed number of digits, or `not measured`."""
+    """A number with a fixed number of digits, or `not measured`."""
     return NOT_MEASURED if value is None else f"{value:.{digits}f}"
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:
-    """A share as a percentage, or `not measured`."""
+    """A fraction as a percentage, or `not measured`."""
     return NOT_MEASURED if value is None else f"{100 * value:.{digits}f}%"
 
 
@@ -57,14 +57,14 @@ def format_p_value(value: float) -> str:
 
 
 def format_interval(bounds: Sequence[float] | None, digits: int = 4) -> str:
-    """`[low, high]`; nothing where there is none."""
+    """`[low, high]`; empty without an interval."""
     return "" if bounds is None else f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
 
 
 def join_names(names: Sequence[str], most: int = 6) -> str:
-    """`a, b and c`, the rest counted."""
-    kept = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
-    return " and ".join([", ".join(kept[:-1]), kept[-1]]) if len(kept) > 1 else "".join(kept)
+    """`a, b and c`; of more than `most` names the last part is their number."""
+    parts = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
 def format_count(count: int, word: str) -> str:

@@ -1,7 +1,7 @@
-"""Where independent jobs run: in this process, or on the workers of a Ray cluster; results in the order of the jobs.
+"""Runs independent jobs in this process or on the workers of a Ray cluster; results are in the order of the jobs.
 
-A job is a function that a worker can import by name, arguments that all jobs share, and one item. It gives the same
-bytes wherever it runs on the CPU, because the number of threads that its sums are split over is part of the job.
+A job is a function that a worker can import by name, arguments that all jobs share, and one item. On the CPU, its
+result does not depend on where it runs, because its number of intra-op threads is part of the job.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from utils.core.errors import ConfigError, UserError
 
 logger = logging.getLogger("disease_pipeline")
 
-RETRIES = 3  # of a job whose worker died
-STORE_BYTES = 200_000_000  # shared memory of a cluster that is started here; what does not fit goes to disk
-MIN_REMAINING_SECONDS = 10.0  # of work, from which on processes save time; starting them takes up to four
-MAX_PROCESSES = 8  # of about 400 MB each
-PROGRESS_SECONDS = 1.0  # between two lines of progress
+RETRIES = 3  # for a job whose worker died
+STORE_BYTES = 200_000_000  # shared memory of a cluster that is started here; larger objects are spilled to disk
+MIN_REMAINING_SECONDS = 10.0  # minimum remaining work for using processes, whose start takes up to four seconds
+MAX_PROCESSES = 8  # about 400 MB each
+PROGRESS_SECONDS = 1.0  # minimum time between two progress lines
 INSTALL = "Install it: pip install 'ray>=2.40,<3'; or leave --engine ray out"
 
 JobWarning = tuple[int, str]
 """Level and text of a message that a job logged in another process."""
 ThreadLimit = tuple[int | None, bool]
-"""Threads that the sums of a job are split over, and whether the limit applies to torch only."""
+"""Number of intra-op threads of a job, and whether the limit applies to torch only."""
 
 
 class Engine(Protocol):
-    """Runs jobs that do not depend on each other."""
+    """Runs independent jobs."""
 
     name: str
     shares_memory: bool
-    """Whether jobs in threads see the objects of this process, so that they can go on with what an earlier job left."""
+    """Whether jobs in threads share the objects of this process, so that they can reuse results of earlier jobs."""
 
     def map(
         self,
@@ -58,24 +58,24 @@ class Engine(Protocol):
 
         Args:
             shared: arguments of every job; a job must not modify them.
-            description: names the jobs in progress messages.
-            n_threads: jobs that run concurrently in threads of this process (a cluster ignores it).
-            n_processes: most processes beside this one, used where they save time (a cluster ignores it).
-            threads_per_job: threads that the sums of a job are split over; None: as many as torch uses here.
+            description: name of the jobs in progress messages.
+            n_threads: number of jobs that run concurrently in threads of this process (a cluster ignores it).
+            n_processes: maximum number of further processes, used if they save time (a cluster ignores it).
+            threads_per_job: number of intra-op threads of a job; None: torch's number in this process.
             gpu: fraction of a GPU that a job needs.
 
-        An exception of a job is raised here. Raises UserError where workers die repeatedly.
+        An exception of a job is raised here. Raises UserError if workers die repeatedly.
         """
 
     def worker_device(self, device: str) -> str:
-        """The name that a device of this machine has where a job runs."""
+        """The name of a device of this machine in the process of a job."""
 
     def close(self) -> None:
-        """Release what the engine started; called when the command ends."""
+        """Release the resources of the engine; called when the command ends."""
 
 
 class Local:
-    """This process."""
+    """Runs jobs in this process and in local child processes."""
 
     name = "local"
     shares_memory = True
@@ -92,7 +92,7 @@ class Local:
         threads_per_job: int | None = None,
         gpu: float = 0.0,
     ) -> Iterator[Any]:
-        """As `Engine.map`; with one thread and one process, a job starts when the previous result has been consumed."""
+        """`Engine.map`; with one thread and one process, a job starts after the previous result has been consumed."""
         if n_processes > 1:
             jobs = list(items)
             yield from _map_in_processes(function, jobs, shared, description or "jobs", n_processes, threads_per_job)
@@ -113,7 +113,7 @@ class Local:
         return device
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 def _map_in_processes(
@@ -124,7 +124,7 @@ def _map_in_processes(
     n_processes: int,
     threads_per_job: int | None,
 ) -> Iterator[Any]:
-    """Run two jobs here; run the others in processes if they would take long here, or here if a process dies."""
+    """Run two jobs here; run the others in processes if they would take long, or here if a process dies."""
     done = 0
     seconds: list[float] = []
 
@@ -138,7 +138,7 @@ def _map_in_processes(
             done += 1
             yield result
 
-    yield from run_here(2)  # the first one may have had something to import
+    yield from run_here(2)  # two, since the first one may include import time
     remaining = len(jobs) - done
     if remaining > 1 and min(seconds) * remaining > MIN_REMAINING_SECONDS:
         from joblib import Parallel, delayed
@@ -151,7 +151,7 @@ def _map_in_processes(
                 workers,
                 "loky",
                 return_as="generator",
-                initializer=subprocesses.end_with,  # idle ones would outlive a killed command by five minutes
+                initializer=subprocesses.end_with,  # idle processes would outlive a killed command by five minutes
                 initargs=(os.getpid(),),
             )
             for result, warnings in pool(calls):
@@ -167,7 +167,7 @@ def _map_in_processes(
 
 
 class Ray:
-    """The workers of a Ray cluster: the one at `address`, or one that is started here for as long as the command runs.
+    """Runs jobs on the workers of a Ray cluster: the one at `address`, or a new one for the duration of the command.
 
     Every machine needs this project, its packages and the workspace under the same paths. Moritz et al. 2018, "Ray: a
     distributed framework for emerging AI applications" (OSDI).
@@ -192,7 +192,7 @@ class Ray:
         threads_per_job: int | None = None,
         gpu: float = 0.0,
     ) -> Iterator[Any]:
-        """As `Engine.map`; a job whose worker died is run again, up to `RETRIES` times."""
+        """`Engine.map`; a job whose worker died is run again, up to `RETRIES` times."""
         jobs = list(items)
         if not jobs:
             return
@@ -206,11 +206,11 @@ class Ray:
         yield from _in_order(ray, references, description)
 
     def worker_device(self, device: str) -> str:
-        """A worker sees the GPU that it was assigned as its first."""
+        """The device name in a worker, where the assigned GPU is the first one."""
         return "cuda:0" if device.startswith("cuda") else device
 
     def close(self) -> None:
-        """End the cluster that was started here, or leave the one that was joined."""
+        """Stop a cluster that was started here, or disconnect from an existing one."""
         if self._task is not None:
             import ray
 
@@ -218,10 +218,10 @@ class Ray:
             self._task = None
 
     def _start(self, gpu: float) -> tuple[Any, Any]:
-        """The remote task and the module `ray`; joins or starts the cluster at the first call."""
+        """The remote task and the module `ray`; the first call connects to the cluster or starts one."""
         try:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: starved beside any other program
+            os.environ.setdefault("RAY_worker_niceness", "0")  # by default 15, which other programs starve
             import ray
         except ImportError as error:
             raise UserError(f"--engine ray: ray cannot be imported ({error}). {INSTALL}") from error
@@ -231,7 +231,7 @@ class Ray:
                 ray.init(
                     address=self.address or "local",
                     include_dashboard=None if self.address else False,
-                    log_to_driver=False,  # the warnings of workers arrive with their results
+                    log_to_driver=False,  # warnings of workers are returned with their results
                     logging_level=logging.ERROR,
                     runtime_env={"env_vars": _worker_environment()},
                     **here,
@@ -260,9 +260,9 @@ def current() -> Engine:
 
 @contextmanager
 def using(name: str, address: str | None = None) -> Iterator[None]:
-    """Use an engine inside the block. Raises ConfigError for an address that the engine does not take.
+    """Use an engine inside the block. Raises ConfigError for an address that the engine does not accept.
 
-    What Ray prints goes to stderr; stdout belongs to the command.
+    Ray's output goes to stderr; stdout is reserved for the command.
     """
     global _current
     if address is not None and name != Ray.name:
@@ -279,7 +279,7 @@ def using(name: str, address: str | None = None) -> Iterator[None]:
 
 
 def _run_job(limit: ThreadLimit, function: Callable[..., Any], item: Any, *shared: Any) -> tuple[Any, list[JobWarning]]:
-    """One job in another process: its result, and the warnings that it logged."""
+    """Run one job in a worker; returns its result and the warnings that it logged."""
     threads, torch_only = limit
     recorder = _WarningRecorder()
     logger.addHandler(recorder)
@@ -295,7 +295,7 @@ def _run_job(limit: ThreadLimit, function: Callable[..., Any], item: Any, *share
 
 
 class _WarningRecorder(logging.Handler):
-    """Keeps warnings and errors."""
+    """Collects warnings and errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -315,19 +315,19 @@ def _in_order(ray: Any, references: Sequence[Any], description: str | None) -> I
                 _, pending = ray.wait(pending, num_returns=1)
                 done, now = len(references) - len(pending), time.monotonic()
                 if description and (now - last_message >= PROGRESS_SECONDS or not pending):
-                    left = (now - start) / done * len(pending)
-                    logger.info("[%d/%d] %s; about %.0f s left", done, len(references), description, left)
+                    seconds_left = (now - start) / done * len(pending)
+                    logger.info("[%d/%d] %s; about %.0f s left", done, len(references), description, seconds_left)
                     last_message = now
             result, warnings = _result(ray, reference, description or "a job")
             _log_warnings(warnings)
             yield result
     finally:
-        for reference in pending:  # a joined cluster would go on computing what nobody waits for
+        for reference in pending:  # an existing cluster would continue to compute results that are no longer needed
             ray.cancel(reference)
 
 
 def _log_warnings(warnings: Sequence[JobWarning]) -> None:
-    """Log here what a job logged in another process."""
+    """Log the warnings of a job that ran in another process."""
     for level, text in warnings:
         logger.log(level, "%s", text)
 
@@ -361,7 +361,7 @@ def _torch_threads() -> int:
 
 
 def _worker_environment() -> dict[str, str]:
-    """The variables by which a worker finds this project and the workspace as this process does."""
+    """Environment variables for workers, to find this project and the workspace."""
     variables = {
         name: value for name, value in os.environ.items() if name.startswith("DBT_") or name == "BASE_BACK_DIR"
     }
@@ -370,7 +370,7 @@ def _worker_environment() -> dict[str, str]:
 
 
 def cores() -> int:
-    """Number of cores that affinity and the container's quota leave to this process, at least 1."""
+    """Number of cores available to this process by CPU affinity and container quota, at least 1."""
     from joblib import cpu_count
 
     return int(cpu_count())

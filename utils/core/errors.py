@@ -7,7 +7,7 @@
     │   └── ContaminatedError    a result scored on rows that its parts were fitted on
     └── PartialFailure           finished, but a requested part failed or was left out   exit 4
 
-Anything else that reaches the top is a bug (exit 70). The codes stand in `ensemble_orchestrator.EXIT_CODES`.
+Any other exception is a bug (exit 70). The codes are in `ensemble_orchestrator.EXIT_CODES`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _REMEDIES = {
 
 
 class OrchestratorError(Exception):
-    """Base of every error that this project raises on purpose; its text is what the user reads."""
+    """Base class of all errors that this project raises deliberately; the user sees their text."""
 
 
 class UserError(OrchestratorError):
-    """A problem that the user can correct: the message names the file, the value, what was expected and a remedy."""
+    """A problem that the user can correct: the message names the file, the value, the expected value and a remedy."""
 
 
 class ConfigError(OrchestratorError):
@@ -41,28 +41,28 @@ class ConfigError(OrchestratorError):
 
 
 class LeakageError(OrchestratorError):
-    """The request would need out-of-sample predictions that do not exist."""
+    """The request needs out-of-sample predictions that do not exist."""
 
 
 class ContaminatedError(LeakageError):
-    """A result was asked for on rows that a part of it was fitted on."""
+    """A result was requested on rows that a part of it was fitted on."""
 
 
 class PartialFailure(OrchestratorError):
-    """The command finished, but a requested part failed or was left out; the text names each."""
+    """The command finished, but requested parts failed or were omitted; the message names each."""
 
 
 def did_you_mean(word: object, words: Iterable[str], otherwise: str = "") -> str:
-    """`; did you mean 'x'?` for the nearest of `words`, or `otherwise`, such as a full stop, when none is near."""
-    near = get_close_matches(str(word), list(words), n=1)
-    return f"; did you mean {near[0]!r}?" if near else otherwise
+    """`; did you mean 'x'?` for the closest of `words`, or `otherwise`, for example a full stop, if none is similar."""
+    matches = get_close_matches(str(word), list(words), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else otherwise
 
 
 def nearest_first(word: object, words: Iterable[str], title: str = "Available", *, none: str = "none") -> str:
-    """`; did you mean 'x'? Available: x, y`, or `; available: x, y` where no word is near."""
+    """`; did you mean 'x'? Available: x, y`, or `; available: x, y` if no word is similar."""
     words = list(dict.fromkeys(words))
-    near = did_you_mean(word, words)
-    return f"{near or ';'} {title if near else title.lower()}: {', '.join(words) or none}"
+    suggestion = did_you_mean(word, words)
+    return f"{suggestion or ';'} {title if suggestion else title.lower()}: {', '.join(words) or none}"
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
@@ -71,7 +71,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def describe_os_error(error: OSError, folder: Path | None) -> str:
-    """The message for an OSError that was not handled: its file, or a file in `folder`, the reason and a remedy."""
+    """The message for an unhandled OSError: its file, or a file in `folder`, the reason and a remedy."""
     name = error.filename if error.filename is not None else f"a file in {folder}" if folder else "a file"
     return f"{name}: {_reason(error)}. {_remedy(error)}"
 
@@ -81,6 +81,6 @@ def _reason(error: OSError) -> str:
 
 
 def _remedy(error: OSError) -> str:
-    if error.errno is None:  # numpy's short write: it counts bytes and does not say why
+    if error.errno is None:  # NumPy's error for a short write, without a cause
         return _FREE
     return _REMEDIES.get(error.errno, "Check the file and its disk, then run the command again")

@@ -1,6 +1,6 @@
-"""Symbolic links are followed for reading; below a workspace or an output nothing is written through one.
+"""Symbolic links: they are followed for reading, but nothing below a workspace or an output is written through one.
 
-The workspace and the output may be links themselves: they are the folders that the user has named.
+The workspace and the output may be links themselves, since the user has named them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 from utils.core.errors import UserError
 
 ROOTS = ("DBT_BASE_DIR", "DBT_ENSEMBLE_DIR")
-"""Variables that hold the workspace and the output, here and in every process that is started from here."""
+"""Environment variables with the workspace and the output, in this process and its children."""
 
 
 def require_no_symlink(folder: Path) -> None:
-    """Raise UserError where a folder that is to be written is a symbolic link."""
+    """Raise UserError if a folder to be written is a symbolic link."""
     if folder.is_symlink():
         raise UserError(
             f"{folder}: a symbolic link to {folder.resolve()}; nothing is written behind links. Write elsewhere with "
@@ -24,9 +24,9 @@ def require_no_symlink(folder: Path) -> None:
 
 
 def require_unlinked(path: Path) -> None:
-    """Raise UserError where a link lies between the workspace, or the output, and a file that is to be written.
+    """Raise UserError if there is a link on the path from the workspace, or the output, to a file to be written.
 
-    A file that is a link itself is replaced, which writes nothing behind it.
+    A file that is itself a link is replaced, which does not affect its target.
     """
     roots = [Path(value) for variable in ROOTS if (value := os.environ.get(variable))]
     for root in (root for root in roots if path.is_relative_to(root)):
@@ -35,6 +35,6 @@ def require_unlinked(path: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file of this project, or do nothing where there is none. Raises UserError for one behind a link."""
+    """Remove a file of this project, if it exists. Raises UserError for a file behind a link."""
     require_unlinked(path)
     path.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""One writer per workspace: a lock file that says who writes, and that outlives no process.
+"""One writer per workspace: a lock file that names its owner.
 
-The file appears with its content in one step. Its owner is known by host name, boot, process id and the process's
-start time, so that an id which the system has given away again does not pass for the owner. What a dead process of this
-host left behind is taken over; what another host left never is, since nobody here can tell whether it lives. Names of
-hosts are not unique (clones, `localhost`), so a lock of another boot is dead only on a file system that no other
-machine can write to. Readers do not ask for the lock.
+The file is created with its content atomically. Its owner is identified by host name, boot, process id and the
+process's start time, so that a reused process id is not mistaken for the owner. The lock of a dead process of this host
+is taken over; that of another host never is, since its state is unknown here. Host names are not unique (clones,
+`localhost`), so a lock from another boot counts as dead only on a file system that no other machine can write to.
+Readers do not use the lock.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LOCAL_FILE_SYSTEMS = (
     *("bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "jfs", "ntfs", "ntfs3", "overlay", "ramfs"),
     *("reiserfs", "tmpfs", "ufs", "vfat", "xfs", "zfs"),
 )
-"""Types, as the kernel names them, that one machine alone mounts for writing."""
+"""Types, by the kernel's names, that only one machine can mount for writing."""
 MAX_LOCK_BYTES = 1 << 16
 
 
@@ -46,12 +46,12 @@ class LockOwner:
 
     host: str
     boot: str | None
-    """Of the running system; None where it has no boot id."""
+    """Boot id of the running system; None if it has none."""
     pid_space: str | None
-    """Process ids mean something inside one container only."""
+    """PID namespace, since process ids are valid only inside one container"""
     pid: int
     started: int
-    """Of the process, in clock ticks since the boot; 0 where the system does not tell."""
+    """Start time of the process in clock ticks since the boot; 0 if unknown."""
     command: str
     since: str
 
@@ -74,9 +74,9 @@ def this_process(command: str) -> LockOwner:
 
 @contextmanager
 def writer_lock(lock: Path, command: str) -> Iterator[None]:
-    """Hold the lock file `lock` while the block runs; it is gone afterwards, however the block ends.
+    """Hold the lock file `lock` during the block, and remove it afterwards, even after an exception.
 
-    Raises UserError that names the owner when somebody else writes, and with a remedy where nothing can be written.
+    Raises UserError naming the owner if another process holds the lock, or with a remedy if it cannot be written.
     """
     record = json.dumps(asdict(this_process(command)), indent=1, sort_keys=True)
     require_unlinked(lock)
@@ -92,7 +92,7 @@ def writer_lock(lock: Path, command: str) -> Iterator[None]:
 
 
 def owner_of(lock: Path) -> LockOwner | None:
-    """The owner of a lock, alive or not; None if there is no lock. Raises UserError for a damaged one."""
+    """The owner of a lock, alive or dead; None if there is no lock. Raises UserError for a damaged one."""
     try:
         with _opened(lock) as file:
             return _read(lock, file)
@@ -110,7 +110,7 @@ def is_dead(owner: LockOwner, lock: Path) -> bool:
 
 
 def _take(lock: Path, record: str) -> None:
-    """Make the lock file, or take over a dead owner's."""
+    """Create the lock file, or take over a dead owner's."""
     handle, name = tempfile.mkstemp(prefix=".lock.", suffix=".partial", dir=lock.parent)
     temporary = Path(name)
     try:
@@ -120,9 +120,9 @@ def _take(lock: Path, record: str) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # colleagues shall be able to read who it is
+        temporary.chmod(0o666 & ~umask)  # so that other users can read the owner
         while not (_is_placed(temporary, lock, record) or _is_taken_over(temporary, lock)):
-            pass  # the owner ended between the two looks
+            pass  # the owner released the lock between the two calls
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -145,7 +145,7 @@ def _is_placed(temporary: Path, lock: Path, record: str) -> bool:
 
 
 def _is_taken_over(temporary: Path, lock: Path) -> bool:
-    """Replace a dead owner's lock; False when it went away meanwhile. Raises UserError while the owner may live."""
+    """Replace a dead owner's lock; False if it was removed meanwhile. Raises UserError if the owner may be alive."""
     owner = owner_of(lock)
     if owner is None:
         return False
@@ -156,7 +156,7 @@ def _is_taken_over(temporary: Path, lock: Path) -> bool:
     except FileNotFoundError:
         return False
     with file:
-        # Of two processes that find the same dead owner, one waits here and then sees that the file is another one.
+        # If two processes find the same dead owner, one waits here and then sees that the file has been replaced.
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             if not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
@@ -171,7 +171,7 @@ def _is_taken_over(temporary: Path, lock: Path) -> bool:
 
 
 def _opened(lock: Path, *, writable: bool = False) -> OpenFile:
-    """The file `lock`, opened. Raises UserError for anything but a file: a link, a folder, or what could block."""
+    """Open the file `lock`. Raises UserError for anything but a regular file, such as a link, a folder or a FIFO."""
     try:
         return open_regular(lock, follow_links=False, writable=writable)
     except OSError as error:
@@ -208,8 +208,8 @@ def _damaged(lock: Path, problem: str) -> UserError:
 
 
 def _refusal(lock: Path, owner: LockOwner) -> str:
-    here = (owner.host, owner.boot, owner.pid_space) == (socket.gethostname(), _boot(), _pid_space())
-    if here:
+    is_visible = (owner.host, owner.boot, owner.pid_space) == (socket.gethostname(), _boot(), _pid_space())
+    if is_visible:
         return f"{lock.parent}: being written by {owner}; expected no other writer. Wait until it ends, then try again"
     return (
         f"{lock.parent}: being written by {owner}, which cannot be seen from here ({socket.gethostname()}); expected "
@@ -231,7 +231,7 @@ def _release(lock: Path, record: str) -> None:
 
 
 def _is_local(path: Path) -> bool:
-    """Whether a file is on a file system that no other machine can write to; False if that cannot be determined."""
+    """Whether a file is on a file system that no other machine can write to; False if unknown."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -240,7 +240,7 @@ def _is_local(path: Path) -> bool:
     for words in map(str.split, mounts):
         point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), words[4])
         is_above = resolved == point or resolved.startswith(point.rstrip(os.sep) + os.sep)
-        if is_above and len(point) >= longest:  # of mounts at one point, the last hides the others
+        if is_above and len(point) >= longest:  # of several mounts at one point, the last is visible
             kind, longest = words[words.index("-") + 1], len(point)
     return kind in LOCAL_FILE_SYSTEMS
 
@@ -260,7 +260,7 @@ def _pid_space() -> str | None:
 
 
 def _start(pid: int) -> int | None:
-    """Start of a running process in clock ticks since the boot (0: the system does not tell); None for no process."""
+    """Start time of a running process in clock ticks since the boot (0 if unknown); None if it does not exist."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else int(fields[19])  # a zombie has ended

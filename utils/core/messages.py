@@ -1,4 +1,4 @@
-"""Where messages go: handlers of the logger `disease_pipeline`, to which the base pipeline and all of ours write."""
+"""Handlers of the logger `disease_pipeline`, which the base pipeline and this project use."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LOGGER_NAME = "disease_pipeline"
 
 
 class _Formatter(logging.Formatter):
-    """Writes control characters out, which names of files and classes may hold: a terminal would obey them."""
+    """Escapes control characters, which names of files and classes may contain and a terminal would execute."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(super().format(record))
 
 
 class _Terminal(logging.StreamHandler[TextIO]):
-    """Writes to the stream given, or to whatever sys.stderr is when the message comes."""
+    """Writes to the given stream, or to the current value of sys.stderr."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._given = stream
@@ -34,7 +34,7 @@ class _Terminal(logging.StreamHandler[TextIO]):
         self.addFilter(self._is_new)
 
     def _is_new(self, record: logging.LogRecord) -> bool:
-        """Whether a warning has not been shown by this run yet; stages that share a cause warn of it each."""
+        """Whether a warning has not been shown by this run yet; several stages may emit the same warning."""
         if record.levelno != logging.WARNING:
             return True
         text = record.getMessage()
@@ -48,10 +48,10 @@ class _Terminal(logging.StreamHandler[TextIO]):
 
     @stream.setter
     def stream(self, value: TextIO) -> None:
-        """The base class assigns sys.stderr here; it is looked up anew for every message instead."""
+        """Ignore the base class's assignment of sys.stderr, which is looked up for every message instead."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message, above a progress bar where there is one."""
+        """Write a message, above the progress bar if there is one."""
         if (bars := sys.modules.get("tqdm")) is None:
             super().emit(record)
             return
@@ -59,13 +59,13 @@ class _Terminal(logging.StreamHandler[TextIO]):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Leave a message out that cannot be written (closed, full); anything else is shown as usual."""
+        """Drop a message that cannot be written (stream closed, disk full); report other errors as usual."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
 
 class _LogFile(RotatingFileHandler):
-    """A log file of at most 5 MB and three older ones, opened (and its folder made) with the first message."""
+    """A log file of at most 5 MB and three older ones, created with its folder by the first message."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=5_000_000, backupCount=3, encoding="utf-8", delay=True)
@@ -79,7 +79,7 @@ class _LogFile(RotatingFileHandler):
         return super()._open()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Say once that the file cannot be written, and go on without it."""
+        """Report once that the file cannot be written, and continue without it."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
@@ -90,7 +90,7 @@ class _LogFile(RotatingFileHandler):
 
 
 def shows_progress() -> bool:
-    """Whether a terminal handler shows messages of the level INFO."""
+    """Whether a terminal handler shows messages of level INFO."""
     handlers = logging.getLogger(LOGGER_NAME).handlers
     return any(isinstance(handler, _Terminal) and handler.level <= logging.INFO for handler in handlers)
 
@@ -98,10 +98,10 @@ def shows_progress() -> bool:
 def set_up_logging(
     *, level: int | str = logging.INFO, log_file: Path | None = None, stream: TextIO | None = None
 ) -> logging.Logger:
-    """Give the logger `disease_pipeline` one terminal handler (stderr unless `stream`) and, if asked, a log file.
+    """Attach a terminal handler (`stream`, by default stderr) and optionally a log file to `disease_pipeline`.
 
-    `level` is the terminal's; the file also holds what is below it. Called again, it replaces the handlers it gave
-    before; handlers of others stay.
+    `level` is that of the terminal; the file also receives messages below it. A further call replaces the handlers of
+    the previous one; other handlers are kept.
     """
     logger = logging.getLogger(LOGGER_NAME)
     for old in [handler for handler in logger.handlers if isinstance(handler, (_Terminal, _LogFile))]:

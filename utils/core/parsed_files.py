@@ -1,4 +1,4 @@
-"""Records and arrays that are read once per process, as long as their files stay the same."""
+"""Records and arrays that are read once per process, as long as their files do not change."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 from utils.core.artifacts import open_array, read_record
 from utils.core.record_forms import Form
 
-MAX_OPEN_ARRAYS = 256  # each holds a file descriptor, of which a process has 1,024 by default
+MAX_OPEN_ARRAYS = 256  # each uses a file descriptor, of which a process has 1,024 by default
 _records: dict[Path, tuple[tuple[int, int, int], Any]] = {}
 _arrays: dict[Path, tuple[tuple[int, int, int], Any]] = {}
-"""path -> (inode, time of change and size of the file; what was read), the least recently opened first"""
+"""path -> ((inode, modification time, size) of the file, content), the least recently opened first"""
 
 
 def record_once(path: Path, *, remedy: str, form: Form = MappingProxyType({})) -> dict[str, Any] | None:
-    """As `artifacts.read_record`; the record is shared, so that callers do not modify it."""
+    """Like `artifacts.read_record`; the record is shared, so callers must not modify it."""
     try:
         signature = _signature(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -31,14 +31,14 @@ def record_once(path: Path, *, remedy: str, form: Form = MappingProxyType({})) -
 
 
 def array_once(path: Path, *, remedy: str) -> np.ndarray:
-    """As `artifacts.open_array`: a read-only memory map, which takes no memory of its own.
+    """Like `artifacts.open_array`: a read-only memory map, which allocates no memory.
 
-    The `MAX_OPEN_ARRAYS` that were opened last are kept; an earlier one is opened again when it is needed.
+    The last `MAX_OPEN_ARRAYS` opened arrays are kept open; earlier ones are opened again on demand.
     """
     try:
         signature = _signature(path)
     except OSError:
-        return open_array(path, remedy=remedy)  # which names the file and the remedy
+        return open_array(path, remedy=remedy)  # raises an error with file and remedy
     array: np.ndarray = _once(_arrays, path, signature, lambda: open_array(path, remedy=remedy))
     while len(_arrays) > MAX_OPEN_ARRAYS:
         del _arrays[next(iter(_arrays))]
@@ -46,7 +46,7 @@ def array_once(path: Path, *, remedy: str) -> np.ndarray:
 
 
 def forget() -> None:
-    """Drop what was read, as a new process would."""
+    """Clear the cache, for a state like that of a new process."""
     _records.clear()
     _arrays.clear()
 
@@ -57,12 +57,12 @@ def _signature(path: Path) -> tuple[int, int, int]:
 
 
 def _once(
-    kept: dict[Path, tuple[tuple[int, int, int], Any]],
+    cache: dict[Path, tuple[tuple[int, int, int], Any]],
     path: Path,
     signature: tuple[int, int, int],
     read: Callable[[], Any],
 ) -> Any:
-    if path not in kept or kept[path][0] != signature:
-        kept.pop(path, None)
-        kept[path] = (signature, read())
-    return kept[path][1]
+    if path not in cache or cache[path][0] != signature:
+        cache.pop(path, None)
+        cache[path] = (signature, read())
+    return cache[path][1]

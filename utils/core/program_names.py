@@ -1,7 +1,7 @@
-"""How the user types the programs: as scripts of a clone, or as the commands of an installed package.
+"""Names of the programs as the user types them: scripts of a clone, or commands of an installed package.
 
-Messages, help and the report hold the clone's words. Where they are shown by an installed package, `as_typed` puts the
-names of its commands in their place.
+Messages, help and the report use the clone's names. In an installed package, `as_typed` replaces them by the names of
+its commands.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
 INSTALLED = PROJECT.name == "project" and (PROJECT.parent / "__main__.py").is_file()
-"""Whether this is the copy of the project inside the package `ensemble_system`."""
+"""Whether this copy of the project belongs to the installed package `ensemble_system`."""
 COMMANDS = {
     "python ensemble_orchestrator.py": "ensemble-system",
     "ensemble_orchestrator.py": "ensemble-system",
@@ -20,7 +20,7 @@ COMMANDS = {
     "make demo": "ensemble-system demo",
     "make tflite": 'pip install "ensemble-system[tflite]"',
 }
-"""Words of a clone -> words of an installed package."""
+"""Commands of a clone -> commands of an installed package."""
 _WORDS = re.compile(rf"(?<![\w/.-])({'|'.join(map(re.escape, COMMANDS))})(?!\w)")
 
 

@@ -1,4 +1,4 @@
-"""Progress bars with the time left, where a person looks: on a terminal, and there only."""
+"""Progress bars with the remaining time, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from utils.core import messages
 
 
 def is_shown() -> bool:
-    """Whether standard error is a terminal and messages of the level INFO are shown there."""
+    """Whether standard error is a terminal that shows messages of level INFO."""
     return sys.stderr.isatty() and messages.shows_progress()
 
 
 @contextmanager
 def progress_bar(total: int, what: str, *, unit: str = "image") -> Iterator[Callable[[int], object]]:
-    """A bar of `total` units, which disappears at the end; the value counts further units as done.
+    """A bar of `total` units, removed at the end; the context value is a function that counts units as done.
 
-    Without a terminal nothing is shown. Log messages appear above the bar.
+    Nothing is shown without a terminal. Log messages appear above the bar.
     """
     if not is_shown():
         yield lambda count: None

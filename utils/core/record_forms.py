@@ -1,8 +1,8 @@
-"""Declared forms of JSON records, so that a damaged one is named where it is read and not where it is used.
+"""Declared forms of JSON records, so that a damaged record is reported when it is read, not when it is used.
 
 A form is a type, a tuple of types, `Each(form)` for the values of an object or a list (`count` of them), or a mapping
-{key: form}. A key that ends with `?` may be missing or null. Further keys are allowed. `float` also takes whole
-numbers; no number takes true or false.
+{key: form}. A key that ends with `?` may be missing or null. Further keys are allowed. `float` also accepts integers;
+numbers do not accept true or false.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Form: TypeAlias = "type | tuple[type, ...] | Each | Mapping[str, Form]"
 
 
 def problem_of(value: Any, form: Form, where: str = "") -> str | None:
-    """What differs from the form, such as `'units' / 'a train' is a list; expected an object`; None for nothing."""
+    """The difference from the form, such as `'units' / 'a train' is a list; expected an object`; None without any."""
     if isinstance(form, Each):
         if not isinstance(value, form.container):
             return _differs(value, form.container, where)

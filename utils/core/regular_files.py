@@ -1,4 +1,4 @@
-"""Opens files of any origin: regular files only, since a FIFO or a device can block or act when it is read."""
+"""Opens files of any origin: only regular files, since reading a FIFO or a device can block or have side effects."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ KINDS = {
 
 
 def open_regular(path: str | os.PathLike[str], *, follow_links: bool = True, writable: bool = False) -> OpenFile:
-    """Open an existing regular file to read (and write) bytes; nothing else is opened, and nothing blocks.
+    """Open an existing regular file for reading (and writing) bytes, without blocking.
 
-    Raises OSError, also for a file of another kind, which it names.
+    Raises OSError, also for a file of another kind, naming the kind.
     """
     require_regular(path, follow_links=follow_links)
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags | (0 if follow_links else os.O_NOFOLLOW))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # replaced since it was looked at
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # replaced since the first check
         os.close(descriptor)
         raise _not_regular(path, os.stat(path))
     return os.fdopen(descriptor, "r+b") if writable else os.fdopen(descriptor, "rb")

@@ -1,13 +1,13 @@
-"""The configuration that a workspace remembers: which one a command uses, and what building commands keep of it.
+"""The stored configuration of a workspace: which configuration a command uses, and what building commands store.
 
-`ensembles/config.yaml` holds every value, and under `provenance` where each came from. A command without `--config`
-uses it; where there is none, the default file. Building commands write it:
+`ensembles/config.yaml` has every value, and under `provenance` the origin of each. A command without `--config` uses
+it, or the default file if there is none. Building commands write it:
 
     first build of a workspace      the file and every `--set`
-    `--config FILE`, FILE differs   FILE alone, whole
-    otherwise                       nothing changes; a `--set` is recorded with what the command builds
+    `--config FILE`, FILE differs   only FILE, completely
+    otherwise                       nothing changes; a `--set` is recorded with the results of the command
 
-`config --set` changes what is remembered. What differs from it is said in one line of the log.
+`config --set` changes the stored configuration. Differences from it are logged in one line.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ Names = Mapping[str, Collection[str]]
 
 @dataclass(frozen=True)
 class Choice:
-    """The configuration of one command, and what its workspace remembers after a build."""
+    """The configuration of one command, and the configuration that its workspace stores after a build."""
 
     config: Config
     kept: Config
     before: Config | None
-    """What the workspace remembered; None where it remembered nothing that can be read."""
+    """The configuration stored before; None if there was no readable one."""
 
     @property
     def changes_memory(self) -> bool:
-        """Whether a build leaves another remembered configuration than there was."""
+        """Whether a build changes the stored configuration."""
         return self.before is None or self.kept is not self.before
 
 
@@ -65,43 +65,43 @@ def choose(
     builds: bool,
     tells: bool = True,
 ) -> Choice:
-    """The configuration of a command in the workspace that remembers, or may come to remember, one at `path`.
+    """Determine the configuration of a command in a workspace that stores its configuration at `path`.
 
-    `file` and `overrides` are those of the command line; `device` holds for this command alone. Differences are logged
-    where it `tells` them. Raises ConfigError that lists every problem.
+    `file` and `overrides` are those of the command line; `device` applies only to this command. With `tells`,
+    differences are logged. Raises ConfigError that lists all problems.
     """
     before = _read(path, names, is_used=file is None)
     from_file = find_config(file or DEFAULT, project) if file is not None or before is None else path
     sets = list(overrides)
     if before is not None and file is None and not sets:
-        given = before
+        requested = before
     else:
-        given = load_config(from_file, overrides=sets, names=names)
-    config = load_config(from_file, overrides=[*sets, f"device={device}"], names=names) if device else given
+        requested = load_config(from_file, overrides=sets, names=names)
+    config = load_config(from_file, overrides=[*sets, f"device={device}"], names=names) if device else requested
     if before is None:
-        return Choice(config, given, None)
+        return Choice(config, requested, None)
     if file is None:
-        kept, unremembered = before, sets
-    elif not differences(before, given):  # the command that was typed before, say
-        kept, unremembered = before, []
+        stored, unremembered = before, sets
+    elif not differences(before, requested):  # for example, the same command again
+        stored, unremembered = before, []
     else:
         plain = load_config(from_file, names=names)
-        kept, unremembered = (plain if differences(before, plain) else before), sets
+        stored, unremembered = (plain if differences(before, plain) else before), sets
     if tells:
-        _tell(before, given, kept, file, sets, builds=builds)
+        _tell(before, requested, stored, file, sets, builds=builds)
     if tells and file is None:
         _tell_of_changed_file(path, project)
-    known = of_workspace(
+    configuration = of_workspace(
         config,
         overrides=unremembered,
-        recorded=[line for line in unremembered if differences(kept, with_overrides(kept, [line]))],
+        recorded=[line for line in unremembered if differences(stored, with_overrides(stored, [line]))],
         is_remembered=file is None,
     )
-    return Choice(known, kept, before)
+    return Choice(configuration, stored, before)
 
 
 def differences(one: Config, other: Config) -> list[str]:
-    """`key: value -> value` of each value in which they differ."""
+    """`key: value -> value` of each value that differs."""
     values = dict(leaves(other.as_dict()))
     return [
         f"{key}: {_show(value)} -> {_show(values[key])}" for key, value in leaves(one.as_dict()) if values[key] != value
@@ -110,7 +110,7 @@ def differences(one: Config, other: Config) -> list[str]:
 
 @contextmanager
 def kept_by_build(workspace: Workspace, choice: Choice) -> Iterator[None]:
-    """Write what a build remembers; one that is refused before it has built anything leaves what was there."""
+    """Store the configuration of a build; if it fails before building anything, restore the previous state."""
     path = workspace.config
     if not choice.changes_memory:
         yield
@@ -123,7 +123,7 @@ def kept_by_build(workspace: Workspace, choice: Choice) -> Iterator[None]:
         if _built(workspace) == built:
             if previous is None:
                 remove_file(path)
-                with suppress(OSError):  # it holds something
+                with suppress(OSError):  # not empty
                     path.parent.rmdir()
             else:
                 write_text(path, previous)
@@ -137,12 +137,12 @@ def _built(workspace: Workspace) -> dict[str, int]:
 
 
 def write(path: Path, config: Config) -> None:
-    """Write a configuration as one that is remembered."""
+    """Write a configuration as the stored one, with its provenance."""
     write_text(path, HEADER + as_yaml(config.as_dict() | {PROVENANCE: _provenance(config)}))
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """YAML that the configuration's own reader reads; short lists on one line."""
+    """YAML in the format of the configuration's reader; short lists on one line."""
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
 
 
@@ -153,12 +153,12 @@ def as_flow(value: Any) -> str:
 
 
 def current(path: Path) -> Config | None:
-    """What is remembered at `path`; None where nothing is. Raises ConfigError for a damaged file."""
+    """The configuration stored at `path`; None if there is none. Raises ConfigError for a damaged file."""
     return load_config(path) if path.is_file() else None
 
 
 def is_used(path: Path, config: Config) -> bool:
-    """Whether a command without `--config` and `--set` has these values, the device aside."""
+    """Whether a command without `--config` and `--set` uses these values, except for the device."""
     if not path.is_file():
         return False
     try:
@@ -169,15 +169,15 @@ def is_used(path: Path, config: Config) -> bool:
 
 
 def origin_of(path: Path) -> tuple[str, str] | None:
-    """(file, SHA-256 of it) that a remembered configuration came from; None where it does not say."""
+    """(file, its SHA-256) that a stored configuration came from; None if it is not recorded."""
     provenance = read_provenance(path)
     file, digest = provenance.get("file"), provenance.get("sha256")
     return (file, digest) if isinstance(file, str) and isinstance(digest, str) else None
 
 
 def _provenance(config: Config) -> dict[str, Any]:
-    known = origin_of(config.source)
-    file, digest = known or (str(config.source), _digest(config.source))
+    origin = origin_of(config.source)
+    file, digest = origin or (str(config.source), _digest(config.source))
     return {"file": file, "sha256": digest, "keys": dict(sorted(config.origins.items()))}
 
 
@@ -186,7 +186,7 @@ def _digest(path: Path) -> str:
 
 
 def _read(path: Path, names: Names, *, is_used: bool) -> Config | None:
-    """What is remembered. Raises ConfigError for a damaged file that the command would use."""
+    """Read the stored configuration. Raises ConfigError for a damaged file that the command would use."""
     if not path.is_file():
         return None
     try:
@@ -201,31 +201,35 @@ def _read(path: Path, names: Names, *, is_used: bool) -> Config | None:
         return None
 
 
-def _tell(before: Config, given: Config, kept: Config, file: str | None, sets: Sequence[str], *, builds: bool) -> None:
-    """Say in one line what differs from what the workspace remembers."""
-    changed = differences(before, given)
+def _tell(
+    before: Config, requested: Config, stored: Config, file: str | None, sets: Sequence[str], *, builds: bool
+) -> None:
+    """Log in one line the differences from the stored configuration."""
+    changed = differences(before, requested)
     if not changed:
         return
-    words = "; ".join(changed[:SHOWN]) + (f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
+    differences_text = "; ".join(changed[:SHOWN]) + (
+        f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    )
     if file is None:
         use = "for this command" + (", and recorded with what it builds" if builds else "")
         how = f"--set {use}; to remember it: config --set {' --set '.join(sets)}"
-    elif kept is before:
+    elif stored is before:
         how = f"--set, {'recorded with what this command builds' if builds else 'for this command alone'}"
     else:
         how = f"{file} {'replaces the remembered one' if builds else 'for this command alone'}"
-    logger.info("configuration: %s (%s)", how, words)
+    logger.info("configuration: %s (%s)", how, differences_text)
 
 
 def _tell_of_changed_file(path: Path, project: Path) -> None:
-    """Say that the file which the remembered configuration came from is another one now."""
-    known = origin_of(path)
-    if known is None:
+    """Log that the file from which the stored configuration came has changed."""
+    origin = origin_of(path)
+    if origin is None:
         return
-    file, digest = known
+    file, digest = origin
     try:
         current = find_config(file, project)
-    except ConfigError:  # it is gone, which what is remembered does not mind
+    except ConfigError:  # the file no longer exists, which does not affect the stored configuration
         return
     if _digest(current) != digest:
         logger.info(

@@ -1,4 +1,4 @@
-"""What a command returns to the command line, which prints it and chooses the exit code."""
+"""The return value of a command, which the command line prints and maps to an exit code."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Result:
     """The outcome of a command that finished."""
 
     text: str
-    """Printed to the terminal."""
+    """Text for the terminal."""
     document: dict[str, Any]
     """The same content as JSON, printed with `--json`."""
     failures: list[str] = field(default_factory=list)
-    """Requested parts that failed or were left out, each with the reason; any of them makes the exit code 4."""
+    """Requested parts that failed or were omitted, each with the reason; if there are any, the exit code is 4."""
     next: str | None = None
     """The suggested next command, such as `evaluate`; the command line adds the common options of this one."""

@@ -1,4 +1,4 @@
-"""SIGTERM as an exception of the running command, and signals whose exception was lost, sent again."""
+"""Raises SIGTERM as an exception in the running command, and resends signals whose exception was lost."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 TERMINATED = 128 + signal.SIGTERM
-"""Exit code of a command that SIGTERM has ended."""
-PAUSE = 0.05  # seconds until the callback that ignored the exception has returned
+"""Exit code of a command terminated by SIGTERM."""
+PAUSE = 0.05  # seconds for the callback that ignored the exception to return
 SIGNALS: dict[type[BaseException], int] = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
 
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Raise SystemExit(143) in the main thread at SIGTERM, which ends whatever it is doing and lets it clean up.
+    """Raise SystemExit(143) in the main thread on SIGTERM, so that the command ends and cleans up.
 
-    Python ignores exceptions in callbacks of weak references and in `__del__`. A signal that arrives there, SIGINT
-    too, would have no effect; it is sent again.
+    Python ignores exceptions in callbacks of weak references and in `__del__`. A signal that arrives there, including
+    SIGINT, would have no effect, so it is sent again.
     """
     previous, hook = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
 

@@ -1,7 +1,7 @@
 """Strict reader of JSON files of any origin, such as a downloaded `config.json`.
 
-Unlike `json.load` it bounds size and nesting and refuses duplicate keys and numbers that are not finite. What a file
-holds is returned as plain values; nothing in it is followed or executed.
+Unlike `json.load`, it limits size and nesting and refuses duplicate keys and numbers that are not finite. It returns
+plain values; nothing in a file is followed or executed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, NoReturn
 from utils.core.errors import UserError
 from utils.core.regular_files import open_regular
 
-MOST_BYTES = 16 << 20  # a list of 20,000 class names has less than one megabyte
+MOST_BYTES = 16 << 20  # a list of 20,000 class names needs less than one megabyte
 MOST_LEVELS = 32
 
 
 def read_json_object(path: Path, *, remedy: str) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Read the JSON object in `path`.
 
     Raises UserError with `remedy` for a file that is missing, larger than MOST_BYTES, not UTF-8, not strict JSON,
     nested deeper than MOST_LEVELS, or holds another type of value.

@@ -1,6 +1,6 @@
-"""Run programs of the project in processes of their own, log their messages, and end them with their caller.
+"""Runs programs of the project in child processes, logs their messages, and ends them with their caller.
 
-A process that is killed by SIGKILL cannot end those that it has started, so each of them watches its parent.
+A process killed by SIGKILL cannot end its children, so each of them watches its parent.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 logger = logging.getLogger("disease_pipeline")
 
 LOG_LINE = re.compile(r"\d\d:\d\d:\d\d \| (?P<level>[A-Z]+) \| (?P<text>.*)")
-"""A message as this project's logger and the base pipeline's write it."""
-LAST_LINES = 3  # of the messages of a failed program
+"""Format of a message by the loggers of this project and of the base pipeline."""
+LAST_LINES = 3  # number of last messages of a failed program
 PARENT = "DBT_PARENT"
-"""Variable by which a program is given the process that it ends with; the base pipeline reads it as well."""
+"""Environment variable with the id of the process that a program exits with; the base pipeline reads it too."""
 PARENT_CHECK_SECONDS = 1.0
 
 
 def run_program(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, list[str]]:
-    """Run a program and return (exit code, stdout, last lines of its messages). It is terminated with the caller.
+    """Run a program; returns (exit code, stdout, last lines of its messages). It is terminated with the caller.
 
-    A program that calls `end_with_caller`, as those of this project do, also ends where the caller is killed.
+    A program that calls `end_with_caller`, like those of this project, also exits if the caller is killed.
     """
     last: deque[str] = deque(maxlen=LAST_LINES)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
@@ -45,7 +45,7 @@ def run_program(command: Sequence[str], environment: Mapping[str, str]) -> tuple
                 last.append(match["text"] if match else line.strip())
             code = process.wait()
         finally:
-            process.terminate()  # no effect if it has ended
+            process.terminate()  # no effect if it has exited
             process.wait()
             process.stderr.close()
         output.seek(0)
@@ -53,15 +53,15 @@ def run_program(command: Sequence[str], environment: Mapping[str, str]) -> tuple
 
 
 def watching_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment with the variable by which a program finds that this process is the one to end with."""
+    """The environment with the variable that makes a program exit with this process."""
     return {**environment, PARENT: str(os.getpid())}
 
 
 def script_command(python: str, script: str, *arguments: str) -> list[str]:
-    """The command that runs a script of this project by the interpreter `python`, which may lack this project.
+    """The command that runs a script of this project with the interpreter `python`, which may lack this project.
 
-    The script ends with the process that `watching_environment` named. `run_path` does not put the script's folder
-    first on the search path, where a module beside it could hide another package's.
+    The script exits with the process named by `watching_environment`. `run_path` does not put the script's folder first
+    on the search path, where a module beside it could shadow a package.
     """
     code = (
         f"import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path({__file__!r})['end_with_caller'](); "
@@ -71,14 +71,14 @@ def script_command(python: str, script: str, *arguments: str) -> list[str]:
 
 
 def end_with_caller() -> None:
-    """End this process soon after the one that `watching_environment` named; without such a one nothing happens."""
-    parent = os.environ.pop(PARENT, "")  # popped: what this process starts ends with this process
+    """Exit this process soon after the one named by `watching_environment`, if there is one."""
+    parent = os.environ.pop(PARENT, "")  # removed, since children of this process exit with this process
     if parent.isdecimal() and int(parent):
         end_with(int(parent))
 
 
 def end_with(parent: int) -> None:
-    """End this process soon after its parent process `parent` has ended: nobody is left to take its result."""
+    """Exit this process soon after its parent process `parent`, since nothing would receive its result."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""Standard output and error of the command line: of any encoding, closed, full, or without a reader."""
+"""Standard output and error of the command line, robust to any encoding, closed streams and full disks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from utils.core.display_text import printable_lines
 from utils.core.errors import UserError
 
 STYLE = re.compile("(\x1b\\[[012]m)")
-"""Bold, faint and plain text, which tables on a terminal use and which do no harm in a name."""
+"""Escape sequences of bold, faint and plain text, which tables on a terminal use and which are harmless in names."""
 
 
 def prepare_streams() -> None:
-    """Let the standard streams take every text, whatever their encoding; a stream that was closed discards it.
+    """Make the standard streams accept any text, regardless of their encoding; closed streams discard it.
 
-    A descriptor that stayed closed would be given to the next file that is opened, which printed text would then reach.
+    A descriptor that stayed closed would be reused for the next opened file, which would then receive printed text.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         stream: TextIO | None = getattr(sys, name)
@@ -31,9 +31,9 @@ def prepare_streams() -> None:
 
 
 def write_output(text: str) -> None:
-    """Write a text and a line end to standard output, with control characters but those of `STYLE` written out.
+    """Write a text and a line end to standard output, with control characters except those of `STYLE` escaped.
 
-    A reader that has gone away, as in `| head`, is no error. Raises UserError where the text cannot be written.
+    A closed pipe, as in `| head`, is not an error. Raises UserError if the text cannot be written.
     """
     try:
         print("".join(map(_shown, STYLE.split(text))), flush=True)
@@ -48,13 +48,13 @@ def write_output(text: str) -> None:
 
 
 def write_error(text: str) -> None:
-    """Write a text and a line end to standard error, as far as it takes it."""
+    """Write a text and a line end to standard error, ignoring errors."""
     with suppress(OSError):
         print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 def flush_output() -> None:
-    """Write what standard output still holds, or discard it where that fails."""
+    """Flush standard output, or discard its buffer if that fails."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -66,7 +66,7 @@ def _shown(part: str) -> str:
 
 
 def _discard_output() -> None:
-    """Lead standard output to nowhere, so that the interpreter's own flush at its end does not fail as well."""
+    """Redirect standard output to the null device, so that the interpreter's flush on exit does not fail too."""
     try:
         descriptor = sys.stdout.fileno()
     except OSError:  # it is no file

@@ -1,4 +1,4 @@
-"""Folders that are no workspace: which one was meant, and a folder of photographs, in which nothing is written."""
+"""Hints for folders that are not a workspace: the workspace that was meant; folders of photographs are refused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from utils.core.errors import UserError
 
 MARKS = ("ensembles/ensemble_catalog.json", "split_dataset", "checkpoints")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-MOST_ENTRIES = 1000  # of a folder that are looked at
+MOST_ENTRIES = 1000  # number of inspected entries of a folder
 
 
 def near(folder: Path) -> str:
-    """`; did you mean DIR?` for a workspace above, below or beside a folder, or `.` where there is none."""
+    """`; did you mean DIR?` for a workspace above, below or beside a folder, or `.` if there is none."""
     workspace = _around(folder)
     if workspace is None and folder.parent.is_dir():
         names = {path.name: path for path in _children(folder.parent)}
@@ -23,7 +23,7 @@ def near(folder: Path) -> str:
 
 
 def refuse(folder: Path) -> None:
-    """Raise UserError for a folder of photographs that is given as a workspace, or one that lies beside or in one."""
+    """Raise UserError for a workspace that is a folder of photographs, or that is beside or inside one."""
     if workspace := _around(folder):
         raise UserError(f"--workspace {folder}: not a workspace; did you mean {workspace}?")
     classes = [path.name for path in _children(folder) if _has_image(path)]

@@ -1,6 +1,6 @@
-"""The batches of every epoch: which images, which view of each, and how they are mixed.
+"""The batches of every epoch: images, their views and their mixing.
 
-All random numbers are derived from (seed, epoch), so that an epoch is repeatable without the epochs before it, and none
+All random numbers are derived from (seed, epoch), so that an epoch is reproducible without earlier epochs, and none
 depends on the preprocessing, so that a teacher and its student load identical views.
 """
 
@@ -19,23 +19,23 @@ from utils.distillation_methods import Mixing, draw_mixing
 from utils.networks.preprocessing import Preprocessing
 from utils.training.image_source import ImageSource
 
-CACHE_BYTES = 1 << 28  # images of one epoch that stay in memory while several networks read them
+CACHE_BYTES = 1 << 28  # limit of cached images of one epoch while several networks read them
 NEVER, HALF, ALWAYS = "never", "half", "always"
 
 
 def derived_seed(*parts: object) -> int:
-    """A seed below 2**31 that follows from all `parts`."""
+    """A seed below 2**31 derived from all `parts`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one batch and how they are transformed."""
+    """Images of one batch and their transforms."""
 
     rows: Tensor
     """int64 (B,), indices of the images."""
     unaugmented: Tensor
-    """bool (B,), whether an image is loaded with the evaluation transform."""
+    """bool (B,), whether each image is loaded with the evaluation transform."""
     mixing: Mixing | None
 
 
@@ -47,18 +47,18 @@ class BatchSchedule:
     batch_size: int
     seed: int
     unaugmented: np.ndarray
-    """unicode (N,), whether an image is loaded with the evaluation transform: `never`, `half` (where it is in the first
+    """unicode (N,), whether each image is loaded with the evaluation transform: `never`, `half` (if it is in the first
     half of its batch) or `always`."""
     n_views: int = 0
-    """Number of views of each image that recur over the epochs; 0 draws new views in every epoch."""
+    """Number of views of each image that recur over the epochs; 0 samples new views in every epoch."""
     mix: str = "none"
-    """How the images of a batch are mixed: none, mixup, cutmix or both (one of the two per batch)."""
+    """Mixing of the images of a batch: none, mixup, cutmix or both (one of the two per batch)."""
     mixes_targets: bool = False
-    """Whether the teacher's targets are of the unmixed images and are mixed with the same weights."""
+    """Whether the teacher's targets are those of the unmixed images and are mixed with the same weights."""
     views_seed: int | None = None
-    """Seed of the recurring views; None is `seed`. Trainings of several seeds share the teacher's targets by it."""
+    """Seed of the recurring views; None means `seed`. Trainings with several seeds share the targets by it."""
     is_shared: bool = False
-    """Whether several networks read each epoch, so that its images are worth caching."""
+    """Whether several networks read each epoch, so that its images are cached."""
     _loaders: dict[Preprocessing, EpochLoader] = field(default_factory=dict, init=False, repr=False)
     _views: tuple[int, Any] | None = field(default=None, init=False, repr=False)
 
@@ -68,11 +68,11 @@ class BatchSchedule:
 
     @property
     def separates_losses(self) -> bool:
-        """Whether unaugmented images enter the distillation loss alone, and augmented ones the label loss alone."""
+        """Whether unaugmented images enter only the distillation loss, and augmented ones only the label loss."""
         return bool((self.unaugmented != NEVER).any())
 
     def _bounds(self) -> list[tuple[int, int]]:
-        """As the base pipeline: a last batch of one image joins the batch before it, because of BatchNorm."""
+        """Bounds of the batches; as in the base pipeline, a last batch of one image is merged into the previous one."""
         count = len(self.image_source)
         starts = list(range(0, count, self.batch_size))
         if len(starts) > 1 and count - starts[-1] == 1:
@@ -94,11 +94,11 @@ class BatchSchedule:
         return batches
 
     def view_numbers(self, epoch: int) -> np.ndarray:
-        """Which of its recurring views each image has in an epoch, int64 (N,); 0 where every epoch draws new views."""
+        """Index of each image's recurring view in an epoch, int64 (N,); 0 if every epoch samples new views."""
         if not self.n_views:
             return np.zeros(len(self.image_source), dtype=np.int64)
-        first = np.random.default_rng([self.seed, 1]).integers(self.n_views, size=len(self.image_source))
-        return (first + epoch) % self.n_views
+        first_views = np.random.default_rng([self.seed, 1]).integers(self.n_views, size=len(self.image_source))
+        return (first_views + epoch) % self.n_views
 
     def recurring_views(self) -> Any:
         """All recurring views: view 0 of every image, then view 1 of every image, and so on."""
@@ -107,7 +107,7 @@ class BatchSchedule:
         return self.image_source.join_views([self.image_source.draw_views(seed) for seed in seeds])
 
     def epoch_views(self, epoch: int) -> Any:
-        """The views of all images in an epoch; None where the augmentation is none."""
+        """The views of all images in an epoch; None without augmentation."""
         key = epoch if not self.n_views else -1
         if self._views is None or self._views[0] != key:
             seed = derived_seed(self.seed, "epoch", epoch)
@@ -133,7 +133,7 @@ class BatchSchedule:
         return images if batch.mixing is None else batch.mixing.images(images)
 
     def loader(self, epoch: int, preprocessing: Preprocessing) -> EpochLoader:
-        """The loader of an epoch by one preprocessing; the same object until another epoch is requested."""
+        """The loader of an epoch with a preprocessing; the same object until another epoch is requested."""
         if preprocessing not in self._loaders or self._loaders[preprocessing].epoch != epoch:
             self._loaders[preprocessing] = EpochLoader(self, epoch, preprocessing)
         return self._loaders[preprocessing]

@@ -1,4 +1,4 @@
-"""Images of one split, loaded from the decoded-image cache by any preprocessing, with or without augmentation."""
+"""Images of one split, loaded from the image cache with any preprocessing, with or without augmentation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_AUGMENTATION = "none"  # every view is that of the evaluation transform
 
 
 def augmentation_kind(facts: Mapping[str, str]) -> str:
-    """The base pipeline's kind of augmentation: the one that a checkpoint records, else the settings'."""
+    """The base pipeline's kind of augmentation: from a checkpoint's `facts`, else from the settings."""
     kind = facts.get("augment", getattr(base_back.settings(), "AUGMENT", "full"))
     return kind if kind in AUGMENTATIONS else "full"
 
@@ -30,19 +30,19 @@ class ImageSource:
     """Images of a split with one kind of augmentation.
 
     A view is the set of random augmentation parameters of one image: a warp in coordinates relative to the whole
-    resized image, colour changes and an erased rectangle. Views are drawn without regard to the preprocessing, so that
-    networks of different preprocessing load the same view: each warps its own resized image (squashed ones included)
-    to its own input size, and normalises with its own mean and deviation. The same part of the photograph is shown
-    to all; where only some apply an EXIF orientation, each is shown the part in the orientation that it sees. Crop and
-    padding of an evaluation transform take no part in a view.
+    resized image, colour changes and an erased rectangle. Views do not depend on the preprocessing, so that networks
+    with different preprocessing load the same view: each warps its resized image (squashed ones included) to its input
+    size, and normalises with its mean and deviation. All receive the same part of the photograph; if only some apply an
+    EXIF orientation, each receives the part in its orientation. Crop and padding of an evaluation transform do not
+    affect views.
 
     Parameters
     ----------
     images : the split
-    preprocessing : of the network for which views are drawn
+    preprocessing : preprocessing of the network for which views are sampled
     augmentation : the base pipeline's kind: full, no_flip or none
     image_cache : folder of the decoded-image cache
-    threads : number of threads that decode images
+    threads : number of decoding threads
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ImageSource:
         return len(self.images.paths)
 
     def draw_views(self, seed: int) -> Any:
-        """Draw one view of every image; None where the augmentation is none."""
+        """Sample one view of every image; None without augmentation."""
         if self.augmentation == NO_AUGMENTATION:
             return None
         pixels = self._pixels(self.preprocessing)
@@ -78,9 +78,9 @@ class ImageSource:
         return None if views[0] is None else type(views[0]).joined(views)
 
     def load(self, rows: Tensor, preprocessing: Preprocessing, views: Any) -> Tensor:
-        """Load normalised images float32 (B, 3, S, S) for a network of that preprocessing.
+        """Load normalised images, float32 (B, 3, S, S), for a network with this preprocessing.
 
-        `rows` int64 (B,) are indices of the images, `views` their B views; None loads the evaluation crops.
+        `rows`, int64 (B,), are indices of the images, `views` their B views; None loads the evaluation crops.
         """
         pixels = self._pixels(preprocessing)
         if views is None:
@@ -90,7 +90,7 @@ class ImageSource:
         return image_splits.standardise(augmented, preprocessing)
 
     def evaluation_batches(self, preprocessing: Preprocessing, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (rows int64 (B,), evaluation crops float32 (B, 3, S, S)) in order, from the image `start` on."""
+        """Yield (rows int64 (B,), evaluation crops float32 (B, 3, S, S)) in order, starting at image `start`."""
         for rows in torch.arange(start, len(self)).split(EVALUATION_BATCH_SIZE):
             yield rows, self.load(rows, preprocessing, None)
 

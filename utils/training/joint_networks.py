@@ -21,25 +21,25 @@ from utils.training.batch_schedule import BatchSchedule
 from utils.training.image_source import ImageSource
 from utils.training.progress import copied_weights, schedule_state
 
-NETWORK_LR_FACTOR = 0.1  # of the heads' rate, since the networks are already trained
-PROBE_IMAGES = 2  # forward pass by which the layer of the embedding is identified
+NETWORK_LR_FACTOR = 0.1  # relative to the heads' rate, since the networks are already trained
+PROBE_IMAGES = 2  # images in the forward pass that locates the embedding
 
 
 @dataclass(frozen=True)
 class JointMember:
-    """A member's network with its images and its embeddings before joint training."""
+    """A member's network, its images, and its embeddings before joint training."""
 
     name: str
     architecture: str
-    """Selects rate, schedule and criterion of the base pipeline."""
+    """Name that selects rate, schedule and criterion of the base pipeline."""
     spec: NetworkSpec
     class_order: list[int]
-    """Indices of the workspace's classes among the network's outputs."""
+    """Indices of the workspace's classes in the network's outputs."""
     batch_schedule: BatchSchedule
-    """Of the train images."""
+    """Batches of the train images."""
     validation_set: ImageSource
     embeddings: tuple[Tensor, Tensor]
-    """Of the train and the val images, float32 (N, D)."""
+    """Embeddings of the train and of the val images, float32 (N, D) each."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class JointTrainingSettings:
 
     epochs: int
     lr: float
-    """Of the heads; networks train at `NETWORK_LR_FACTOR` of it, times the base pipeline's factor."""
+    """Learning rate of the heads; the networks' is multiplied by `NETWORK_LR_FACTOR` and the base pipeline's factor."""
     label_smoothing: float
     seed: int
 
@@ -61,7 +61,7 @@ class FusionHeads(nn.Module):
         self.maps, self.heads = maps, nn.ModuleList(heads)
 
     def forward(self, embeddings: list[Tensor]) -> list[Tensor]:
-        """Map M embeddings (B, D_m) to the scores (B, C) of each head."""
+        """Map M embeddings (B, D_m) to the logits (B, C) of each head."""
         blocks = torch.cat(self.maps(embeddings), dim=1)
         return [head(blocks) for head in self.heads]
 
@@ -74,7 +74,7 @@ class FusionHeads(nn.Module):
 
 
 class TrainableMember:
-    """A member's network in memory with its optimizer and learning-rate schedule."""
+    """A member's network in memory, with its optimizer and learning-rate schedule."""
 
     def __init__(
         self, member: JointMember, saved: Mapping[str, Any] | None, settings: JointTrainingSettings, device: str
@@ -99,13 +99,13 @@ class TrainableMember:
             self.lr_schedule.load_state_dict(saved["schedule"])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) in the workspace's order of classes, and embeddings (B, D)."""
+        """Logits (B, C) in the workspace's class order, and embeddings (B, D)."""
         logits, embeddings = self.outputs(images.to(self.device, non_blocking=True))
         logits = logits if isinstance(logits, Tensor) else logits[0]
         return logits[:, self.member.class_order], embeddings
 
     def embed(self, image_source: ImageSource) -> Tensor:
-        """Embeddings float32 (N, D) of images with the evaluation transform."""
+        """Embeddings, float32 (N, D), of images with the evaluation transform."""
         self.model.eval()
         embeddings = []
         with torch.no_grad():
@@ -114,7 +114,7 @@ class TrainableMember:
         return torch.cat(embeddings)
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimizer and learning-rate schedule, for `saved` of a later instance."""
+        """States of network, optimizer and learning-rate schedule, to pass as `saved` to a later instance."""
         return {
             "weights": copied_weights(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -129,7 +129,7 @@ class TrainableMember:
         return training_memory.training_state_bytes(self.model) + activations
 
     def release(self) -> None:
-        """Free weights, gradients and moments at once, although optimizer and schedule refer to each other."""
+        """Free weights, gradients and moments at once, despite the reference cycle of optimizer and schedule."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
         safe_delete_model(self.model)
@@ -142,7 +142,7 @@ class TrainableMember:
 def loaded_members(
     members: Sequence[JointMember], saved: Sequence[Any], settings: JointTrainingSettings, device: str
 ) -> Iterator[list[TrainableMember]]:
-    """Load the networks, from `saved` states or, where one is None, from the checkpoint; free them at the end."""
+    """Load the networks, from `saved` states or, if None, from their checkpoints; free them on exit."""
     loaded: list[TrainableMember] = []
     try:
         for member, state in zip(members, saved, strict=True):

@@ -1,8 +1,9 @@
 """Joint training of the members' networks with the heads of a fusion: in blocks, or all networks at once.
 
-A block holds the networks that are in memory and train; of all other networks the heads read stored embeddings. With
-one network per block, memory does not grow with the number of members (block coordinate descent; Tseng 2001). The state
-is written after every block, so that an interrupted training resumes there and ends with equal weights on the CPU.
+A block consists of the networks that are in memory and train; for all other networks the heads read stored embeddings.
+With one network per block, memory does not grow with the number of members (block coordinate descent; Tseng 2001). The
+state is written after every block, so that an interrupted training resumes there and, on the CPU, ends with equal
+weights.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from utils.training.progress import TrainingProgress, copied_weights
 
 logger = logging.getLogger("disease_pipeline")
 
-AUXILIARY_WEIGHT = 0.3  # of the loss of each network's own classifier (Szegedy et al. 2015)
+AUXILIARY_WEIGHT = 0.3  # weight of the loss of the networks' own classifiers (Szegedy et al. 2015)
 WEIGHT_DECAY = 0.01  # of the heads
 FORM = {"files": dict, "history": list, "blocks": list, "key": str}
 INITIAL_EPOCH = 0  # the state before any training
@@ -50,15 +51,15 @@ INITIAL_EPOCH = 0  # the state before any training
 
 @dataclass(frozen=True)
 class JointTrainingResult:
-    """The state with the least log-loss on val; epoch 0 where no epoch improves on the networks before training."""
+    """The state with the lowest log-loss on val; epoch 0 if no epoch improves on the networks before training."""
 
     heads: list[dict[str, np.ndarray]]
     epoch: int
     history: list[dict[str, float]]
-    """By epoch, from 0 on: val_log_loss, val_accuracy and, from 1 on, train_loss."""
+    """By epoch, from 0: val_log_loss, val_accuracy and, from 1, train_loss."""
     blocks: list[list[str]]
     recomputed: list[str]
-    """Networks with activation checkpointing: their blocks are computed twice to save memory."""
+    """Networks with activation checkpointing, whose blocks are computed twice to save memory."""
     step_bytes: dict[str, int]
     """Bytes that a step of each network needs: weights, gradients, moments and activations."""
     threads: int | None
@@ -66,7 +67,7 @@ class JointTrainingResult:
     folder: Path
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """A member's weights at the chosen epoch, read from disk; only where that epoch is not 0."""
+        """A member's weights at the selected epoch, read from disk; only for an epoch other than 0."""
         record = torch.load(self.folder / _network_file(self.epoch, name), map_location="cpu", weights_only=True)
         weights: dict[str, Tensor] = record["weights"]
         return weights
@@ -85,10 +86,10 @@ def train(
 ) -> JointTrainingResult:
     """Train the networks and the heads together, and keep the state in `folder` under `key`.
 
-    `budget` is the number of bytes that a step may need; None: the machine's. The step of each network is measured
-    first, and all networks train at once where the sum is within the budget.
+    `budget` is the number of bytes that a step may need; None: that of the machine. The step of each network is
+    measured first, and all networks train at once if the sum is within the budget.
 
-    Raises UserError when the loss is not finite, and for a network whose step does not fit into memory with the
+    Raises UserError if the loss is not finite, and for a network whose step does not fit into memory even with the
     smallest part of a batch.
     """
     run = _JointTraining(members, head, settings, folder, key, device)
@@ -133,7 +134,7 @@ class _JointTraining:
     # start or resume --------------------------------------------------------------------------------------------------
 
     def begin(self, budget: int, batch_size: int) -> None:
-        """Start from the beginning; measure how many networks train at once."""
+        """Start from the beginning; determine by measurement how many networks train at once."""
         require_unlinked(self.folder / "state.json")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -165,7 +166,7 @@ class _JointTraining:
             "blocks": [list(self.members)] if fits else [[name] for name in self.members],
             "twice": recomputed,
             "step_bytes": step_bytes,
-            "threads": max(filter(None, threads), default=None),  # those of the largest network
+            "threads": max(filter(None, threads), default=None),  # number of threads of the largest network
             "chunks": 1,
             "epoch": INITIAL_EPOCH + 1,
             "block": 0,
@@ -178,13 +179,13 @@ class _JointTraining:
         self._save(INITIAL_EPOCH, 0)
 
     def resumed(self) -> bool:
-        """Resume the training of this key on disk; False where there is none, it has another key or is damaged."""
+        """Resume the training of this key from disk; False if there is none, or it has another key or is damaged."""
         path = self.folder / "state.json"
         state = read_record(path, remedy=f"Remove {self.folder}", form=FORM) if path.is_file() else None
         if state is None or state["key"] != self.key:
             return False
         embeddings = {}
-        for name, file in state["files"].items():  # one at a time: each holds a network with its optimizer
+        for name, file in state["files"].items():  # one at a time, since each contains a network with its optimizer
             saved = self._read(file)
             if saved is None:
                 return False
@@ -192,7 +193,7 @@ class _JointTraining:
             del saved
         if any(self._read(file) is None for file in self._best_files(state)) or not self._load_heads(state["heads"]):
             return False
-        state.setdefault("threads", None)  # an earlier version recorded none
+        state.setdefault("threads", None)  # missing in states of earlier versions
         self.state = state
         self.embeddings |= embeddings
         logger.info("resumed at epoch %d of %d, block %d", state["epoch"], self.settings.epochs, state["block"] + 1)
@@ -201,7 +202,7 @@ class _JointTraining:
     # training ---------------------------------------------------------------------------------------------------------
 
     def finish(self) -> JointTrainingResult:
-        """Train up to the last epoch."""
+        """Train to the last epoch."""
         state = self.state
         blocks = (self.settings.epochs + 1 - state["epoch"]) * len(state["blocks"]) - state["block"]
         with progress_bar(blocks, "end to end", unit="block") as advance:
@@ -239,7 +240,7 @@ class _JointTraining:
         state |= {"epoch": epoch + 1, "block": 0, "loss": 0.0}
 
     def _train_block(self, epoch: int, block: int) -> float:
-        """Train one block for an epoch, in smaller parts of a batch where memory runs out; returns the heads' loss."""
+        """Train one block for an epoch, in smaller parts of a batch if memory runs out; returns the heads' loss."""
         while True:
             try:
                 return self._train_loaded(epoch, block)
@@ -247,15 +248,15 @@ class _JointTraining:
                 names = ", ".join(self.state["blocks"][block])
                 if not out_of_memory(error):
                     raise
-                first = self.members[self.state["blocks"][block][0]]
-                if self.state["chunks"] >= first.batch_schedule.batch_size // 2:
+                first_member = self.members[self.state["blocks"][block][0]]
+                if self.state["chunks"] >= first_member.batch_schedule.batch_size // 2:
                     raise UserError(
                         f"{names}: a step on two images does not fit into memory. Leave out the largest: "
                         "--set backbones.exclude=[NAME]; or train heads alone: --set runs.fusion.end_to_end=false"
                     ) from error
                 self.state["chunks"] *= 2
                 logger.warning("%s: memory ran out; each batch is split into %d parts", names, self.state["chunks"])
-            # The error holds the memory by its traceback; it is released here.
+            # Outside the except block, where the traceback would keep the memory allocated.
             self._load_heads(self.state["heads"])
 
     def _train_loaded(self, epoch: int, block: int) -> float:
@@ -268,10 +269,10 @@ class _JointTraining:
             for network in networks:
                 if network.member.name in self.state["twice"]:
                     stack.enter_context(training_memory.activation_checkpointing(network.model))
-            # Random numbers of the networks follow from epoch and block, so that no generator state has to be saved.
+            # Random numbers of the networks are seeded by epoch and block, so that no generator state has to be saved.
             torch.manual_seed(derived_seed(self.settings.seed, "end to end", epoch, block))
             loss = self._train_epoch(networks, epoch, block)
-            several = len(self.state["blocks"]) > 1  # a single block reads no stored embeddings of train images
+            several = len(self.state["blocks"]) > 1  # a single block needs no stored embeddings of train images
             for network in networks:
                 member = network.member
                 train = network.embed(member.batch_schedule.image_source) if several else member.embeddings[0]
@@ -283,12 +284,12 @@ class _JointTraining:
         return loss
 
     def _train_epoch(self, networks: Sequence[TrainableMember], epoch: int, block: int) -> float:
-        """One pass over the train images; returns the heads' mean loss per image."""
+        """Train one epoch; returns the heads' mean loss per image."""
         self.head.train()
         schedules = [network.member.batch_schedule for network in networks]
         views = [schedule.epoch_views(epoch) for schedule in schedules]
         total, count = 0.0, 0
-        for step, batch in enumerate(schedules[0].batches(epoch)):  # equal in all schedules, which share one seed
+        for step, batch in enumerate(schedules[0].batches(epoch)):  # all schedules share a seed and have equal batches
             self._set_lr(epoch, block, step)
             for optimizer in (self.optimizer, *(network.optimizer for network in networks)):
                 optimizer.zero_grad(set_to_none=True)
@@ -319,7 +320,7 @@ class _JointTraining:
     def _losses(
         self, networks: Sequence[TrainableMember], images: Sequence[Tensor], rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy of the heads, and the weighted mean of the networks' own classifiers."""
+        """Mean cross-entropy of the heads, and weighted mean cross-entropy of the networks' classifiers."""
         labels = self.labels[rows].to(self.device)
         embeddings = {name: train[rows].to(self.device) for name, (train, _) in self._stored_embeddings(networks)}
         auxiliary_loss = labels.new_zeros((), dtype=torch.float32)
@@ -339,7 +340,7 @@ class _JointTraining:
         return ((name, embeddings) for name, embeddings in self.embeddings.items() if name not in loaded)
 
     def _set_lr(self, epoch: int, block: int, step: int) -> None:
-        """Half a cosine over all blocks of all epochs, for the heads."""
+        """Set the heads' learning rate: a cosine decay over all blocks of all epochs."""
         n_blocks = len(self.state["blocks"])
         fraction = ((epoch - 1) * n_blocks + block + step / self.steps) / (self.settings.epochs * n_blocks)
         for options in self.optimizer.param_groups:
@@ -358,7 +359,7 @@ class _JointTraining:
     # files ------------------------------------------------------------------------------------------------------------
 
     def _save(self, epoch: int, block: int) -> None:
-        """Write the heads, then the state that names all files; remove the files that it does not name."""
+        """Write the heads, then the state that names all files; remove other files."""
         state = self.state
         state["heads"] = _heads_file(epoch, block)
         if state["best"]["epoch"] == epoch:
@@ -376,7 +377,7 @@ class _JointTraining:
                 path.unlink()
 
     def _best_files(self, state: Mapping[str, Any]) -> list[str]:
-        """Files of the best epoch so far; the initial networks have none."""
+        """Files of the best epoch so far; empty for the initial networks."""
         best = state["best"]
         if best["epoch"] == INITIAL_EPOCH:
             return [best["heads"]]
@@ -386,11 +387,11 @@ class _JointTraining:
         TrainingProgress(self.folder / file, self.key).save(record)
 
     def _read(self, file: str) -> dict[str, Any] | None:
-        """The content of a file of this training; None, with a warning, where it is damaged or has another key."""
+        """The content of a file of this training; None, with a warning, if it is damaged or has another key."""
         return TrainingProgress(self.folder / file, self.key).load()
 
     def _load_heads(self, file: str) -> bool:
-        """Restore heads, optimizer and scaler; False where the file is damaged or has another key."""
+        """Restore heads, optimizer and scaler; False if the file is damaged or has another key."""
         saved = self._read(file)
         if saved is None:
             return False

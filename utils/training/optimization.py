@@ -1,11 +1,11 @@
-"""One optimizer step, as the base pipeline takes it."""
+"""One optimizer step, like the base pipeline's."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-MAX_GRAD_NORM = 1.0  # as the base pipeline clips the gradient
+MAX_GRAD_NORM = 1.0  # the base pipeline's value
 
 
 def step_with_clipped_gradients(

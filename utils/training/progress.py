@@ -1,4 +1,4 @@
-"""The state of an interrupted training in one file, and the parts of a state that such a file may hold."""
+"""The file with the state of an interrupted training, and conversions of states for it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from utils.core.links import remove_file
 
 logger = logging.getLogger("disease_pipeline")
 
-SECONDS = 5.0  # at least between two saves, unless DBT_PROGRESS_SECONDS says otherwise
-MAX_TIME_FRACTION = 0.05  # of the training time that saving takes
+SECONDS = 5.0  # default minimum time between two saves; DBT_PROGRESS_SECONDS overrides it
+MAX_TIME_FRACTION = 0.05  # largest fraction of the training time for saving
 
 
 def copied_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies of the tensors of a state dictionary, on the CPU, whatever the network's memory format."""
+    """Contiguous CPU copies of the tensors of a state dict, independent of the network's memory format."""
     copied = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in copied.items()}
 
 
 def schedule_state(schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
-    """The state of a learning-rate schedule without its functions, so that a file holds nothing but values."""
+    """The state of a learning-rate schedule without functions, so that a file contains plain values only."""
     plain = (int, float, str, list, type(None))
     return {key: value for key, value in schedule.state_dict().items() if isinstance(value, plain)}
 
@@ -37,7 +37,7 @@ def schedule_state(schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, 
 class TrainingProgress:
     """A file with the state of an interrupted training, valid for one key.
 
-    `key` is the digest of everything that the training depends on. `seconds` is the least time between two saves.
+    `key` is the digest of everything that the training depends on. `seconds` is the minimum time between two saves.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -46,19 +46,19 @@ class TrainingProgress:
         self._last_save, self._save_seconds = time.monotonic(), 0.0
 
     def load(self) -> dict[str, Any] | None:
-        """Read the record saved last; None where there is none.
+        """Read the last saved record; None if there is none.
 
-        A file that is damaged or was written under another key is removed with a warning.
+        A file that is damaged or has another key is removed with a warning.
         """
         if not self.path.is_file():
             return None
         try:
             with zipfile.ZipFile(self.path) as archive:
-                if archive.testzip():  # torch compares no checksums
+                if archive.testzip():  # torch does not verify checksums
                     raise zipfile.BadZipFile
             record: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
             problem = None if record["key"] == self.key else "belongs to another teacher, other images or settings"
-        except Exception as error:  # the exception depends on where the file is damaged
+        except Exception as error:  # a damaged file may raise anything
             problem = f"is damaged ({type(error).__name__})"
         if problem is None:
             return record

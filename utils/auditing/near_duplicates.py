@@ -150,16 +150,16 @@ def _most_alike(source: np.ndarray, target: np.ndarray, correlation: np.ndarray,
     return order[rank < CANDIDATES]
 
 
-def group_indices(count: int, pairs: Sequence[Pair], known: np.ndarray | None = None) -> np.ndarray:
-    """Group of each of `count` images, int64 (N,): joins pairs and images of equal `known` group (N,)."""
+def group_indices(count: int, pairs: Sequence[Pair], groups_to_keep: np.ndarray | None = None) -> np.ndarray:
+    """Group of each of `count` images, int64 (N,): joins pairs and images of equal group in `groups_to_keep` (N,)."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
     first = [pair.first for pair in pairs]
     second = [pair.second for pair in pairs]
-    if known is not None:
-        order = np.argsort(known, kind="stable")
-        same = known[order][1:] == known[order][:-1]
+    if groups_to_keep is not None:
+        order = np.argsort(groups_to_keep, kind="stable")
+        same = groups_to_keep[order][1:] == groups_to_keep[order][:-1]
         first += order[:-1][same].tolist()
         second += order[1:][same].tolist()
     graph = coo_matrix((np.ones(len(first)), (first, second)), shape=(count, count))

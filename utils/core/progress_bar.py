@@ -15,7 +15,7 @@ def is_shown() -> bool:
 
 
 @contextmanager
-def progress_bar(total: int, what: str, *, unit: str = "image") -> Iterator[Callable[[int], object]]:
+def progress_bar(total: int, description: str, *, unit: str = "image") -> Iterator[Callable[[int], object]]:
     """A bar of `total` units, removed at the end; the context value is a function that counts units as done.
 
     Nothing is shown without a terminal. Log messages appear above the bar.
@@ -25,5 +25,5 @@ def progress_bar(total: int, what: str, *, unit: str = "image") -> Iterator[Call
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit=unit, file=sys.stderr, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc=description, unit=unit, file=sys.stderr, leave=False, dynamic_ncols=True) as bar:
         yield bar.update

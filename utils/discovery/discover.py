@@ -389,8 +389,8 @@ def _table(
         lines.append(f"derived, used only where backbones.include names them: {', '.join(derived)}")
     lines += training_statements.summary_lines(shown)
     sizes = ", ".join(f"{split} {facts['n']}" for split, facts in listed.splits.items())
-    what = "images" if listed.has_images else "samples"
-    lines.append(f"{len(shown)} members, {len(listed.classes)} classes, {what}: {sizes}")
+    unit = "images" if listed.has_images else "samples"
+    lines.append(f"{len(shown)} members, {len(listed.classes)} classes, {unit}: {sizes}")
     lines += catalog.problem_lines(listed.problems)
     lines.append(f"{'verified, ' if verify else ''}written: {workspace.catalog}")
     return "\n".join(lines)

@@ -28,7 +28,7 @@ def distill(config: Config, workspace: Workspace, *, force: bool = False) -> Res
 
     The student is compared with the same network trained without a teacher. A student that is up to date is kept
     unless `force`; an interrupted training resumes. Raises UserError for an unknown student or teacher, for a workspace
-    without images, and where the teacher cannot give targets.
+    without images, and if the teacher cannot provide targets.
     """
     builders = builder_protocol.enabled([StudentBuilder(resolves_best=True)], config)
     session = Session(Store(config, workspace, catalog.load(workspace)), members=())

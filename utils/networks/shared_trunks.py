@@ -48,16 +48,16 @@ def network_weights(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     file = path.with_name(trunk["checkpoint"])
     if not file.is_file():
         raise UserError(f"{path}: holds a head alone, and {file}, which held its trunk, is gone. {TRAIN_AGAIN}")
-    whole = state_dict_of(read_checkpoint(file))
+    whole_network = state_dict_of(read_checkpoint(file))
     trunks = base_back.load_bundled("trunks")
-    digest = trunks.trunk_digest(whole, weights.keys())
+    digest = trunks.trunk_digest(whole_network, weights.keys())
     if digest != trunk["sha256"]:
         raise UserError(
             f"{path}: its head was fitted on the trunk {trunk['sha256'][:12]}, and {file} holds {digest[:12]}. "
             f"{TRAIN_AGAIN}"
         )
     try:
-        network: dict[str, Any] = trunks.whole_network(whole, weights)
+        network: dict[str, Any] = trunks.whole_network(whole_network, weights)
     except ValueError as error:
         raise UserError(f"{path}: does not fit {file}: {error}. {TRAIN_AGAIN}") from error
     return network

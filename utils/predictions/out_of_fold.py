@@ -54,13 +54,13 @@ def read(path: Path, name: str, train: ImageSplit, classes: tuple[str, ...], *, 
     Raises UserError, with `remedy`, for everything that `prediction_files.read` refuses, for other classes, rows
     outside the train split, and labels that differ from the class folders.
     """
-    what = f"out-of-fold predictions of {name}"
+    description = f"out-of-fold predictions of {name}"
     needs = ("labels", "fold")
-    predictions = prediction_files.read(path, what=what, remedy=remedy, needs=needs, sum_tolerance=SUM_TOLERANCE)
+    predictions = prediction_files.read(path, what=description, remedy=remedy, needs=needs, sum_tolerance=SUM_TOLERANCE)
     assert predictions.fold is not None  # required by `needs`
 
     def refuse(reason: str) -> UserError:
-        return UserError(f"{path}: {what} refused: {reason}. {remedy}")
+        return UserError(f"{path}: {description} refused: {reason}. {remedy}")
 
     columns = classes if predictions.classes is None else predictions.classes
     if sorted(columns) != sorted(classes):

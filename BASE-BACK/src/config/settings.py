@@ -186,7 +186,7 @@ def _class_count(root: Path) -> int:
 
 
 # folders -------------------------------------------------------------------------------------------------------------
-# The default is the folder that holds BASE-BACK, whatever BASE-BACK itself is called.
+# The default is the parent folder of BASE-BACK, independent of the name of BASE-BACK.
 BASE_DIR = Path(os.environ.get("DBT_BASE_DIR") or Path(__file__).resolve().parents[3]).absolute()
 CKPT_DIR = BASE_DIR / "checkpoints"
 TRAINED_DIR = Path(os.environ.get("DBT_TRAINED_DIR") or CKPT_DIR).absolute()  # a new network takes its sizes from here

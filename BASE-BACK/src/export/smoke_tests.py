@@ -109,7 +109,7 @@ def check_file(
 
 
 def _same_form(model: nn.Module) -> nn.Module:
-    """A network of the same structure to load weights into: one of `models` is built anew, any other is copied."""
+    """A network of the same structure to load weights into: one of `models` is rebuilt, any other is copied."""
     size, img_size = getattr(model, "size", None), getattr(model, "img_size", None)
     if size is not None and img_size is not None:
         from models import BACKBONE_MAP, create_custom_backbone

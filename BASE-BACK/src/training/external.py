@@ -56,8 +56,8 @@ def external_models(folder: Path) -> ModuleType:
 @contextmanager
 def _their_names(source: Path) -> Iterator[None]:
     """Inside the block, `import config` and the other absolute names import the other BASE-BACK's modules."""
-    ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ABSOLUTE}
-    for name in ours:
+    replaced_modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ABSOLUTE}
+    for name in replaced_modules:
         del sys.modules[name]
     sys.path.insert(0, str(source))
     importlib.invalidate_caches()
@@ -67,7 +67,7 @@ def _their_names(source: Path) -> Iterator[None]:
         sys.path.remove(str(source))
         for name in [name for name in sys.modules if name.partition(".")[0] in ABSOLUTE]:
             del sys.modules[name]
-        sys.modules.update(ours)
+        sys.modules.update(replaced_modules)
 
 
 def external_names(folder: Path) -> list[str]:

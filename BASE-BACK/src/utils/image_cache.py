@@ -52,7 +52,7 @@ class UnreadableImages(ValueError):
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """Pixels of N images in the order in which they were asked for; nothing is in memory until it is read."""
+    """Pixels of N images, in the order of the request; memory-mapped, so that they are read on access."""
 
     resizing: Resizing
     packs: tuple[np.ndarray, ...]

@@ -31,7 +31,7 @@ class TerminalHandler(logging.StreamHandler[TextIO]):
 
 
 @contextmanager
-def progress_bar(total: int, what: str) -> Iterator[Callable[[int, str], object]]:
+def progress_bar(total: int, description: str) -> Iterator[Callable[[int, str], object]]:
     """A progress bar of `total` units on a terminal, and nothing elsewhere; it is removed at the end.
 
     The context value is a function that counts units as done and sets the text after the bar, such as the time left.
@@ -43,7 +43,7 @@ def progress_bar(total: int, what: str) -> Iterator[Callable[[int, str], object]
 
     form = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
     look: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "mininterval": 0, "bar_format": form}
-    with tqdm(total=total, desc=what, file=sys.stderr, **look) as bar:
+    with tqdm(total=total, desc=description, file=sys.stderr, **look) as bar:
 
         def advance(count: int, text: str) -> None:
             bar.set_postfix_str(text, refresh=False)

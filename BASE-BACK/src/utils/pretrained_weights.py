@@ -68,21 +68,21 @@ class PretrainedFile:
     """The preprocessing record in the file."""
 
 
-def weights_path(given: Path) -> Path:
+def weights_path(location: Path) -> Path:
     """The weights file at a path: the file itself, or the one in the folder. Raises `WeightsError`."""
-    if given.is_dir():
-        candidates = [given / name for name in FILES if (given / name).is_file()]
-        candidates = candidates or sorted(path for path in given.iterdir() if path.suffix in SUFFIXES)
+    if location.is_dir():
+        candidates = [location / name for name in FILES if (location / name).is_file()]
+        candidates = candidates or sorted(path for path in location.iterdir() if path.suffix in SUFFIXES)
         if len(candidates) != 1 and (not candidates or candidates[0].name not in FILES):
             shown = ", ".join(path.name for path in candidates) or "none"
             raise WeightsError(
-                f"{given}: found {shown}; expected {' or '.join(FILES)}, or one file of {', '.join(SUFFIXES)}: name "
+                f"{location}: found {shown}; expected {' or '.join(FILES)}, or one file of {', '.join(SUFFIXES)}: name "
                 "the file with --weights FILE"
             )
         return candidates[0]
-    if not given.is_file():
-        raise WeightsError(f"{given}: no such file or folder; expected weights (--weights FILE or DIR)")
-    return given
+    if not location.is_file():
+        raise WeightsError(f"{location}: no such file or folder; expected weights (--weights FILE or DIR)")
+    return location
 
 
 def read_pretrained(path: Path) -> PretrainedFile:

@@ -121,15 +121,15 @@ def _in_order(folders: list[str], record: Mapping[str, Any], root: Path) -> list
     return classes
 
 
-def content_digests(samples: Sequence[Sample], known: Mapping[str, Sequence] | None = None) -> dict[str, list]:
+def content_digests(samples: Sequence[Sample], known_digests: Mapping[str, Sequence] | None = None) -> dict[str, list]:
     """`{sample id: [size in bytes, modification time in ns, SHA-256]}` of the samples' files.
 
-    A digest in `known` is reused if size and modification time are unchanged.
+    A digest in `known_digests` is reused if size and modification time are unchanged.
     """
     digests: dict[str, list] = {}
     for sample in samples:
         status = sample.path.stat()
-        entry = (known or {}).get(sample.sample_id)
+        entry = (known_digests or {}).get(sample.sample_id)
         if entry and entry[0] == status.st_size and entry[1] == status.st_mtime_ns:
             digests[sample.sample_id] = list(entry)
         else:
@@ -220,10 +220,10 @@ def stratified_bins(
 def _whole_shares(count: int, shares: Sequence[float]) -> np.ndarray:
     """Divide `count` rows by `shares` with the largest remainder method; each bin gets at least one row if possible."""
     exact = np.asarray(shares) * count
-    whole = np.floor(exact).astype(int)
-    for index in np.argsort(whole - exact, kind="stable")[: count - whole.sum()]:
-        whole[index] += 1
-    while count >= len(shares) and whole.min() == 0:
-        whole[np.argmin(whole)] += 1
-        whole[np.argmax(whole)] -= 1
-    return whole
+    counts = np.floor(exact).astype(int)
+    for index in np.argsort(counts - exact, kind="stable")[: count - counts.sum()]:
+        counts[index] += 1
+    while count >= len(shares) and counts.min() == 0:
+        counts[np.argmin(counts)] += 1
+        counts[np.argmax(counts)] -= 1
+    return counts

@@ -42,12 +42,12 @@ def by_class(
 
 
 def nearly_empty(signatures: Signatures) -> np.ndarray:
-    """Indices of readable images with nearly a single colour."""
+    """Indices (n,) of readable images with nearly a single colour."""
     return np.flatnonzero(signatures.readable & (signatures.deviation < NEARLY_EMPTY))
 
 
 def imbalance_ratio(labels: np.ndarray, classes: Sequence[str]) -> float | None:
-    """Ratio of the sizes of the largest and the smallest class; None if a class has no images."""
+    """Ratio of the sizes of the largest and the smallest class of `labels` (N,); None if a class has no images."""
     counts = np.bincount(labels, minlength=len(classes))
     return round(float(counts.max() / counts.min()), 2) if len(counts) and counts.min() else None
 

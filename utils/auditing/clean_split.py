@@ -30,7 +30,8 @@ def manifest(
 ) -> str:
     """The text of a manifest `file_name,label,split,group` at `path`; an image alone in its group has no group name.
 
-    Raises UserError for an image outside the manifest's folder, which the base pipeline does not allow.
+    `groups` (N,) are the groups of the N images. Raises UserError for an image outside the manifest's folder, which the
+    base pipeline does not allow.
     """
     folder = Path(os.path.abspath(path.parent))
     sizes = np.bincount(groups) if len(groups) else np.zeros(0, dtype=np.int64)

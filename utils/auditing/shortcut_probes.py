@@ -48,7 +48,7 @@ class Probe:
 
 
 def reason_for_none(labels: np.ndarray, groups: np.ndarray) -> str | None:
-    """The reason why a set cannot be probed (too few classes, images or groups); None if it can."""
+    """The reason why images with `labels` and `groups` (N,) cannot be probed, for example too few groups, or None."""
     counts = np.bincount(labels)
     counts = counts[counts > 0]
     if len(counts) < 2:

@@ -52,7 +52,7 @@ def blocks(count: int, size: int = 2048) -> Iterator[slice]:
 
 
 def all_coefficients(thumbnails: np.ndarray, window: tuple[float, float, float, float]) -> np.ndarray:
-    """`coefficients` of many thumbnails, block by block."""
+    """`coefficients` (N, F, F) of many thumbnails (N, SIDE, SIDE), block by block to limit memory."""
     values = np.empty((len(thumbnails), FREQUENCIES, FREQUENCIES), dtype=np.float32)
     for block in blocks(len(thumbnails)):
         values[block] = coefficients(thumbnails[block], window)

@@ -252,7 +252,10 @@ def views_digest(batch_schedule: BatchSchedule) -> str | None:
 def all_views(
     batch_schedule: BatchSchedule, preprocessing: Preprocessing
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All images in view 0, then all images in view 1, and so on."""
+    """Batches of (indices int64 (B,), images float32 (B, 3, S, S)): all images in view 0, then all in view 1, ...
+
+    The index of image i in view k is k * N + i.
+    """
     import torch
 
     source = batch_schedule.image_source

@@ -158,7 +158,7 @@ def grouped_batches(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndar
 
 
 def measure_latency_ms(run: RunFunction, batch: Sequence[np.ndarray], seconds: float = 1.0) -> float:
-    """Median milliseconds of a run on a batch, after a warm-up run; up to 50 runs or `seconds`."""
+    """Median milliseconds of a run on a batch (an array per input), after a warm-up run; up to 50 runs or `seconds`."""
     run(*batch)
     durations: list[float] = []
     while not durations or (len(durations) < 50 and sum(durations) < seconds):

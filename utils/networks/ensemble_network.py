@@ -52,7 +52,10 @@ class MemberModule(nn.Module):
                 self._outputs.probe(torch.zeros(2, 3, side, side))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logits of several networks are the logarithm of their mean probabilities."""
+        """Images (B, 3, S, S) -> logits (B, C) and embeddings (B, D) or None.
+
+        The logits of several networks are the logarithm of their mean probabilities.
+        """
         embeddings = None
         if self._outputs is not None:
             logits, embeddings = self._outputs(images)

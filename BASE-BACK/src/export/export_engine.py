@@ -59,10 +59,10 @@ def export_model(
 def export_to_format(
     model: nn.Module, export_format: str, output_path: Path | str, dummy_input: Tensor | None = None
 ) -> bool:
-    """Write one file of one format, checked like those of a package; the suffix .safetensors is honoured.
+    """Write one file of one format, checked like those of a package; the suffix .safetensors selects that file type.
 
-    Returns True. Raises ValueError for an unknown or unsupported format, and for a file whose logits differ from the
-    model's.
+    `dummy_input` is one batch `(B, 3, H, W)`. Returns True. Raises ValueError for an unknown or unsupported format, and
+    for a file whose logits differ from the model's.
     """
     (name,) = known_formats([ALIASES.get(export_format, export_format)])
     if name not in FORMATS:

@@ -97,7 +97,8 @@ def check_file(
 ) -> dict[str, Any]:
     """Open `path` as a file of this kind, run it and return its parity. Raises ParityError when the logits differ.
 
-    A network's attribute `parity_tolerance` overrides the tolerance; a piecewise constant network needs it.
+    `batches` are those of `probe_batches`, `expected` the logits `(B, C)` of each. A network's attribute
+    `parity_tolerance` overrides the tolerance; a discontinuous network needs it.
     """
     largest = max(float(logits.abs().max()) for logits in expected)
     usual = OTHER_RUNTIMES.get(kind, TOLERANCE) * max(1.0, largest / LARGE_LOGITS)

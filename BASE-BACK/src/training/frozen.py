@@ -65,7 +65,7 @@ def embed_unit(unit: Unit) -> Outcome:
 
 
 def fold_head(unit: Unit, fold_of: np.ndarray, train: DecodedDataset) -> Outcome:
-    """Fit the head on the train rows outside one fold, and save only its tensors."""
+    """Fit the head on the train rows outside one fold of `fold_of` (N,), and save only its tensors."""
     recipe, network = unit.recipe, _network(unit.recipe)
     fitting = train.subset(np.flatnonzero(fold_of != unit.fold))
     seed = recipe.seed_for("fold", unit.fold, unit.folds, "head")

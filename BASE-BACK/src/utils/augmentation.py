@@ -82,7 +82,7 @@ class Views:
     horizontal position in 0-1"""
 
     def take(self, rows: Tensor) -> Views:
-        """The parameters of the images at indices `rows`."""
+        """The parameters of the images at indices `rows` (B,)."""
         return Views(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @classmethod

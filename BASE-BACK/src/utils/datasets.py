@@ -185,7 +185,7 @@ class DecodedDataset(Dataset):
         return cls(samples, classes, [contents[sample.sample_id] for sample in samples], size, preprocessing)
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> DecodedDataset:
-        """The data set of the given rows, in the given order."""
+        """The data set of the given rows (n,), in the given order."""
         records, contents = [self.records[row] for row in rows], [self.contents[row] for row in rows]
         return DecodedDataset(records, self.classes, contents, self.size, self.preprocessing)
 

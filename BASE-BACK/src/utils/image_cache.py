@@ -237,7 +237,7 @@ class _Pack:
         self._pixels: list[np.ndarray] = []
 
     def add(self, content: str, image: np.ndarray) -> None:
-        """Add an image."""
+        """Add an image, uint8 (height, width, 3)."""
         self._rows.append((content, self.filled, *image.shape[:2]))
         self._pixels.append(image.reshape(-1))
         self.filled += image.size

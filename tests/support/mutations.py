@@ -111,7 +111,7 @@ DEFECTS = (
     Defect(
         "an archive with overflowing sizes is accepted",
         "utils/core/array_archives.py",
-        "    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != there:",
+        "    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != n_bytes:",
         "    if False:",
         "tests/core/test_artifacts.py tests/predictions/test_prediction_files.py",
     ),

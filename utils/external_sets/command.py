@@ -32,7 +32,7 @@ def evaluate(
     Raises ConfigError for options that need `--data` without it, and for `metrics`, `plots`, `maps` and trackers with
     it.
     """
-    from utils.evaluation import evaluate as own
+    from utils.evaluation import evaluate as split_evaluation
 
     if data is None:
         external_options = {
@@ -61,7 +61,7 @@ def evaluate(
     if from_export is not None and options.get("model_name") is not None:
         raise ConfigError("evaluate --from-export: not together with --model-name; the file is the model")
     external_inputs.require_options(options.get("split", "test"), allow_contaminated=allow_contaminated)
-    uncertainty = own.uncertainty_options(
+    uncertainty = split_evaluation.uncertainty_options(
         **{key: options[key] for key in ("alpha", "target_risk", "wanted_error", "class_conditional") if key in options}
     )
     settings = EvaluationSettings(
@@ -87,13 +87,13 @@ def evaluate(
 def _evaluate_split(
     config: Config, workspace: Workspace, mlflow: str | None, tensorboard: str | None, options: dict[str, Any]
 ) -> Result:
-    from utils.evaluation import evaluate as own
+    from utils.evaluation import evaluate as split_evaluation
 
     if mlflow is None and tensorboard is None:
-        return own.evaluate(config, workspace, **options)
+        return split_evaluation.evaluate(config, workspace, **options)
     from utils.evaluation.trackers import tracking
 
     opened = tracking.open_trackers(mlflow, tensorboard)
-    result = own.evaluate(config, workspace, **options)
+    result = split_evaluation.evaluate(config, workspace, **options)
     alone = None if options.get("model_name") is None else result.document["name"]
     return tracking.track(opened, workspace, options.get("split", "test"), result, alone)

@@ -9,12 +9,12 @@ import math
 import numpy as np
 import pytest
 from given_predictions import CONFIG, NAMES, changing, empty_workspace, fewer, logged, take_in, write
+from in_process import few_plots
 from scipy.stats import binomtest
 
 from utils.building import build_commands
 from utils.core.config_file import load_config
 from utils.core.errors import ConfigError, UserError
-from utils.evaluation import score_plots
 from utils.evaluation.evaluate import evaluate
 from utils.numeric import proportions, statistics
 from utils.numeric.means import paired_interval
@@ -40,9 +40,7 @@ def built(tmp_path, *, config=CONFIG, **given):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_pictures():
-    """One kind of them; they take most of the time and have tests of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score_plots, "KINDS", {"reliability": score_plots.reliability})
+    with few_plots():
         yield
 
 

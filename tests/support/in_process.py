@@ -16,6 +16,7 @@ from typing import Any
 
 import ensemble_orchestrator
 from utils.core import messages
+from utils.evaluation import score_plots
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,22 @@ def own_settings() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def few_plots() -> Iterator[None]:
+    """Draw one kind of plots: all six took a third of a pipeline, and a test of their own sees to each."""
+    kinds = score_plots.KINDS
+    score_plots.KINDS = {"reliability": score_plots.reliability}
+    try:
+        yield
+    finally:
+        score_plots.KINDS = kinds
+
+
 def run(*argv: str | Path, workspace: Path | None = None) -> Done:
-    """`python ensemble_orchestrator.py ARGV --workspace WORKSPACE`."""
+    """`python ensemble_orchestrator.py ARGV --workspace WORKSPACE`, with one kind of plots."""
     place = () if workspace is None else ("--workspace", str(workspace))
     out, err = io.StringIO(), io.StringIO()
-    with own_settings(), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+    with own_settings(), few_plots(), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
         for name in ("DBT_ENSEMBLE_DIR", "DBT_BASE_DIR", "DBT_GROUP_REGEX"):
             os.environ.pop(name, None)
         try:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from utils.core import engines
 from utils.exporting import conversion, export_formats
 from utils.exporting.conversion import ConversionJob
 from utils.exporting.exported_network import ExportSignature, ExportSource
-from utils.exporting.parity_check import ReferenceBatches
+from utils.exporting.parity_check import FileRunError, ReferenceBatches
 from utils.exporting.parity_rows import ParitySample
 
 ROWS = np.random.default_rng(0).normal(size=(8, 2, 3)).astype(np.float32)
@@ -54,7 +56,7 @@ def written_entry(job: ConversionJob) -> dict:
 
 
 def test_a_file_that_agrees_gets_its_parity(job):
-    entry = conversion.check_parity(job, "torchscript", written_entry(job))
+    ((_, entry),) = conversion.check_parity(job, {"torchscript": written_entry(job)})
     assert (entry["status"], entry["source_digest"]) == ("ok", "source")
     assert entry["parity"]["max_abs_diff"] < 1e-6
     assert entry["parity"]["rows"] == 8
@@ -63,7 +65,7 @@ def test_a_file_that_agrees_gets_its_parity(job):
 
 def test_a_file_that_differs_is_moved_to_failed(job):
     job.sample.expected.probabilities[3] = [1, 0, 0]
-    entry = conversion.check_parity(job, "torchscript", written_entry(job))
+    ((_, entry),) = conversion.check_parity(job, {"torchscript": written_entry(job)})
     assert (entry["status"], entry["path"], entry["files"]) == ("failed", None, {})
     assert "it.pt" in entry["reason"]
     assert (job.staged / "failed" / "torchscript" / "it.pt").is_file()
@@ -72,8 +74,71 @@ def test_a_file_that_differs_is_moved_to_failed(job):
 
 def test_a_file_that_was_not_written_is_not_run(job):
     skipped = export_formats.format_entry("skipped", reason="no tools")
-    assert conversion.check_parity(job, "tflite", skipped) == skipped
+    assert list(conversion.check_parity(job, {"tflite": skipped})) == [("tflite", skipped)]
     assert not job.scratch.exists()
+
+
+class Process:
+    """Instead of a runtime: counts those that run at a time, and fails where told."""
+
+    running: ClassVar[list[str]] = []
+    most: ClassVar[list[int]] = []
+    error: ClassVar[Exception | None] = None
+
+    def __init__(self, format_name, *_, **__):
+        self.name = format_name
+        self.running.append(format_name)
+        self.most.append(len(self.running))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.name in self.running:
+            self.running.remove(self.name)
+
+    def outputs(self):
+        if self.error is not None:
+            raise self.error
+        self.running.remove(self.name)
+        raise FileRunError(f"{self.name} was not run")
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    monkeypatch.setattr(conversion, "RuntimeProcess", Process)
+    monkeypatch.setattr(Process, "running", [])
+    monkeypatch.setattr(Process, "most", [])
+    return Process
+
+
+def entries(job, *formats, size_mb=1.0):
+    return {name: written_entry(job) | {"size_mb": size_mb} for name in formats}
+
+
+@pytest.mark.parametrize(("cores", "size_mb", "most"), [(1, 1.0, 1), (2, 1.0, 2), (8, 1.0, 3), (8, 501.0, 1)])
+def test_formats_are_checked_side_by_side_where_cores_and_memory_allow(
+    job, processes, monkeypatch, cores, size_mb, most
+):
+    monkeypatch.setattr(engines, "cores", lambda: cores)
+    formats = ("state_dict", "torchscript", "onnx")
+    status = entries(job, *formats, size_mb=size_mb)
+    status["tflite"] = export_formats.format_entry("skipped", reason="no tools")
+    checked = dict(conversion.check_parity(job, status))
+    assert list(checked) == list(status)
+    assert [checked[name]["reason"] for name in formats] == [f"{name} was not run" for name in formats]
+    assert checked["tflite"] == status["tflite"]
+    assert max(processes.most) == most
+    assert processes.running == []
+
+
+def test_processes_end_with_the_check(job, processes, monkeypatch):
+    monkeypatch.setattr(engines, "cores", lambda: 2)
+    monkeypatch.setattr(processes, "error", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        list(conversion.check_parity(job, entries(job, "state_dict", "torchscript", "onnx")))
+    assert processes.most == [1, 2]
+    assert processes.running == []
 
 
 def test_a_combiner_without_networks_has_no_reduced_precision(job, tmp_path):

@@ -9,6 +9,7 @@ from utils.exporting.parity_check import (
     FileOutputs,
     FileRunError,
     ReferenceBatches,
+    RuntimeProcess,
     compare_outputs,
     make_batches,
     run_in_subprocess,
@@ -77,6 +78,15 @@ def test_a_runtime_that_fails_says_why(tmp_path):
     probe = ReferenceBatches([(np.zeros((1, 3, 2, 2), dtype=np.float32),)], [np.arange(1)], np.ones((1, 1)))
     with pytest.raises(FileRunError, match=r"its runtime ended with 1: .*a.onnx: .*Protobuf"):
         run_in_subprocess("onnx", [path], probe, ["probabilities"], tmp_path / "scratch")
+
+
+def test_a_runtime_that_takes_too_long_is_ended(tmp_path):
+    probe = ReferenceBatches([(np.zeros((1, 2), dtype=np.float32),)], [np.arange(1)], np.ones((1, 1)))
+    with RuntimeProcess("onnx", [tmp_path / "a.onnx"], probe, ["probabilities"], tmp_path / "scratch") as process:
+        with pytest.raises(FileRunError, match="did not end within 0 s"):
+            process.outputs(seconds=0.001)
+        assert process._process.poll() is None
+    assert process._process.poll() is not None
 
 
 def test_the_files_of_a_format_share_a_process_and_answer_each_for_itself(tmp_path):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils import base_back
+from utils.core import engines
 from utils.core.errors import UserError
 from utils.exporting import (
     export_folder,
@@ -24,7 +26,7 @@ from utils.exporting import (
 )
 from utils.exporting.export_formats import PACKAGED, TENSORRT, TFLITE
 from utils.exporting.exported_network import UINT8_NHWC, ExportSignature, ExportSource
-from utils.exporting.parity_check import FileRunError, InputArrays
+from utils.exporting.parity_check import FileRunError, InputArrays, RuntimeProcess
 from utils.exporting.parity_rows import ParitySample
 from utils.exporting.reduced_precision import REDUCED
 from utils.predictions.store import Store
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from utils.exporting.exported_network import ExportNetwork
 
 logger = logging.getLogger("disease_pipeline")
+
+LARGE_FILE_MB = 500.0  # a runtime holds its file once more in memory
 
 
 @dataclass(frozen=True)
@@ -104,18 +108,56 @@ def write_reduced_files(job: ConversionJob, onnx_file: Path, formats: Sequence[s
     return status
 
 
-def check_parity(job: ConversionJob, format_name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with the parity of its files, each run in a new process.
+def check_parity(job: ConversionJob, status: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (format, entry) with the parity of the format's files, in the order of `status`.
 
-    Files that fail the check are moved to `failed/`, and their entry says so.
+    Each format runs in a new process, several at a time where cores and memory allow. Files that fail the check are
+    moved to `failed/`, and their entry says so.
     """
-    if entry["status"] == "ok":
-        entry = _checked_entry(job, format_name, entry)
-    if entry["status"] == "failed":
-        export_folder.move_to_failed(job.staged, format_name)
-    level = logging.INFO if entry["status"] == "ok" else logging.WARNING
-    logger.log(level, "export %s, %s: %s", job.source.name, format_name, export_formats.summarize_entry(entry))
-    return entry
+    n_processes = _number_of_processes(job, status)
+    waiting = [name for name, entry in status.items() if entry["status"] == "ok"]
+    running: dict[str, _Check] = {}
+    with ExitStack() as processes:
+        for format_name, entry in status.items():
+            while waiting and len(running) < n_processes:
+                started = waiting.pop(0)
+                running[started] = _Check(job, started, status[started])
+                processes.enter_context(running[started].process)
+            checked = entry
+            if format_name in running:
+                checked = _checked_entry(job, running[format_name], entry)
+                del running[format_name]
+            if checked["status"] == "failed":
+                export_folder.move_to_failed(job.staged, format_name)
+            level = logging.INFO if checked["status"] == "ok" else logging.WARNING
+            summary = export_formats.summarize_entry(checked)
+            logger.log(level, "export %s, %s: %s", job.source.name, format_name, summary)
+            yield format_name, checked
+
+
+class _Check:
+    """The files of one format, which a process runs."""
+
+    def __init__(self, job: ConversionJob, format_name: str, entry: Mapping[str, Any]) -> None:
+        self.start = time.perf_counter()
+        self.format_name, is_tflite = format_name, format_name == TFLITE
+        self.reference = job.sample.reference_batches(fixed=is_tflite, takes_uint8=job.signature.input == UINT8_NHWC)
+        self.files = [job.staged / file for file in entry["files"] if not file.endswith(".data")]
+        self.process = RuntimeProcess(
+            format_name,
+            self.files,
+            self.reference,
+            job.description["outputs"],
+            job.scratch / format_name,
+            job=_runtime_job(job),
+            python=tflite_conversion.python_interpreter() if is_tflite else sys.executable,
+        )
+
+
+def _number_of_processes(job: ConversionJob, status: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many runtimes run at a time: one for each of the cores' groups of threads, one alone for large files."""
+    megabytes = max((entry["size_mb"] or 0 for entry in status.values()), default=0)
+    return 1 if megabytes > LARGE_FILE_MB else max(1, engines.cores() // max(1, job.threads))
 
 
 def _fixed_size_network(job: ConversionJob, network: ExportNetwork) -> tuple[ExportNetwork, tuple[Tensor, ...]]:
@@ -134,33 +176,22 @@ def _fixed_size_network(job: ConversionJob, network: ExportNetwork) -> tuple[Exp
     return network, tuple(map(torch.from_numpy, reference.batches[0]))
 
 
-def _checked_entry(job: ConversionJob, format_name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    started = time.perf_counter()
-    is_tflite, is_reduced = format_name == TFLITE, format_name in REDUCED
-    reference = job.sample.reference_batches(fixed=is_tflite, takes_uint8=job.signature.input == UINT8_NHWC)
-    tolerance = reduced_precision.tolerance_of(format_name) if is_reduced else parity_check.TOLERANCE
-    files = [job.staged / file for file in entry["files"] if not file.endswith(".data")]
+def _checked_entry(job: ConversionJob, check: _Check, entry: dict[str, Any]) -> dict[str, Any]:
+    is_reduced = check.format_name in REDUCED
+    tolerance = reduced_precision.tolerance_of(check.format_name) if is_reduced else parity_check.TOLERANCE
     parity, facts, reasons = None, {}, []
     try:
-        outputs_of_files = parity_check.run_in_subprocess(
-            format_name,
-            files,
-            reference,
-            job.description["outputs"],
-            job.scratch / format_name,
-            job=_runtime_job(job),
-            python=tflite_conversion.python_interpreter() if is_tflite else sys.executable,
-        )
+        outputs_of_files = check.process.outputs()
     except FileRunError as error:
         reasons.append(str(error))
     else:
-        for file, file_outputs in zip(files, outputs_of_files, strict=True):
-            outcome = parity_check.compare_outputs(reference, file_outputs, tolerance)
+        for file, file_outputs in zip(check.files, outputs_of_files, strict=True):
+            outcome = parity_check.compare_outputs(check.reference, file_outputs, tolerance)
             if parity is None or not outcome["passed"]:
                 parity, facts = outcome["parity"], file_outputs.facts
             if not outcome["passed"]:
                 reasons.append(f"{file.name}: {outcome['reason']}")
-    seconds = round((entry["seconds"] or 0) + time.perf_counter() - started, 3)
+    seconds = round((entry["seconds"] or 0) + time.perf_counter() - check.start, 3)
     checked = entry | {
         "parity": parity,
         "seconds": seconds,

@@ -195,8 +195,8 @@ def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, An
             onnx_file = onnx_folder / "onnx" / f"{source.name}.onnx"
             reduced = conversion.write_reduced_files(job, onnx_file, request.missing)
             advance(len(reduced))
-            for name, entry in (status | reduced).items():
-                status[name] = conversion.check_parity(job, name, entry)
+            for name, entry in conversion.check_parity(job, status | reduced):
+                status[name] = entry
                 advance(1)
         # Recorded before the swap, so that an interruption in between leaves no unrecorded export.
         exported_programs.record_files(workspace, source.name, status)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -114,48 +114,98 @@ def run_in_subprocess(
     python: str = sys.executable,
     seconds: float = TIMEOUT_SECONDS,
 ) -> list[FileOutputs]:
-    """Run the files of one format on the reference batches, in a new process of the interpreter `python`.
+    """Run the files of one format on the reference batches in a new process; the arguments are those of RuntimeProcess.
 
-    The files share the process, since a runtime takes seconds to start, but are opened separately. `outputs` are the
-    names of their outputs, `job` holds further entries of the runtime's job, and `scratch` is a folder for exchanging
-    arrays. Raises FileRunError with the last lines of the process, which name the file, if it fails, exceeds `seconds`
-    or is killed.
+    Raises FileRunError as `RuntimeProcess.outputs` does.
     """
+    with RuntimeProcess(format_name, files, reference, outputs, scratch, job=job, python=python) as process:
+        return process.outputs(seconds)
+
+
+class RuntimeProcess:
+    """A process that runs the files of one format on the reference batches; leaving the context ends it.
+
+    The files share the process, since a runtime takes seconds to start, but are opened separately.
+    """
+
+    def __init__(
+        self,
+        format_name: str,
+        files: Sequence[Path],
+        reference: ReferenceBatches,
+        outputs: Sequence[str],
+        scratch: Path,
+        *,
+        job: Mapping[str, Any] | None = None,
+        python: str = sys.executable,
+    ) -> None:
+        """Start a process of the interpreter `python`.
+
+        `outputs` are the names of the files' outputs, `job` holds further entries of the runtime's job, and `scratch`
+        is a folder for exchanging arrays.
+        """
+        self._reference, self._output_names = reference, list(outputs)
+        self._results = scratch / "outputs.npz"
+        command = _runtime_command(format_name, files, reference, outputs, scratch, job or {}, python)
+        environment = subprocesses.watching_environment(os.environ)
+        environment |= {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        streams: dict[str, Any] = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        self._process = subprocess.Popen(command, cwd=scratch, env=environment, text=True, **streams)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()
+
+    def outputs(self, seconds: float = TIMEOUT_SECONDS) -> list[FileOutputs]:
+        """Wait for the process and return the outputs of each file.
+
+        Raises FileRunError with the last lines of the process, which name the file, if it fails, has not ended after
+        `seconds` or is killed.
+        """
+        try:
+            _, messages = self._process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            raise FileRunError(f"its runtime did not end within {seconds:.0f} s") from error
+        code = self._process.returncode
+        if code != 0 or not self._results.is_file():
+            raise FileRunError(f"its runtime ended with {code}: {last_lines(messages)}")
+        with np.load(self._results) as arrays:
+            facts = json.loads(str(arrays["facts"]))
+            return [self._file_outputs(arrays, index, of_file) for index, of_file in enumerate(facts)]
+
+    def _file_outputs(self, arrays: Mapping[str, np.ndarray], index: int, facts: dict[str, Any]) -> FileOutputs:
+        batches = [f"{index}/batch_{number:04d}" for number in range(len(self._reference.batches))]
+        outputs = {
+            name: np.concatenate([arrays[f"{batch}/{name}"] for batch in batches]).astype(np.float32)
+            for name in self._output_names
+        }
+        return FileOutputs(np.concatenate(self._reference.rows), outputs, facts)
+
+
+def _runtime_command(
+    format_name: str,
+    files: Sequence[Path],
+    reference: ReferenceBatches,
+    outputs: Sequence[str],
+    scratch: Path,
+    job: Mapping[str, Any],
+    python: str,
+) -> list[str]:
+    """Write the job of a runtime; the command that runs it."""
     scratch.mkdir(parents=True, exist_ok=True)
     inputs_path, outputs_path, job_path = (scratch / name for name in ("batches.npz", "outputs.npz", "job.json"))
     arrays_by_name: dict[str, Any] = {}
     for number, batch in enumerate(reference.batches):
         arrays_by_name |= named_arrays(number, batch)
     np.savez(inputs_path, allow_pickle=False, **arrays_by_name)
-    record = {**(job or {}), "format": format_name, "files": [str(path) for path in files], "outputs": list(outputs)}
+    record = {**job, "format": format_name, "files": [str(path) for path in files], "outputs": list(outputs)}
     record |= {"batches": str(inputs_path), "results": str(outputs_path)}
     job_path.write_text(json.dumps(record), encoding="utf-8")
-    command = subprocesses.script_command(python, str(Path(__file__).with_name("runtimes.py")), str(job_path))
-    environment = subprocesses.watching_environment(os.environ)
-    environment |= {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    try:
-        process = subprocess.run(
-            command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise FileRunError(f"its runtime did not end within {seconds:.0f} s") from error
-    if process.returncode != 0 or not outputs_path.is_file():
-        raise FileRunError(f"its runtime ended with {process.returncode}: {last_lines(process.stderr)}")
-    rows = np.concatenate(reference.rows)
-    with np.load(outputs_path) as arrays:
-        return [
-            FileOutputs(
-                rows,
-                {
-                    output: np.concatenate(
-                        [arrays[f"{index}/batch_{number:04d}/{output}"] for number in range(len(reference.batches))]
-                    ).astype(np.float32)
-                    for output in outputs
-                },
-                facts,
-            )
-            for index, facts in enumerate(json.loads(str(arrays["facts"])))
-        ]
+    return subprocesses.script_command(python, str(Path(__file__).with_name("runtimes.py")), str(job_path))
 
 
 def last_lines(text: str) -> str:

@@ -34,6 +34,8 @@ from forked_commands import Ended, Running  # noqa: E402
 
 LIMIT = 900.0  # seconds of one command on a busy machine
 SETTLE = 25  # steps between comparisons with a workspace from nothing
+LAST = ("evaluate", "audit")
+"""Commands before a comparison: both read all ensembles, also those that were built after a pipeline."""
 TRAININGS = {"first": "1", "longer": "2"}
 """{training: epochs of fine-tuning}"""
 
@@ -228,12 +230,13 @@ class Soak:
             ("clean", "--confirm", "--stale"),
             ("pipeline",),
             ("clean", "--confirm", "--stale"),
+            ("clean", "--confirm", "--unlisted"),
         ):
-            ended = self.command(*line)
-        self.command("clean", "--confirm", "--unlisted")
-        ended = self.command("evaluate")
-        if ended.code not in (0, 4):
-            raise ViolationError(f"evaluate after everything ended with {ended.code}: {ended.stderr[-1500:]}")
+            self.command(*line)
+        for command in LAST:
+            ended = self.command(command)
+            if ended.code not in (0, 4):
+                raise ViolationError(f"{command} after everything ended with {ended.code}: {ended.stderr[-1500:]}")
         self.is_clean = True
         self.check()
         fresh = self.folder / "fresh"
@@ -248,7 +251,8 @@ class Soak:
         (fresh / "ensembles").mkdir()
         shutil.copy(self.workspace / "ensembles" / "latency.json", fresh / "ensembles" / "latency.json")
         remembered = str(self.workspace / "ensembles" / "config.yaml")
-        for line in (("pipeline", "--config", remembered), *steps.builds_by_option(self.workspace), ("evaluate",)):
+        builds = (("pipeline", "--config", remembered), *steps.builds_by_option(self.workspace))
+        for line in (*builds, *((command,) for command in LAST)):
             ended = Running((*line, "--quiet"), fresh).wait(LIMIT)
             self.judge(ended, was_stopped=False)
         wrong = [

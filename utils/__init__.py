@@ -1,6 +1,6 @@
-"""This project's package, and BASE-BACK's `utils` as well: see `utils.base_back`.
+"""This project's package, which also gives access to BASE-BACK's `utils`: see `utils.base_back`.
 
-Importing it, or any module of ours below it, reads no BASE-BACK file and imports no torch.
+Importing it, or any module of this project in it, reads no BASE-BACK file and imports no torch.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The mount: BASE-BACK's packages and ours in one process, although both have a package `utils`.
+"""The mount: import BASE-BACK's packages and this project's in one process, although both have a package `utils`.
 
-    config, models, training, export    come from BASE-BACK/src, whatever else of these names lies on the path
-    utils.<module of ours>              ours
-    utils.<any other module>            BASE-BACK/src/utils
-    utils.logger and ten more names     BASE-BACK/src/utils/__init__.py, loaded once as `utils._base`
+    config, models, training, export    from BASE-BACK/src, even if other modules of these names are on the path
+    utils.<module of this project>      this project's module
+    utils.<any other module>            from BASE-BACK/src/utils
+    utils.logger and ten more names     from BASE-BACK/src/utils/__init__.py, loaded once as `utils._base`
 
-Importing `utils` installs a finder and nothing more. The folder is bound at the first use of a BASE-BACK name, when the
-command line has put `--base-back` and `--workspace` into the environment; from then on the process keeps it. Nothing is
-ever written into a BASE-BACK that is not the bundled one.
+Importing `utils` only installs a finder. The folder is bound at the first use of a BASE-BACK name, after the command
+line has put `--base-back` and `--workspace` into the environment, for the life of the process. Nothing is ever written
+into a BASE-BACK other than the bundled one.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _BUNDLED_EXPORT = "bundled_base_back_export"
 
 
 def locate(explicit: str | None = None) -> Path:
-    """The absolute path of the BASE-BACK folder that `bind` would use; loads and sets nothing.
+    """Return the absolute path of the BASE-BACK folder that `bind` would use, without loading or setting anything.
 
-    Order: `explicit`, the environment variable BASE_BACK_DIR, `../BASE-BACK` beside the project, the bundled one.
+    Order: `explicit`, the environment variable BASE_BACK_DIR, `BASE-BACK` next to the project, the bundled one.
     Raises UserError if the requested folder is not a BASE-BACK, or if there is none.
     """
     requested = explicit or os.environ.get("BASE_BACK_DIR")
@@ -74,12 +74,12 @@ def locate(explicit: str | None = None) -> Path:
 
 
 def kind(path: str | os.PathLike[str]) -> Literal["bundled", "external"]:
-    """Whether the BASE-BACK folder `path` is the one that this project contains."""
+    """Return whether the BASE-BACK folder `path` is the one that this project bundles."""
     return "bundled" if _same(path, BUNDLED) else "external"
 
 
 def source_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 over the relative paths and bytes of `src/**/*.py` below the BASE-BACK folder `path`, in sorted order."""
+    """Return the SHA-256 of the sorted relative paths and the bytes of `src/**/*.py` in the BASE-BACK folder `path`."""
     src = Path(path) / "src"
     files = sorted((file.relative_to(src).as_posix(), file) for file in src.rglob("*.py") if file.is_file())
     digest = hashlib.sha256()
@@ -91,7 +91,7 @@ def source_digest(path: str | os.PathLike[str]) -> str:
 
 
 def _require_own(folder: Path) -> None:
-    """Raise UserError for a folder that nobody has named and that somebody else owns, whose code would be run."""
+    """Raise UserError for a folder of another owner that was not named explicitly, since its code would be run."""
     trusted = {0, os.getuid(), os.stat(PROJECT).st_uid}
     for part in (folder, folder / "src", *sorted((folder / "src").glob("*"))):
         if (owner := os.stat(part).st_uid) not in trusted:
@@ -103,7 +103,7 @@ def _require_own(folder: Path) -> None:
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:
-    # Symbolic links stay: a linked BASE-BACK belongs to the workspace that holds the link.
+    # Symbolic links are kept: a linked BASE-BACK belongs to the workspace that contains the link.
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
@@ -125,7 +125,7 @@ def _contents(folder: Path) -> str:
 
 
 def _near(folder: Path) -> str:
-    """A hint when BASE-BACK is one folder above or below the one given."""
+    """Return a hint if BASE-BACK is one folder above or below `folder`; "" otherwise."""
     for candidate in (folder.parent, folder / "BASE-BACK"):
         if _is_base_back(candidate):
             return f"; did you mean {candidate}?"
@@ -133,7 +133,7 @@ def _near(folder: Path) -> str:
 
 
 def bind(explicit: str | None = None, workspace: str | None = None) -> Path:
-    """Set the BASE-BACK folder and the workspace of this process and its children; returns the absolute folder.
+    """Set the BASE-BACK folder and the workspace of this process and its children; return the absolute folder.
 
     Idempotent; loads none of BASE-BACK's modules. Raises UserError if another folder is bound, if the settings of
     another workspace are loaded, or if a module named like one of BASE-BACK's packages was imported from elsewhere.
@@ -153,11 +153,11 @@ def bind(explicit: str | None = None, workspace: str | None = None) -> Path:
     if _FINDER.folder is None:
         os.environ["BASE_BACK_DIR"] = str(folder)
         if kind(folder) == "external":
-            # A spawned child may load a BASE-BACK module from sys.path before our loader is there to keep it clean.
+            # A spawned child may load a BASE-BACK module from sys.path before this loader prevents compiled files.
             os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         sys.modules[_OURS].__path__.append(str(folder / "src" / "utils"))
         _extend_search_path(folder / "src")
-        # A mounted BASE-BACK logs to stdout and opens files in the working directory unless a handler is there.
+        # A mounted BASE-BACK logs to stdout and opens files in the working directory unless a handler exists.
         if not logging.getLogger(LOGGER_NAME).handlers:
             set_up_logging()
         _warn_of_hidden_modules(folder)
@@ -166,9 +166,9 @@ def bind(explicit: str | None = None, workspace: str | None = None) -> Path:
 
 
 def load(name: str) -> ModuleType:
-    """One module of the mounted BASE-BACK, by its import name: "models", "training", "utils.datasets".
+    """Import one module of the mounted BASE-BACK by its import name, such as "models" or "utils.datasets".
 
-    Raises UserError, naming folder, module and cause, when it cannot be imported.
+    Raises UserError, which names folder, module and cause, if it cannot be imported.
     """
     folder = bind()
     try:
@@ -186,9 +186,9 @@ def load(name: str) -> ModuleType:
 
 
 def load_bundled(name: str) -> ModuleType:
-    """A module of the bundled BASE-BACK's `utils` that reads no settings, such as "samples", whatever is mounted.
+    """Import a module of the bundled BASE-BACK's `utils` that reads no settings, such as "samples", for any mount.
 
-    Where the bundled BASE-BACK is mounted it is the mounted module itself, so that no file is loaded twice.
+    If the bundled BASE-BACK is mounted, this is the mounted module, so that no file is loaded twice.
     """
     if kind(bind()) == "bundled":
         return load(f"{_OURS}.{name}")
@@ -203,10 +203,10 @@ def leave_workspace_unchanged() -> None:
 
 
 def bundled_export() -> ModuleType:
-    """The bundled BASE-BACK's `export`, whatever is mounted; its `export_and_package_model` is what exports call.
+    """Return the bundled BASE-BACK's `export` for any mount; exports call its `export_and_package_model`.
 
-    Where another BASE-BACK is mounted, its modules step aside while the bundled ones are read for the first time; those
-    keep what they took, and the names lead to the mounted ones again.
+    If another BASE-BACK is mounted, its modules are temporarily removed from `sys.modules` while the bundled ones are
+    loaded for the first time. The bundled modules keep their imports, and the names refer to the mounted ones again.
     """
     if kind(bind()) == "bundled":
         return load("export")
@@ -242,25 +242,28 @@ def _is_in(module: ModuleType, folder: Path) -> bool:
 
 
 def settings() -> ModuleType:
-    """`config.settings` of the mounted BASE-BACK, read once per process; the bundled one needs no torch."""
+    """Return `config.settings` of the mounted BASE-BACK, read once per process; the bundled one needs no torch."""
     return load("config.settings")
 
 
 def open_workspace(output: str | None = None) -> Workspace:
-    """The workspace of the mounted BASE-BACK; loads its settings, but not torch. `output` as in `from_settings`."""
+    """Return the workspace of the mounted BASE-BACK; loads its settings, but not torch.
+
+    For `output`, see `Workspace.from_settings`.
+    """
     return Workspace.from_settings(settings(), output)
 
 
 def _set_workspace(folder: Path, workspace: str | None) -> None:
-    """Put the workspace, absolute, into DBT_BASE_DIR, unless settings that were read name another one."""
-    chosen = _absolute(workspace or os.environ.get("DBT_BASE_DIR") or folder.parent)
-    read = getattr(sys.modules.get("config.settings"), "BASE_DIR", None)
-    if workspace and read is not None and not _same(chosen, read):
+    """Set DBT_BASE_DIR to the absolute workspace. Raises UserError if loaded settings name another one."""
+    requested = _absolute(workspace or os.environ.get("DBT_BASE_DIR") or folder.parent)
+    loaded = getattr(sys.modules.get("config.settings"), "BASE_DIR", None)
+    if workspace and loaded is not None and not _same(requested, loaded):
         raise UserError(
-            f"the settings of workspace {read} are loaded in this process, so workspace {chosen} cannot be used "
+            f"the settings of workspace {loaded} are loaded in this process, so workspace {requested} cannot be used "
             "as well. Start a new process for it"
         )
-    os.environ["DBT_BASE_DIR"] = str(chosen)
+    os.environ["DBT_BASE_DIR"] = str(requested)
 
 
 def _refuse_other_modules(folder: Path) -> None:
@@ -280,7 +283,7 @@ def _refuse_other_modules(folder: Path) -> None:
 
 
 def _warn_of_hidden_modules(folder: Path) -> None:
-    """Log which modules and packages of BASE-BACK's `utils` cannot be imported, because ours have the same names."""
+    """Warn about modules of BASE-BACK's `utils` that cannot be imported, because this project's have the same names."""
     ours = {path.stem for path in _modules(PROJECT / _OURS)}
     hidden = [path for path in _modules(folder / "src" / "utils") if path.stem in ours]
     if hidden:
@@ -292,7 +295,7 @@ def _warn_of_hidden_modules(folder: Path) -> None:
 
 
 def _modules(package: Path) -> list[Path]:
-    """Files and folders of a package that an import statement can name, sorted."""
+    """Return the files and folders of a package that an import statement can name, sorted."""
     return sorted(
         path
         for path in package.iterdir()
@@ -303,10 +306,10 @@ def _modules(package: Path) -> list[Path]:
 
 
 def _extend_search_path(src: Path) -> None:
-    """Let spawned children find BASE-BACK: they are handed sys.path, but no finder.
+    """Let spawned children find BASE-BACK: they inherit sys.path, but not the finder.
 
-    `src` goes behind everything else, but not behind a module that would answer to one of BASE-BACK's names, and
-    never before the project, whose `utils` comes first.
+    `src` is inserted after the project, whose `utils` comes first, and before the first later entry with a module of
+    one of BASE-BACK's names; at the end if there is none.
     """
     entries = [os.path.abspath(entry) for entry in sys.path]
     if str(src) in entries:
@@ -314,8 +317,8 @@ def _extend_search_path(src: Path) -> None:
     if str(PROJECT) not in entries:
         sys.path.append(str(PROJECT))
         entries.append(str(PROJECT))
-    behind = entries.index(str(PROJECT)) + 1
-    hiding = (at for at in range(behind, len(entries)) if _answers(entries[at]))
+    first = entries.index(str(PROJECT)) + 1
+    hiding = (index for index in range(first, len(entries)) if _answers(entries[index]))
     sys.path.insert(next(hiding, len(entries)), str(src))
 
 
@@ -327,12 +330,12 @@ class _Loader(SourceFileLoader):
     """Loads one BASE-BACK file."""
 
     def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
-        """Keep compiled code beside the bundled sources only; a mounted folder is never written to."""
+        """Write compiled code only for the bundled sources; an external folder is never written to."""
         if _FINDER.folder is not None and kind(_FINDER.folder) == "bundled":
             super().set_data(path, data, _mode=_mode)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the file; the log level that the command line chose outlives BASE-BACK's own."""
+        """Run the file and restore the log level of the command line, which BASE-BACK may change."""
         logger = logging.getLogger(LOGGER_NAME)
         level = logger.level
         with _without_new_folders() if module.__name__.startswith("config") else nullcontext():
@@ -343,10 +346,10 @@ class _Loader(SourceFileLoader):
 
 @contextmanager
 def _without_new_folders() -> Iterator[None]:
-    """Load settings that create folders in the workspace.
+    """Context in which settings that create folders in the workspace are loaded.
 
-    They create none if this program writes to another folder or must leave the workspace unchanged; folders that cannot
-    be created are left out. This program does not need them: its writers create missing folders.
+    No folder is created if this program writes to another folder or must leave the workspace unchanged; folders that
+    cannot be created are skipped. This program does not need them: its writers create missing folders.
     """
     workspace, output = os.environ["DBT_BASE_DIR"], os.environ.get("DBT_ENSEMBLE_DIR")
     is_only_read = bool(_FINDER.makes_no_folders or (output and not _same(_absolute(output), workspace)))
@@ -371,7 +374,7 @@ def _without_new_folders() -> Iterator[None]:
 
 
 class _Finder:
-    """Finds BASE-BACK's modules, and no others."""
+    """Finder of BASE-BACK's modules only."""
 
     folder: Path | None = None
     makes_no_folders: bool = False
@@ -379,7 +382,7 @@ class _Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Spec of a BASE-BACK module, or None; raises UserError where binding fails."""
+        """Return the spec of a BASE-BACK module, or None. Raises UserError if binding fails."""
         top, _, below = fullname.partition(".")
         if top not in PACKAGES and top != _OURS:
             return None
@@ -396,7 +399,7 @@ class _Finder:
         src = bind() / "src"
         spec = _spec_in(name, [str(src)])
         if spec is None:
-            # Passing on would let a module of this name in the working directory pass for BASE-BACK's.
+            # Returning None would let a module of this name in the working directory replace BASE-BACK's.
             raise ModuleNotFoundError(f"the mounted BASE-BACK has no package {name!r} in {src}", name=name)
         return spec
 
@@ -406,7 +409,7 @@ class _Finder:
             return None
         folder = (self.folder or locate()) / "src" / "utils"
         if fullname == _BASE_UTILS:
-            # No package: its relative imports shall mean `utils`, where each of its files has one module object.
+            # Not a package: its relative imports refer to `utils`, so that each of its files has one module object.
             loader = _Loader(fullname, str(folder / "__init__.py"))
             spec = spec_from_file_location(fullname, loader.path, loader=loader, submodule_search_locations=None)
         else:
@@ -425,13 +428,13 @@ _FINDER = _Finder()
 
 
 def install() -> None:
-    """Put the finder first on sys.meta_path; nothing is searched for or loaded."""
+    """Insert the finder at the start of sys.meta_path, without searching or loading anything."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
 
 
 def exported(name: str) -> Any:
-    """`__getattr__` of the package `utils`: one of BASE-BACK's eleven names (EXPORTS), loaded at first use and kept.
+    """`__getattr__` of the package `utils`: return one of BASE-BACK's eleven names (EXPORTS), loaded at first use.
 
     Raises AttributeError for every other name, without binding.
     """

@@ -20,11 +20,11 @@ class Command(NamedTuple):
     builds: bool = False
     """Whether the workspace remembers the configuration that it runs with."""
     makes_workspace: bool = False
-    """Whether it may write into a folder in which there is nothing of a workspace yet."""
+    """Whether it may write into a folder that is not a workspace yet."""
     decodes: bool = False
     """Whether it may decode images; the cache quota is enforced before."""
     sandboxed: bool = False
-    """Whether it writes to a folder of its own only, and no log file into the workspace."""
+    """Whether it writes only to a separate folder, and no log file into the workspace."""
     pass_through: tuple[str, ...] = ()
     """Common options that the function receives in addition to --force."""
     one_of: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Command(NamedTuple):
     standalone: tuple[tuple[str, str], ...] = ()
     """(option, function called instead of the target); needs no configuration, workspace or BASE-BACK."""
     is_standalone: bool = False
-    """Whether the target itself needs none of these; it is called with its options alone."""
+    """Whether the target itself needs none of these; it is called with its options only."""
 
 
 DEBUG_SECTIONS = (
@@ -563,7 +563,7 @@ PIPELINE_STAGES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
 )
 """(command, options, sections of the configuration of which at least one must be enabled).
 
-The document of `pipeline` holds the result of each under its name; that of a second run under `<name>-2`.
+The document of `pipeline` has the result of each under its name; that of a second run under `<name>-2`.
 """
 COMMON_OPTIONS: dict[str, dict[str, Any]] = {
     "--config": {

@@ -48,10 +48,10 @@ def debug(
     verbose: bool = False,
     force: bool = False,
 ) -> Result:
-    """Run sections in a sandbox, or with `dry_run` list what they would do and change nothing.
+    """Run sections in a sandbox, or with `dry_run` list what they would do without changing anything.
 
     `commands` are the names that the command line accepts. Sections that did not pass are failures of the result.
-    Raises ConfigError for an unknown `arch`, and UserError for `reset` without `confirm` or where the networks of the
+    Raises ConfigError for an unknown `arch`, and UserError for `reset` without `confirm` or if the networks of the
     synthetic workspace cannot be trained.
     """
     if section == RESET:
@@ -104,9 +104,9 @@ def run_section(
 ) -> Result:
     """Run the steps of one section in the sandbox `workspace`, in the subprocess that `debug` starts.
 
-    `run(line, config, workspace, force)` runs one command line. The last step is what the section tests, so it is
-    forced; the steps before it build what it needs, unless that is up to date. Raises UserError where the section does
-    not write the files that it lists.
+    `run(line, config, workspace, force)` runs one command line. The last step is the one that the section tests, so it
+    is forced; the steps before it build its prerequisites unless they are up to date. Raises UserError if the section
+    does not write the files that it lists.
     """
     from utils.operations import debug_probes
 
@@ -140,7 +140,7 @@ def run_section(
 
 
 def format_table(rows: Iterable[dict[str, Any]]) -> str:
-    """Table of section, status, seconds and failures."""
+    """Return a table of section, status, seconds and failures."""
     lines = [f"{'section':20}{'status':9}{'seconds':>8}  failures"]
     for row in rows:
         first, *more = row["failures"] or [""]
@@ -150,7 +150,7 @@ def format_table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def section_overrides(name: str, sandbox: Sandbox, arch: str | None) -> list[str]:
-    """Configuration values of a section, as `--set` takes them; they override the user's."""
+    """Return the configuration values of a section for `--set`; they override the user's."""
     section = SECTIONS[name]
     values = [
         *(debug_sandbox.SYNTHETIC_SETTINGS if sandbox.is_synthetic else ()),
@@ -257,7 +257,7 @@ def _require_backbone(arch: str | None, workspace: Workspace) -> None:
 
 
 def _file_states(folder: Path) -> dict[Path, tuple[int, int, int]]:
-    """Size, modification time and inode of every file, by which written files are recognised."""
+    """Return size, modification time and inode of every file, by which written files are recognised."""
     states = {}
     for entry in caches.walk_files(folder):
         status = os.stat(entry.path)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SMALLEST_DEVIATION = 1e-6
-"""Deviation of an embedding's dimension that counts as constant."""
+"""Standard deviation up to which a dimension of an embedding counts as constant."""
 
 
 def soften(log_probabilities: Tensor, temperature: float) -> Tensor:
-    """Return log-probabilities (B, C) at a temperature, normalised again."""
+    """Return normalised log-probabilities (B, C) at a temperature."""
     return F.log_softmax(log_probabilities / temperature, dim=1)
 
 
@@ -33,12 +33,12 @@ def teacher_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixing of each image of a batch with another image of it."""
+    """Mixing of each image of a batch with another image of the batch."""
 
     partner: Tensor
     """int64 (B,), index of the other image in the batch"""
     weight: float
-    """Weight of the image; its partner has the rest"""
+    """Weight of the image; that of its partner is 1 - weight"""
     box: tuple[float, float, float, float] | None
     """Top, bottom, left and right of the box pasted from the partner, relative to the sides; None blends the images"""
 
@@ -99,8 +99,8 @@ def student_loss(
     """Return alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy, of `distilled` and of `labelled` rows.
 
     Takes logits (B, C) on any device, and on the CPU labels (B,), the teacher's log-probabilities (B, C) and two masks
-    (B,): rows are chosen there, as a GPU would have to be waited for. `criterion` is the cross-entropy of the second
-    term, and any smoothing of labels affects that term alone. A term without rows is 0.
+    (B,): rows are selected on the CPU, since selection on a GPU would synchronise. `criterion` is the cross-entropy of
+    the second term; label smoothing affects only that term. A term without rows is 0.
     """
     device = logits.device
     loss = logits.sum() * 0.0
@@ -108,17 +108,17 @@ def student_loss(
         targets = teacher[distilled].to(device, non_blocking=True)
         loss = loss + alpha * teacher_loss(_of_rows(logits, distilled), targets, temperature)
     if alpha < 1 and bool(labelled.any()):
-        chosen = _of_rows(logits, labelled)
-        label_loss = criterion(chosen, labels[labelled].to(device, non_blocking=True))
+        label_logits = _of_rows(logits, labelled)
+        label_loss = criterion(label_logits, labels[labelled].to(device, non_blocking=True))
         if mixing is not None:
             partners = labels[mixing.partner][labelled].to(device, non_blocking=True)
-            label_loss = mixing.weight * label_loss + (1 - mixing.weight) * criterion(chosen, partners)
+            label_loss = mixing.weight * label_loss + (1 - mixing.weight) * criterion(label_logits, partners)
         loss = loss + (1 - alpha) * label_loss
     return loss
 
 
 def _of_rows(values: Tensor, mask: Tensor) -> Tensor:
-    """The rows of values (B, ...) on any device that a mask (B,) on the CPU selects."""
+    """Return the rows of values (B, ...), on any device, that a mask (B,) on the CPU selects."""
     if bool(mask.all()):
         return values
     return values[mask.nonzero().squeeze(1).to(values.device, non_blocking=True)]
@@ -134,7 +134,7 @@ def embedding_loss(projected: Tensor, embeddings: Tensor) -> Tensor:
 
 
 def standardised(embeddings: np.ndarray) -> np.ndarray:
-    """Embeddings (N, D) float32 with mean 0 and deviation 1 of each dimension; 0 where a dimension is constant."""
+    """Return embeddings float32 (N, D) with mean 0 and deviation 1 per dimension; constant dimensions are 0."""
     values = embeddings.astype(np.float64)
     deviation = values.std(axis=0)
     centred = values - values.mean(axis=0)
@@ -152,7 +152,7 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.steps = 0
-        live = model.state_dict()  # tensors that share their memory with the network's
+        live = model.state_dict()  # tensors that share memory with the network
         self.weights = {name: tensor.detach().clone() for name, tensor in live.items()}
         averaged = [name for name, tensor in live.items() if tensor.is_floating_point()]
         self._averaged = [self.weights[name] for name in averaged], [live[name] for name in averaged]

@@ -55,7 +55,7 @@ class SoftVoting(Voting):
 
 
 class HardVoting(Voting):
-    """Fraction of the members that vote for a class; each votes for the class of its largest logit.
+    """Fraction of the members that vote for each class; a member votes for the class of its largest logit.
 
     The mean probability is mixed in with weight `TIE_WEIGHT`, which breaks ties and leaves the first six digits of the
     fractions unchanged. A member with equal largest logits votes for the first of these classes.
@@ -104,7 +104,7 @@ class LogitAveraging(Voting):
         return ProbabilityOfMeanLogits(self.temperature, self.member_temperatures)
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
-        """Return the temperatures, (1,) and (M,), where there are any."""
+        """Return the temperatures, (1,) and (M,), if any is not 1."""
         if self.temperature == 1 and (self.member_temperatures == 1).all():
             return {}
         return {"temperature": np.array([self.temperature]), "member_temperatures": self.member_temperatures}
@@ -127,7 +127,7 @@ SAVED_AS: dict[str, type[Combiner]] = {
     "distilled": SoftVoting,
     "tta": SoftVoting,
 }
-"""Methods that create networks: method -> combiner of the created networks, which is their mean."""
+"""{method that creates networks: combiner of these networks, which is their mean}"""
 COMBINERS: dict[str, type[Combiner]] = {
     "soft_voting": SoftVoting,
     "hard_voting": HardVoting,

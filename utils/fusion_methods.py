@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FusionStacker(Stacker):
-    """Base class of fusions; a subclass defines its head and what the head reads."""
+    """Base class of fusions; a subclass defines its head and the maps of embeddings to its inputs."""
 
     settings: ClassVar[tuple[str, ...]] = (
         *("runs.fusion.fusion_config", "runs.fusion.label_smoothing", "runs.fusion.seeds"),
@@ -75,11 +75,12 @@ class FusionStacker(Stacker):
         Raises UserError for embeddings that are not finite.
         """
         for name, embeddings in zip(self.names, outputs.embeddings, strict=True):
-            bad, n_columns = np.flatnonzero(~np.isfinite(embeddings).all(axis=0)), embeddings.shape[1]
-            if bad.size:
+            columns, n_columns = np.flatnonzero(~np.isfinite(embeddings).all(axis=0)), embeddings.shape[1]
+            if columns.size:
                 raise UserError(
-                    f"member {name}: {bad.size} of {n_columns} columns of its embeddings hold NaN or infinity, "
-                    f"first column {bad[0]}. Leave it out: --set backbones.exclude=[{name}]; or repair the embeddings"
+                    f"member {name}: {columns.size} of {n_columns} columns of its embeddings hold NaN or infinity, "
+                    f"first column {columns[0]}. Leave it out: --set backbones.exclude=[{name}]; or repair the "
+                    "embeddings"
                 )
         self.maps = self._fit_maps(outputs)
         mapped = self.mapped_outputs(outputs)
@@ -114,8 +115,8 @@ class FusionStacker(Stacker):
         """Set weights of heads that were trained elsewhere, and calibrate again.
 
         Temperature and weight of the mean are fitted on outputs (M, N, C), labels (N,), folds (N,) that neither heads
-        nor networks were fitted on, and used only if held-out folds gain by them. Returns cross-fitted probabilities
-        (N, C).
+        nor networks were fitted on, and used only if they lower the held-out log-loss. Returns cross-fitted
+        probabilities (N, C).
         """
         assert isinstance(self.model, TrainedHeads)
         self.model = TrainedHeads(self.model.shape, tuple(dict(weights) for weights in heads))
@@ -128,14 +129,14 @@ class FusionStacker(Stacker):
             others = inner_folds(labels, folds, ~inside)
             calibration = self._calibrate(probabilities[~inside], mean[~inside], labels[~inside], others)
             crossfit[inside] = calibration.apply(probabilities[inside], mean[inside])
-        # On few rows with hardly an error the fitted temperature is near 0, and one error on other rows is then costly.
-        gains = log_loss(crossfit, labels) < log_loss(probabilities, labels)
+        # On few rows with hardly any error the fitted temperature is near 0, so that one error on other rows is costly.
+        is_better = log_loss(crossfit, labels) < log_loss(probabilities, labels)
         all_rows = inner_folds(labels, folds, np.ones(len(labels), dtype=bool))
-        self.calibration = self._calibrate(probabilities, mean, labels, all_rows) if gains else Calibration()
+        self.calibration = self._calibrate(probabilities, mean, labels, all_rows) if is_better else Calibration()
         self.head_report = self._report_members(mapped)
         selection_score = log_loss(self._mixed(self.calibration.apply(probabilities, mean)), labels)
         self.facts = {**self.facts, "selection_score": selection_score}
-        return mixed_by_fold(crossfit if gains else probabilities, folds)
+        return mixed_by_fold(crossfit if is_better else probabilities, folds)
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Return the selected setting, its losses and cost, facts about the maps, and attention weights."""

@@ -91,7 +91,7 @@ FUSERS: dict[str, type[Stacker | ConvexPool]] = {
     "attention": FuserAttention,
     "convex": ConvexPool,
 }
-"""`runs.meta_fuser.fuser_type` -> class."""
+"""{value of `runs.meta_fuser.fuser_type`: class}"""
 
 
 INPUT_METHODS: dict[str, type[Combiner]] = {
@@ -101,7 +101,7 @@ INPUT_METHODS: dict[str, type[Combiner]] = {
     **fusion_methods.COMBINERS,
     **moe_methods.COMBINERS,
 }
-"""Methods of ensembles that may be inputs: method -> combiner class."""
+"""{method of ensembles that may be inputs: combiner class}"""
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class FuserInput:
     member_indices: np.ndarray
     """int64: indices of its members among the M members"""
     predictions: NestedPredictions | None = None
-    """On the rows of the fit, by copies without the row's fold; None for an input that is not fitted yet"""
+    """Cross-fitted predictions on the rows of the fit; None for an input that is not fitted yet"""
     name: str = ""
-    """The ensemble's, for the report; empty: its method"""
+    """Name of the ensemble, for the report; "" for the name of its method"""
 
     @property
     def label(self) -> str:
-        """What the report calls it."""
+        """Name in the report."""
         return self.name or self.method
 
 
@@ -127,9 +127,9 @@ class FuserInput:
 class MetaFuserCombiner(Combiner):
     """A fuser with its inputs; like other combiners, it takes the members' outputs.
 
-    It is cross-fitted over the same folds as its inputs. The inputs of a stacker on the rows of other folds come from
+    It is cross-fitted over the same folds as its inputs. The inputs of a stacker on the rows of other folds are by
     copies that have read the labels of the held-out fold, as in Wolpert's stacking; a test with permuted labels shows
-    that nothing leaks. Those of a convex pool come from copies that have not (`ConvexPool.fit_two_level`).
+    that nothing leaks. Those of a convex pool are by copies that have not (`ConvexPool.fit_two_level`).
     """
 
     settings: ClassVar[tuple[str, ...]] = FuserPerceptron.settings  # of all fusers; each may add more
@@ -153,19 +153,22 @@ class MetaFuserCombiner(Combiner):
 
     @classmethod
     def over(cls, config: Config, members: MemberFacts, inputs: Sequence[FuserInput]) -> Self:
-        """Return an unfitted fuser over inputs, which may be fitted already."""
+        """Return an unfitted fuser over inputs, which may already be fitted."""
         kind = config.runs.meta_fuser.fuser_type
         return cls(inputs, FUSERS[kind].configured(config, members), kind)
 
     @property
     def reads_embeddings(self) -> bool:
         """Whether any input reads embeddings."""
-        return any(each.combiner.reads_embeddings for each in self.inputs)
+        return any(fuser_input.combiner.reads_embeddings for fuser_input in self.inputs)
 
     @property
     def is_discontinuous(self) -> bool:
         """Whether the fuser or any input is discontinuous."""
-        return any(each.is_discontinuous for each in (self.fuser, *(each.combiner for each in self.inputs)))
+        return any(
+            combiner.is_discontinuous
+            for combiner in (self.fuser, *(fuser_input.combiner for fuser_input in self.inputs))
+        )
 
     def _fit(self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray) -> None:
         """Fit the fuser, and the inputs that are not fitted yet, on outputs (M, N, C), labels (N,), folds (N,)."""
@@ -174,48 +177,48 @@ class MetaFuserCombiner(Combiner):
     def _fit_nested(
         self, outputs: np.ndarray | MemberOutputs, labels: np.ndarray, folds: np.ndarray
     ) -> NestedPredictions:
-        """Fit, and return the predictions of the fuser's copies; a convex pool makes none without two folds.
+        """Fit, and return the predictions of the fuser's copies; a convex pool has no copies without two folds.
 
-        Raises ValueError where a convex pool has an input without copies that were fitted without two folds.
+        Raises ValueError if an input of a convex pool has no predictions of copies without two folds.
         """
-        nested = [_nested(each, outputs, labels, folds) for each in self.inputs]
-        scores = clipped_log(np.stack([each.crossfit for each in nested]))
+        nested = [_nested(fuser_input, outputs, labels, folds) for fuser_input in self.inputs]
+        scores = clipped_log(np.stack([part.crossfit for part in nested]))
         if not isinstance(self.fuser, ConvexPool):
             return self.fuser._fit_nested(scores, labels, folds)
         names = set(np.unique(folds).tolist())
-        for each, predictions in zip(self.inputs, nested, strict=True):
+        for fuser_input, predictions in zip(self.inputs, nested, strict=True):
             if len(names) > 1 and not names <= predictions.inner.keys():
-                raise ValueError(f"{each.label} has no predictions of copies that were fitted without two folds")
+                raise ValueError(f"{fuser_input.label} has no predictions of copies that were fitted without two folds")
 
         def inner(fold: int) -> np.ndarray:
-            return clipped_log(np.stack([each.inner[fold] for each in nested]))
+            return clipped_log(np.stack([part.inner[fold] for part in nested]))
 
         return NestedPredictions(self.fuser.fit_two_level(scores, inner, labels, folds), {})
 
     def _predict_proba(self, outputs: np.ndarray | MemberOutputs) -> np.ndarray:
         """Return probabilities (N, C) for outputs (M, N, C)."""
-        probabilities = [_predict(each, outputs) for each in self.inputs]
+        probabilities = [_predict(fuser_input, outputs) for fuser_input in self.inputs]
         return self.fuser._predict_proba(clipped_log(np.stack(probabilities)))
 
     def _to_module(self) -> nn.Module:
         """Return the torch module: logits (B, M, C), and embeddings if it reads them -> probabilities (B, C)."""
         from utils.combiners.stacking_heads import FusedInputs, FusedInputsWithEmbeddings
 
-        modules = [each.combiner.to_module() for each in self.inputs]
-        indices = [each.member_indices for each in self.inputs]
+        modules = [fuser_input.combiner.to_module() for fuser_input in self.inputs]
+        indices = [fuser_input.member_indices for fuser_input in self.inputs]
         if not self.reads_embeddings:
             return FusedInputs(modules, indices, self.fuser._to_module())
-        reads_embeddings = [each.combiner.reads_embeddings for each in self.inputs]
+        reads_embeddings = [fuser_input.combiner.reads_embeddings for fuser_input in self.inputs]
         return FusedInputsWithEmbeddings(modules, indices, self.fuser._to_module(), reads_embeddings)
 
     def fitted_arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays of the fuser under `fuser/` and of each input under `inputs/<k>/`; texts as bytes."""
         arrays = {"fuser_type": _bytes(self.fuser_type)}
         arrays |= {f"fuser/{name}": values for name, values in self.fuser.state().items()}
-        for index, each in enumerate(self.inputs):
+        for index, fuser_input in enumerate(self.inputs):
             prefix = f"inputs/{index:03d}"
-            arrays |= {f"{prefix}/method": _bytes(each.method), f"{prefix}/places": each.member_indices}
-            arrays |= {f"{prefix}/state/{name}": values for name, values in each.combiner.state().items()}
+            arrays |= {f"{prefix}/method": _bytes(fuser_input.method), f"{prefix}/places": fuser_input.member_indices}
+            arrays |= {f"{prefix}/state/{name}": values for name, values in fuser_input.combiner.state().items()}
         return arrays
 
     def set_fitted_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -232,29 +235,32 @@ class MetaFuserCombiner(Combiner):
     def used(self, members: int) -> np.ndarray:
         """Return which members any input uses, bool (M,)."""
         used = np.zeros(members, dtype=bool)
-        for each in self._inputs_used():
-            used[each.member_indices[each.combiner.used(len(each.member_indices))]] = True
+        for fuser_input in self._inputs_used():
+            used[fuser_input.member_indices[fuser_input.combiner.used(len(fuser_input.member_indices))]] = True
         return used
 
     def restricted(self, used: np.ndarray) -> Self:
         """Return the same combiner on the used members only."""
         new_index = np.cumsum(used) - 1
         inputs = []
-        for each in self._inputs_used():
-            input_used = each.combiner.used(len(each.member_indices))
-            indices, combiner = new_index[each.member_indices[input_used]], each.combiner.restricted(input_used)
-            inputs.append(replace(each, combiner=combiner, member_indices=indices, predictions=None))
+        for fuser_input in self._inputs_used():
+            input_used = fuser_input.combiner.used(len(fuser_input.member_indices))
+            indices, combiner = (
+                new_index[fuser_input.member_indices[input_used]],
+                fuser_input.combiner.restricted(input_used),
+            )
+            inputs.append(replace(fuser_input, combiner=combiner, member_indices=indices, predictions=None))
         return replace(self, inputs=inputs, fuser=self.fuser.restricted(self.fuser.used(len(self.inputs))))
 
     def _inputs_used(self) -> list[FuserInput]:
-        """The inputs without which the fuser would answer otherwise."""
+        """Return the inputs that affect the fuser's predictions."""
         used = self.fuser.used(len(self.inputs))
-        return [each for each, needed in zip(self.inputs, used, strict=True) if needed]
+        return [fuser_input for fuser_input, needed in zip(self.inputs, used, strict=True) if needed]
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Return the fuser's report, its type and the methods of the inputs."""
-        facts = self.fuser.report(tuple(each.label for each in self.inputs))
-        return {**facts, "fuser_type": self.fuser_type, "inputs": [each.method for each in self.inputs]}
+        facts = self.fuser.report(tuple(fuser_input.label for fuser_input in self.inputs))
+        return {**facts, "fuser_type": self.fuser_type, "inputs": [fuser_input.method for fuser_input in self.inputs]}
 
 
 def _predict(fuser_input: FuserInput, outputs: np.ndarray | MemberOutputs) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Stacking: a learner on the members' out-of-fold outputs, tuned by nested cross-validation, mixed with their mean.
 
 Wolpert (1992), Stacked Generalization. Features, strength, number of epochs, temperature and the weight of the members'
-mean are selected on held-out rows, all among the rows that `fit` gets.
+mean are selected on held-out folds of the rows of `fit`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Calibration:
 
     temperature: float = 1.0
     weight: float = 1.0
-    """Weight of the learner's probabilities; the members' mean has the rest."""
+    """Weight of the learner's probabilities; that of the members' mean is 1 - weight."""
     mean_temperature: float = 1.0
-    """Of the members' mean; an earlier version had none."""
+    """Temperature of the members' mean; 1 in ensembles of earlier versions."""
 
     def apply(self, probabilities: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """Return probabilities (N, C) from the learner's probabilities (N, C) and the members' mean (N, C)."""
@@ -67,8 +67,8 @@ def calibrate(
 ) -> Calibration:
     """Fit temperatures and weight to out-of-sample probabilities (N, C), labels (N,) and folds (N,).
 
-    The weight is the one of least log-loss in the mixture with the members' mean (N, C), which has a temperature of its
-    own; without `fallback` it is 1.
+    The weight is that of least log-loss in the mixture with the members' mean (N, C), which has a separate temperature;
+    without `fallback` it is 1.
     """
 
     def selected(values: np.ndarray) -> float:
@@ -126,11 +126,11 @@ class Stacker(Combiner):
         self._fit_nested(logits, labels, folds)
 
     def _fit_nested(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
-        """Fit, and return the predictions of copies without one fold and without two, of the same fits.
+        """Fit, and return the predictions of copies without one fold and without two folds, from the same fits.
 
-        The final fit and each copy select setting, temperature and weight of the members' mean by `inner_folds`. A copy
-        without two folds selects them by fits that read one of the two and were not made for the rows of either. With
-        two folds there are no such copies.
+        The final fit and each copy select setting, temperature and weight of the members' mean by `inner_folds`. For a
+        copy without two folds, they are selected by fits without the first and a third fold, which have read labels of
+        the second; only rows of neither fold count in the selection. With two folds there are no such copies.
         """
         assert self.learner is not None, "a stacker that was read from a file is not fitted again"
         mean = mean_probabilities(logits)
@@ -157,7 +157,7 @@ class Stacker(Combiner):
         return NestedPredictions(crossfit, inner)
 
     def _calibrate_by(self, held_out: nested_cv.HeldOut | None, mean: np.ndarray, labels: np.ndarray) -> Calibration:
-        """Calibrate a fit by what selected its setting; mean (N, C) and labels (N,) are those of all rows."""
+        """Calibrate a fit by the predictions that selected its setting; mean (N, C) and labels (N,) cover all rows."""
         if held_out is None:
             return Calibration()
         rows = held_out.rows
@@ -232,7 +232,7 @@ class Stacker(Combiner):
 
     @abstractmethod
     def _arrays(self) -> dict[str, np.ndarray]:
-        """Return the model as arrays of numbers; the name of a text, saved as bytes, ends in `.json`."""
+        """Return the model as numeric arrays; the name of a text, which is saved as bytes, ends in `.json`."""
 
     @classmethod
     @abstractmethod
@@ -361,7 +361,7 @@ class StackingForest(Stacker):
 
 
 def mean_probabilities(outputs: np.ndarray | MemberOutputs) -> np.ndarray:
-    """Return the mean of the members' probabilities, (N, C), from logits (M, N, C) or outputs that hold them."""
+    """Return the mean (N, C) of the members' probabilities, from logits (M, N, C) or `MemberOutputs`."""
     return softmax(outputs.logits if isinstance(outputs, MemberOutputs) else outputs).mean(axis=0)
 
 

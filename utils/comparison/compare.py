@@ -15,7 +15,7 @@ from utils.core.results import Result
 from utils.evaluation.leaderboard import HEADINGS
 
 LOSSES = ("log_loss", "calibrated_log_loss", "brier", "ece", "ece_adaptive", "mce")
-"""Metrics of which less is better."""
+"""Metrics where lower is better."""
 DIAGRAMS = ("critical_difference.png", "critical_difference.pdf")
 
 
@@ -31,10 +31,10 @@ def compare(
     to: str | None = None,
     force: bool = False,
 ) -> Result:
-    """Compare methods over workspaces by the records that `evaluate` left there, and write the result to `to`.
+    """Compare methods over workspaces by their records of `evaluate`, and write the result to the folder `to`.
 
     No configuration and no workspace is opened. Raises ConfigError for an unknown metric; UserError for fewer than two
-    workspaces or common methods, unknown models, a workspace that is not evaluated, and files that are damaged.
+    workspaces or common methods, unknown models, a workspace that is not evaluated, and damaged files.
     """
     if metric not in HEADINGS:
         raise ConfigError(
@@ -62,7 +62,7 @@ def _write(folder: Path, record: dict[str, object]) -> None:
     write_text(folder / "comparison.csv", comparison_tables.as_csv(record))
     write_text(folder / "comparison.md", comparison_tables.as_markdown(record))
     write_text(folder / "comparison.tex", comparison_tables.as_latex(record))
-    if record["pairs"] is None:  # what an earlier comparison of more workspaces left
+    if record["pairs"] is None:  # remove files of an earlier comparison of more workspaces
         for name in ("pairs.csv", *DIAGRAMS):
             remove_file(folder / name)
     else:

@@ -1,4 +1,4 @@
-"""Mean ranks, tests and gains of the same methods over several workspaces; no file is touched."""
+"""Mean ranks, tests and gains of the same methods over several workspaces; no file is accessed."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def compare_methods(
     models: Sequence[str] | None = None,
     control: str = BEST_SINGLE,
 ) -> dict[str, Any]:
-    """Compare the methods that all workspaces have, or those of `models`, with each other and with the control.
+    """Compare the methods that all workspaces share, or those of `models`, with each other and with the control.
 
     The record has `methods`, best mean rank first, each with its mean score, gain over the control with its interval
     and p-values; `pairs`; `friedman` and `nemenyi`. With fewer than `MIN_TESTED` workspaces there are no tests and
-    intervals, as `notes` say. Raises UserError for fewer than two common methods and for unknown names.
+    intervals, as stated in `notes`. Raises UserError for fewer than two common methods and for unknown names.
     """
     names, left_out = _common(workspaces, models, control)
     scores = np.array([[workspace.scores[name] for name in names] for workspace in workspaces], dtype=np.float64)
@@ -64,9 +64,14 @@ def compare_methods(
         "metric": metric,
         "higher_is_better": higher_is_better,
         "workspaces": [
-            {"name": each.name, "folder": str(each.folder), "n": each.n_rows, "n_classes": len(each.classes)}
-            | {"chosen": dict(each.chosen)}
-            for each in workspaces
+            {
+                "name": workspace.name,
+                "folder": str(workspace.folder),
+                "n": workspace.n_rows,
+                "n_classes": len(workspace.classes),
+            }
+            | {"chosen": dict(workspace.chosen)}
+            for workspace in workspaces
         ],
         "control": control,
         "methods": methods,
@@ -87,35 +92,38 @@ def compare_methods(
 def _common(
     workspaces: Sequence[WorkspaceScores], models: Sequence[str] | None, control: str
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Methods that every workspace has a score of, and {other method: workspaces that lack it}."""
-    everywhere = list(dict.fromkeys(name for workspace in workspaces for name in workspace.scores))
+    """Return the methods with a score in every workspace, and {other method: workspaces that lack it}."""
+    all_names = list(dict.fromkeys(name for workspace in workspaces for name in workspace.scores))
     lacking = {
-        name: [workspace.name for workspace in workspaces if workspace.scores.get(name) is None] for name in everywhere
+        name: [workspace.name for workspace in workspaces if workspace.scores.get(name) is None] for name in all_names
     }
-    wanted = everywhere if models is None else list(dict.fromkeys([*models, control]))
-    problems = [f"{name} is nowhere{did_you_mean(name, everywhere)}" for name in wanted if name not in lacking]
+    wanted = all_names if models is None else list(dict.fromkeys([*models, control]))
+    problems = [f"{name} is nowhere{did_you_mean(name, all_names)}" for name in wanted if name not in lacking]
     if models is not None or lacking.get(control):
         named = [control] if models is None else wanted
         problems += [f"{name} has no score in {', '.join(lacking[name])}" for name in named if lacking.get(name)]
     common = [name for name in wanted if name in lacking and not lacking[name]]
-    if control not in everywhere:
-        problems.append(f"the control {control} is nowhere{did_you_mean(control, everywhere)}")
+    if control not in all_names:
+        problems.append(f"the control {control} is nowhere{did_you_mean(control, all_names)}")
     if problems:
-        shared = ", ".join(name for name in everywhere if not lacking[name]) or "none"
+        shared = ", ".join(name for name in all_names if not lacking[name]) or "none"
         raise UserError(f"compare: {'; '.join(dict.fromkeys(problems))}. Methods of all workspaces: {shared}")
     if len(common) < MIN_METHODS:
         raise UserError(
             f"compare: {len(common)} method that all workspaces have; expected {MIN_METHODS} or more. Build the same "
             "ensembles in each, with one configuration"
         )
-    return common, {name: places for name, places in lacking.items() if places and models is None}
+    return common, {name: workspaces_of for name, workspaces_of in lacking.items() if workspaces_of and models is None}
 
 
 def _control_tests(names: Sequence[str], ranked: Floats, gains: Floats, control: str) -> dict[str, dict[str, float]]:
-    """P-values of each method against the control, by mean ranks and by signed ranks, with Holm's correction."""
-    means, place = ranked.mean(axis=0), names.index(control)
-    by_rank = rank_tests.rank_difference_p(means - means[place], *ranked.shape)
-    others = [index for index in range(len(names)) if index != place]
+    """Return the p-values of each method against the control, by mean ranks and by signed ranks, Holm-corrected too.
+
+    Takes ranks and gains (D, K) of K methods on D workspaces.
+    """
+    means, control_index = ranked.mean(axis=0), names.index(control)
+    by_rank = rank_tests.rank_difference_p(means - means[control_index], *ranked.shape)
+    others = [index for index in range(len(names)) if index != control_index]
     rank_p = {names[index]: float(by_rank[index]) for index in others}
     wilcoxon_p = {names[index]: rank_tests.signed_rank(gains[:, index]).p_value for index in others}
     rank_holm, wilcoxon_holm = holm(rank_p), holm(wilcoxon_p)
@@ -131,7 +139,7 @@ def _control_tests(names: Sequence[str], ranked: Floats, gains: Floats, control:
 
 
 def _pairs(names: Sequence[str], ranked: Floats, scores: Floats) -> list[dict[str, Any]]:
-    """Every pair, better mean rank first, with Nemenyi's and Wilcoxon's p-values."""
+    """Return every pair of methods, better mean rank first, with Nemenyi's and Wilcoxon's p-values."""
     means = ranked.mean(axis=0)
     order = sorted(range(len(names)), key=lambda index: (means[index], names[index]))
     pairs = list(combinations(order, 2))
@@ -164,7 +172,7 @@ def _friedman(ranked: Floats) -> dict[str, Any]:
 
 
 def _interval(gains: Floats) -> list[float]:
-    """95% interval of the mean over workspaces by Student's t."""
+    """Return the 95% interval of the mean over workspaces, of gains (D,), by Student's t."""
     from scipy.special import stdtrit
 
     half = float(stdtrit(len(gains) - 1, (1 + LEVEL) / 2)) * float(gains.std(ddof=1)) / len(gains) ** 0.5
@@ -188,7 +196,7 @@ def _notes(workspaces: Sequence[WorkspaceScores]) -> dict[str, str]:
 
 
 def _summary(workspaces: Sequence[WorkspaceScores], metric: str, sign: float) -> str:
-    """How much the recommended model gains over the best single member, as a sentence; empty where that is unknown."""
+    """Return a sentence on the gain of the recommended model over the best single member; "" if it is unknown."""
     gains: Mapping[str, float] = {
         workspace.name: sign * (recommended - single)
         for workspace in workspaces
@@ -200,8 +208,8 @@ def _summary(workspaces: Sequence[WorkspaceScores], metric: str, sign: float) ->
     values = np.array(list(gains.values()))
     low, high = _interval(values) if len(values) >= MIN_TESTED else (None, None)
     interval = f" [{low:+.4f}, {high:+.4f}]" if low is not None else ""
-    each = ", ".join(f"{gain:+.4f} on {name}" for name, gain in gains.items())
+    listed = ", ".join(f"{gain:+.4f} on {name}" for name, gain in gains.items())
     return (
         f"the recommended model gains {values.mean():+.4f}{interval} in {metric} over the best single member, "
-        f"mean of {len(values)} workspaces" + (f" ({each})" if len(values) < MIN_TESTED else "")
+        f"mean of {len(values)} workspaces" + (f" ({listed})" if len(values) < MIN_TESTED else "")
     )

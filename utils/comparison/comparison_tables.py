@@ -20,7 +20,7 @@ Record = Mapping[str, Any]
 
 
 def as_text(record: Record) -> str:
-    """An aligned table with what the tests say below."""
+    """Return an aligned table, followed by the results of the tests."""
     control, metric = record["control"], HEADINGS[record["metric"]]
     header = ["mean rank", "method", metric, f"gain over {control}", "better/worse", "p"]
     lines = [header, *(_cells(method, control, "{:+.4f} [{:+.4f}, {:+.4f}]") for method in record["methods"])]
@@ -66,10 +66,10 @@ def _cells(method: Record, control: str, interval: str) -> list[str]:
 
 
 def as_csv(record: Record) -> str:
-    """One line per method, numbers at full precision, with its score in each workspace."""
+    """Return CSV with one line per method at full precision, with its score in each workspace."""
     keys = ("name", "mean_rank", "mean", "gain")
     tests = ("wins", "losses", "rank_p", "rank_p_holm", "wilcoxon_p", "wilcoxon_p_holm")
-    header = [*keys, "gain_low", "gain_high", *tests, *(each["name"] for each in record["workspaces"])]
+    header = [*keys, "gain_low", "gain_high", *tests, *(workspace["name"] for workspace in record["workspaces"])]
     lines = [
         [
             *(method[key] for key in keys),
@@ -83,13 +83,13 @@ def as_csv(record: Record) -> str:
 
 
 def pairs_csv(record: Record) -> str:
-    """One line per pair of methods."""
+    """Return CSV with one line per pair of methods."""
     keys = ("first", "second", "rank_difference", "gain", "nemenyi_p", "wilcoxon_p", "wilcoxon_p_holm")
     return csv_text(keys, [[pair[key] for key in keys] for pair in record["pairs"]])
 
 
 def as_markdown(record: Record) -> str:
-    """The table of methods, the scores with their ranks by workspace, and what the tests say."""
+    """Return the table of methods, the scores with their ranks by workspace, and the results of the tests."""
     control, names = record["control"], [escape_markdown(method["name"]) for method in record["methods"]]
     header = ["mean rank", "method", HEADINGS[record["metric"]], f"gain over {escape_markdown(control)}"]
     body = [
@@ -111,7 +111,7 @@ def as_markdown(record: Record) -> str:
 
 
 def as_latex(record: Record) -> str:
-    """Scores with their ranks by workspace, and the mean ranks; workspaces are rows, as in Demsar (2006)."""
+    """Return scores with their ranks by workspace, and the mean ranks; workspaces are rows, as in Demsar (2006)."""
     header = ["workspace", *(escape_latex(method["name"]) for method in record["methods"])]
     lines = [
         [escape_latex(workspace["name"])]

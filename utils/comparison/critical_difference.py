@@ -20,7 +20,7 @@ SETTINGS: dict[Any, Any] = {"font.size": 9, "text.parse_math": False, "pdf.fontt
 
 
 def cliques(mean_ranks: Sequence[float], critical_difference: float) -> list[tuple[int, int]]:
-    """(first, last) of the longest runs of methods, ordered by mean rank, of which no two differ."""
+    """Return (first, last) index of the maximal runs of methods, sorted by mean rank, of which no two differ."""
     ranges: list[tuple[int, int]] = []
     for first, rank in enumerate(mean_ranks):
         last = max(index for index, other in enumerate(mean_ranks) if other - rank < critical_difference)
@@ -56,7 +56,7 @@ def draw(record: Mapping[str, Any], paths: Sequence[Path]) -> None:
 def _draw(
     axes: Axes, names: Sequence[str], ranks: Sequence[float], lines: Sequence[tuple[int, int]], distance: float
 ) -> None:
-    """The axis runs from 1, at the left, to the number of methods; better methods are named at the left."""
+    """Draw the axis from 1, at the left, to the number of methods; better methods are named at the left."""
     count, rows = len(names), -(-len(names) // 2)
     below = 0.6 + 0.5 * len(lines)  # the axis is at height 0, names begin below the lines
     axes.set_xlim(1, count)

@@ -1,4 +1,4 @@
-"""The scores of every method in several workspaces, read from the records that `evaluate` left there."""
+"""The scores of every method in several workspaces, read from the records of `evaluate`."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from utils.evaluation.evaluation_records import METRICS, RANKING
 
 AGAIN = "Run evaluate --force in that workspace"
 BEST_SINGLE, RECOMMENDED = "best_single", "recommended"
-"""Methods that each workspace has: its best single member, and the model that it recommends."""
+"""Methods of each workspace: its best single member, and its recommended model."""
 MIN_WORKSPACES = 2
 
 
 @dataclass(frozen=True)
 class WorkspaceScores:
-    """One workspace."""
+    """Scores of the methods in one workspace."""
 
     name: str
     folder: Path
     n_rows: int
     classes: tuple[str, ...]
     scores: Mapping[str, float | None]
-    """{method: value of the metric}; None where it could not be measured"""
+    """{method: value of the metric}; None if it could not be measured"""
     chosen: Mapping[str, str]
-    """{`best_single`, `recommended`: model that it stands for}"""
+    """{`best_single`, `recommended`: name of the model}"""
 
 
 def read_workspaces(folders: Sequence[str], split: str, metric: str) -> list[WorkspaceScores]:
     """Read each workspace once.
 
-    Raises UserError for fewer than two, for one that is given twice, and for one that is not evaluated.
+    Raises UserError for fewer than two, for a repeated one, and for one that is not evaluated.
     """
     paths = [Path(folder).expanduser().absolute() for folder in folders]
     for path in paths:
@@ -50,7 +50,7 @@ def read_workspaces(folders: Sequence[str], split: str, metric: str) -> list[Wor
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, or as many parts as tell them apart."""
+    """Return the last parts of the paths, as few as make the names distinct."""
     for parts in range(1, max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):
@@ -60,11 +60,11 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str, split: str, metric: str) -> WorkspaceScores:
     suffix = "" if split == "test" else f"_{split}"
-    places = [folder / "metrics_output" / "ensembles", folder]
-    scores = next((place for place in places if (place / f"ranking{suffix}.json").is_file()), None)
+    folders = [folder / "metrics_output" / "ensembles", folder]
+    scores = next((path for path in folders if (path / f"ranking{suffix}.json").is_file()), None)
     if scores is None:
         raise UserError(
-            f"{places[0] / f'ranking{suffix}.json'}: no such file; expected a workspace whose {split} split is "
+            f"{folders[0] / f'ranking{suffix}.json'}: no such file; expected a workspace whose {split} split is "
             f"evaluated. Run: python ensemble_orchestrator.py evaluate --workspace {folder}"
             f"{'' if split == 'test' else f' --split {split}'}"
         )

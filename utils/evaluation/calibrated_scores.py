@@ -1,8 +1,8 @@
-"""The log-loss of models after temperatures that their out-of-sample rows fit.
+"""The log-loss of models after temperature scaling fitted on their out-of-sample rows.
 
-Networks are overconfident, so that raw log-losses compare temperatures more than models. Here every model, whether it
-has a temperature already or not, gets one from rows that are not evaluated, and the mixture with the uniform
-distribution that fitted ensembles have.
+Networks are overconfident, so that raw log-losses compare temperatures more than models. Here every model, including
+those that already have a temperature, gets a temperature fitted on rows that are not evaluated, and the same mixture
+with the uniform distribution as fitted ensembles.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CalibratedScores:
 def calibrated_scores(
     probabilities: np.ndarray, labels: np.ndarray, fitted_on: LabelledProbabilities
 ) -> CalibratedScores:
-    """Score probabilities (N, C) with labels (N,) at the temperature of least loss on other rows."""
+    """Score probabilities (N, C) with labels (N,) at the temperature of least log-loss on `fitted_on`, other rows."""
     temperature = fit_temperature(clipped_log(fitted_on.probabilities.astype(np.float64)), fitted_on.labels)
     tempered = softmax(clipped_log(probabilities.astype(np.float64)) / temperature)
     weight = uniform_weight(len(fitted_on.labels), probabilities.shape[1])
@@ -64,7 +64,7 @@ class CalibratedLosses:
         groups: np.ndarray | None,
         rows_of: Callable[[ScoredModel], LabelledProbabilities | None],
     ) -> None:
-        """`labels` and `groups` (N,) are of the evaluated rows; `rows_of` gives those that fit a temperature."""
+        """`labels` and `groups` (N,) are of the evaluated rows; `rows_of` returns the rows that fit a temperature."""
         self.labels, self.groups, self.rows_of = labels, groups, rows_of
         self._scores: dict[str, CalibratedScores | None] = {}
 
@@ -77,7 +77,7 @@ class CalibratedLosses:
         }
 
     def difference(self, model: ScoredModel, reference: ScoredModel) -> dict[str, Any]:
-        """Return `delta_calibrated_log_loss` with its interval: each model is at a temperature of its own."""
+        """Return `delta_calibrated_log_loss` with its interval; each model has its own temperature."""
         scores, other = self._of(model), self._of(reference)
         differences = None if scores is None or other is None else scores.losses - other.losses
         interval = None if differences is None else paired_interval(differences, self.groups)

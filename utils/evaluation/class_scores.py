@@ -1,4 +1,4 @@
-"""What `metrics.json` says of single classes and folds: intervals, curves, mean and deviation over folds."""
+"""Entries of `metrics.json` on single classes and folds: intervals, curves, mean and deviation over folds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FOLD_METRICS: Mapping[str, Callable[[Any, Any], float]] = {
     "matthews_corrcoef": matthews_corrcoef,
     "log_loss": log_loss,
 }
-"""Metrics whose mean and deviation over folds are given."""
+"""Metrics with mean and deviation over folds."""
 
 
 def add_class_scores(
@@ -36,7 +36,10 @@ def add_class_scores(
     groups: NDArray[Any] | None,
     notes: dict[str, str],
 ) -> None:
-    """Add `curves`, and `ci95` of each class, to a record of point metrics; the reason for what is null to `notes`."""
+    """Add `curves` and `ci95` of each class to a record of point metrics, and the reasons for null values to `notes`.
+
+    Takes probabilities (N, C), labels (N,) and groups (N,).
+    """
     names = list(record["per_class"])
     intervals = class_intervals(probabilities, labels, groups)
     for index, name in enumerate(names):
@@ -53,8 +56,9 @@ def fold_scores(
 ) -> dict[str, Any] | None:
     """Return `{k, n, rows, metric: {mean, deviation, values}}` over the folds of rows (N,); None for fewer than two.
 
-    `deviation` is the standard deviation of the K values with K - 1 in its denominator. Folds share training rows, so
-    that it is smaller than the spread over independent data (Nadeau and Bengio 2003). `rows` says what the rows are.
+    `deviation` is the standard deviation of the K values with K - 1 in its denominator. Since folds share training
+    rows, it underestimates the spread over independent data (Nadeau and Bengio 2003). `rows` is a text that describes
+    the rows.
     """
     numbers = np.unique(folds)
     if len(numbers) < 2:

@@ -1,4 +1,4 @@
-"""Tables of single classes for papers: figures of each class, confusion matrix with row percentages, curves."""
+"""Tables of single classes for papers: metrics of each class, confusion matrix with row percentages, curves."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RATES = {
 FIGURES = RATES | {"f1": "F1", "average_precision": "AP", "roc_auc": "AUC"}
 """{key of `per_class`: heading}"""
 MAX_PRINTED_CLASSES = 40
-"""With more, a confusion matrix is written as CSV alone, since no page holds it."""
+"""With more classes, a confusion matrix is written only as CSV, since it does not fit a page."""
 NOTHING = "--"
 
 
 def texts(record: Record) -> dict[str, dict[str, str | None]]:
-    """{per_class, confusion_matrix, curves: {suffix: text}} of a `metrics.json`; None for a table that it lacks."""
+    """Return {per_class, confusion_matrix, curves: {suffix: text}} of a `metrics.json`; None for missing tables."""
     has_matrix = record["confusion_matrix"] is not None
     is_printed = has_matrix and len(record["per_class"]) <= MAX_PRINTED_CLASSES
     return {
@@ -46,7 +46,7 @@ def texts(record: Record) -> dict[str, dict[str, str | None]]:
 
 
 def per_class_csv(record: Record) -> str:
-    """One line per class, each figure with its interval, numbers at full precision."""
+    """Return CSV with one line per class: metrics with their intervals, at full precision."""
     header = ["class", "support"]
     for key in FIGURES:
         header += [key, *([f"{key}_low", f"{key}_high"] if key != "f1" else [])]
@@ -74,13 +74,13 @@ def _per_class(record: Record, form: str) -> tuple[list[str], list[list[str]]]:
 
 
 def _percentages(counts: np.ndarray) -> np.ndarray:
-    """Percent of the rows of the true class (C, C); 0 for a class without rows."""
+    """Return counts (C, C) as percentages of the rows of the true class; 0 for a class without rows."""
     percentages: np.ndarray = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return percentages
 
 
 def confusion_csv(record: Record) -> str:
-    """One line per true class: its counts by predicted class, their percentages of the class, and its rows."""
+    """Return CSV with one line per true class: counts by predicted class, percentages of the class, and its rows."""
     names, counts = list(record["per_class"]), np.array(record["confusion_matrix"])
     header = ["true class", *names, *(f"{name} %" for name in names), "rows"]
     percentages = _percentages(counts)
@@ -92,7 +92,7 @@ def confusion_csv(record: Record) -> str:
 
 
 def _confusion(record: Record, form: str) -> tuple[list[str], list[list[str]]]:
-    """Counts with percentages of the true class."""
+    """Return header and lines of cells with counts and percentages of the true class."""
     escaped, percent = (escape_markdown, "%") if form == "md" else (escape_latex, r"\%")
     names, counts = list(record["per_class"]), np.array(record["confusion_matrix"])
     percentages = _percentages(counts)
@@ -107,7 +107,7 @@ def _confusion(record: Record, form: str) -> tuple[list[str], list[list[str]]]:
 
 
 def curves_csv(record: Record) -> str:
-    """One line per class and threshold; the true positive rate is the recall."""
+    """Return CSV with one line per class and threshold; the true positive rate is the recall."""
     lines = [
         (name, *point)
         for name, curve in record["curves"].items()

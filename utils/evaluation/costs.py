@@ -1,4 +1,4 @@
-"""What the evaluated models cost: latencies, measured where they are not stored yet, and sizes of their files."""
+"""Cost of the evaluated models: latencies, measured if they are not stored yet, and sizes of their files."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from utils.predictions.store import Store
 
 @dataclass(frozen=True)
 class Costs:
-    """What the evaluated models cost."""
+    """Latencies and file sizes of the evaluated models."""
 
     latencies: Mapping[str, latency.Record]
-    """{member: its network}"""
+    """{member: latency of its network}"""
     combiners: Mapping[str, latency.Record]
-    """{ensemble: its combiner}"""
+    """{ensemble: latency of its combiner}"""
     unmeasured: Mapping[str, str]
     """{member or ensemble: why there is no latency}"""
     sizes: Mapping[str, int | None]
-    """{model: bytes of its checkpoints and its combiner}; None where a file is missing"""
+    """{model: bytes of its checkpoints and its combiner}; None if a file is missing"""
     missing_files: Mapping[str, Sequence[str]]
-    """{model: names of files that are missing}"""
+    """{model: names of missing files}"""
 
 
 def measure_costs(
@@ -40,13 +40,16 @@ def measure_costs(
     split: str,
     embedded: dict[str, MemberRows],
 ) -> Costs:
-    """Latencies, measured where they are not stored yet, and sizes; imported members have neither."""
+    """Return latencies, measured if they are not stored yet, and sizes; imported members have neither.
+
+    `embedded` caches {member: its rows of the split with embeddings}, see `open_embedded`.
+    """
     catalogued = store.catalog.members
     measurable = [model for model in models if all(catalogued[name].source != IMPORTED for name in model.members)]
     members = [catalogued[name] for name in sorted({name for model in measurable for name in model.members})]
     latencies: dict[str, latency.Record] = {}
     try:
-        unmeasured = scoring.for_each_member(members, lambda some: latencies.update(latency.measure(store, some)))
+        unmeasured = scoring.for_each_member(members, lambda batch: latencies.update(latency.measure(store, batch)))
     except UserError as error:
         unmeasured = {member.name: str(error) for member in members}
     combiners = {
@@ -70,7 +73,7 @@ def measure_costs(
 
 
 def _embedding_widths(store: Store, ensemble: Ensemble, split: str, embedded: dict[str, MemberRows]) -> list[int]:
-    """Widths of its members' embeddings (M,), where its combiner reads them."""
+    """Return the widths (M,) of the members' embeddings if the combiner reads them; else an empty list."""
     if not ensemble.combiner.reads_embeddings:
         return []
     parts = open_embedded(store, ensemble.members, split, embedded)
@@ -78,7 +81,7 @@ def _embedding_widths(store: Store, ensemble: Ensemble, split: str, embedded: di
 
 
 def _files(store: Store, model: ScoredModel) -> list[Path]:
-    """Checkpoints that answer for a model, and the files of its combiner."""
+    """Return the checkpoints that predict for a model, and the files of its combiner."""
     files = []
     for name in model.members:
         checkpoints = store.catalog.members[name].checkpoints
@@ -96,7 +99,7 @@ def _files(store: Store, model: ScoredModel) -> list[Path]:
 def open_embedded(
     store: Store, members: Sequence[str], split: str, embedded: dict[str, MemberRows]
 ) -> dict[str, MemberRows]:
-    """{member: its rows of a split with embeddings}; those that are not in `embedded` yet are added to it."""
+    """Return {member: its rows of a split with embeddings}; members missing in the cache `embedded` are added to it."""
     for name in members:
         if name not in embedded:
             embedded[name] = store.rows(store.catalog.members[name], split, embeddings=True)

@@ -1,4 +1,4 @@
-"""The settings under which every figure is drawn: matplotlib's own, whatever the user's `matplotlibrc` says."""
+"""The settings of all figures: matplotlib's defaults, independent of the user's `matplotlibrc`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from utils.core.errors import UserError
 
 @contextmanager
 def library_defaults(settings: Mapping[Any, Any] = MappingProxyType({})) -> Iterator[None]:
-    """Draw within the block under matplotlib's defaults and `settings`; afterwards all is as before.
+    """Draw within the block with matplotlib's defaults and `settings`; the previous settings are restored afterwards.
 
-    Raises UserError where matplotlib cannot be imported, which a damaged `matplotlibrc` prevents.
+    Raises UserError if matplotlib cannot be imported, as with a damaged `matplotlibrc`.
     """
     try:
         import matplotlib

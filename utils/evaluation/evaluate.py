@@ -1,7 +1,7 @@
 """The command `evaluate`: score members and ensembles, rank them, recommend one and write the report.
 
 It has three steps: gather (`evaluation_inputs`: files to typed inputs), compute (`evaluation_results`: records and
-ranking, without files) and write (here: records, then the page and the message).
+ranking, without files) and write (this module: records, then the page and the message).
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ def evaluate(
     maps: bool = False,
     force: bool = False,
 ) -> Result:
-    """Evaluate all members and ensembles, or the one named, and write their records, plots, ranking and report.
+    """Evaluate all members and ensembles, or `model_name` only, and write their records, plots, ranking and report.
 
     `model_name` may also be `recommended` or `recommended_fast`. `metrics` are the columns of the ranking's tables,
     keys of `leaderboard.HEADINGS`. `plots` is one of `score_plots.SELECTIONS`, `compared` by default; plots of models
-    that are not selected are removed. `wanted_error` is the deprecated name of `target_risk`. With `maps` the report
-    shows class-activation maps. One model alone gets no ranking and no report. A member or ensemble that cannot be
-    evaluated, maps that cannot be made, and a report that cannot be written, are failures of the result.
+    that are not selected are removed. `wanted_error` is the deprecated name of `target_risk`. With `maps`, the report
+    shows class-activation maps. A single model gets no ranking and no report. Members or ensembles that cannot be
+    evaluated, maps that cannot be made, and a report that cannot be written are failures of the result.
 
-    Raises UserError without a catalog, for an unknown name, and where nothing or not the model named can be evaluated;
-    ConfigError for options outside (0, 1), unknown metrics, and `maps` of one model; ContaminatedError where the model
-    named was fitted on evaluated rows, unless `allow_contaminated`.
+    Raises UserError without a catalog, for an unknown name, and if nothing, or not the named model, can be evaluated;
+    ConfigError for options outside (0, 1), unknown metrics, and `maps` with a single model; ContaminatedError if the
+    named model was fitted on evaluated rows, unless `allow_contaminated`.
     """
     options = uncertainty_options(alpha, target_risk, wanted_error, class_conditional)
     _require_known(metrics or ())
@@ -134,7 +134,7 @@ def evaluate(
 def listed_ensembles(
     config: Config, workspace: Workspace, model_name: str | None
 ) -> tuple[dict[str, SavedEnsemble], list[str]]:
-    """The saved ensembles that the configuration asks for, or that are named, and the names of the others."""
+    """Return the saved ensembles that the configuration requests, or `model_name`, and the names of the others."""
     saved = evaluation_inputs.read_ensembles(workspace)
     apart = [name for name in listing.unlisted(workspace, config) if name != model_name]
     return {name: entry for name, entry in saved.items() if name not in apart}, apart
@@ -146,7 +146,7 @@ def uncertainty_options(
     wanted_error: float | None = None,
     class_conditional: bool = False,
 ) -> UncertaintyOptions:
-    """Return the options as they are typed. Raises ConfigError for fractions outside (0, 1)."""
+    """Return the options of the command line. Raises ConfigError for fractions outside (0, 1)."""
     if wanted_error is not None:
         logger.warning("evaluate: --wanted-error is deprecated; use --target-risk %g instead", wanted_error)
         target_risk = wanted_error
@@ -158,7 +158,7 @@ def uncertainty_options(
 
 
 def _require_known(metrics: Sequence[str]) -> None:
-    """Raise ConfigError for metrics that no column can show, all at once."""
+    """Raise one ConfigError for all metrics that no column can show."""
     known = leaderboard.HEADINGS
     unknown = [f"{name}{did_you_mean(name, known)}" for name in metrics if name not in known]
     if unknown:
@@ -168,9 +168,9 @@ def _require_known(metrics: Sequence[str]) -> None:
 
 
 def _is_current(workspace: Workspace, ranking: Mapping[str, Any], digest: str, settings: EvaluationSettings) -> bool:
-    """Whether a ranking has the same inputs and options, and all ensembles that it lists have stored predictions.
+    """Return whether a ranking has the same inputs and options, and all its ensembles have stored predictions.
 
-    Never where something was left out, as that may be mended.
+    A ranking that left something out is never current, since the cause may have been removed.
     """
     if ranking.get("inputs_digest") != digest or ranking.get("left_out"):
         return False
@@ -182,7 +182,7 @@ def _is_current(workspace: Workspace, ranking: Mapping[str, Any], digest: str, s
 def _write_records(
     workspace: Workspace, results: EvaluationResults, settings: EvaluationSettings, labels: np.ndarray
 ) -> None:
-    """Write `metrics.json` of each model and the plots that the settings select; remove the others' plots."""
+    """Write `metrics.json` of each model and the plots that the settings select; remove all other plots."""
     pictures: list[score_plots.Picture] = []
     split = settings.split
     if results.ranking is not None:
@@ -211,7 +211,7 @@ def _write_records(
 
 
 def _write_confusion_counts(path: Path, model: ScoredModel, labels: np.ndarray, record: Mapping[str, Any]) -> None:
-    """Write the counts above zero of a matrix that `metrics.json` does not list: `true`, `predicted` and `count`."""
+    """Write the positive counts of a confusion matrix that `metrics.json` omits: `true`, `predicted`, `count`."""
     if record["confusion_matrix"] is not None:
         remove_file(path)
         return
@@ -222,7 +222,7 @@ def _write_confusion_counts(path: Path, model: ScoredModel, labels: np.ndarray, 
 
 
 def _write_ranking(workspace: Workspace, results: EvaluationResults, split: str) -> dict[str, Any]:
-    """Write the labels in doubt and the ranking; the record that tells whether it is current comes last."""
+    """Write the labels in doubt and the ranking; `ranking.json`, which decides whether it is current, comes last."""
     assert results.ranking is not None, "one model alone is not ranked"
     assert results.label_issues is not None
     write_text(workspace.label_issues("csv"), results.label_issues.csv)
@@ -234,7 +234,7 @@ def _write_ranking(workspace: Workspace, results: EvaluationResults, split: str)
 
 
 def _with_maps(store: Store, sources: ReportSources, result: Result) -> Result:
-    """The result after the class-activation maps of the example images are stored."""
+    """Store the class-activation maps of the example images; return the result, with a failure if they fail."""
     try:
         example_maps.update(store, report_data(sources))
         store.digests.save()

@@ -1,4 +1,4 @@
-"""The rows that models are evaluated on: which ones, and which of them a model was fitted on."""
+"""Selection of the evaluated rows, and their overlap with the rows that a model was fitted on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("disease_pipeline")
 def evaluated_rows(store: Store, member_rows: Mapping[str, MemberRows], split: str) -> tuple[Rows, int]:
     """Align all members on a split, without unlabelled rows and without copies of train or val images.
 
-    Returns the rows and the number of copies. Raises UserError where no row remains.
+    Returns the rows and the number of copies. Raises UserError if no row remains.
     """
     rows = align({name: [part] for name, part in member_rows.items()}, store.catalog.classes)
     copies = _copies(store, rows, split) if store.catalog.has_images else []
@@ -40,7 +40,7 @@ def evaluated_rows(store: Store, member_rows: Mapping[str, MemberRows], split: s
 
 
 def _copies(store: Store, rows: Rows, split: str) -> list[tuple[str, str]]:
-    """(sample id, train or val sample of the same content) of the evaluated rows that have one."""
+    """Return (sample id, train or val sample of equal content) of the evaluated rows that are such copies."""
     originals = {
         content: f"{earlier_split}/{sample_id}"
         for earlier_split in ("train", "val")
@@ -57,6 +57,6 @@ def _copies(store: Store, rows: Rows, split: str) -> list[tuple[str, str]]:
 
 
 def count_overlap(row_sets: Sequence[RowSet], rows: Rows) -> int:
-    """Number of evaluated rows that are among the given ones, by (split, sample id)."""
+    """Return the number of evaluated rows that are in `row_sets`, by (split, sample id)."""
     keys = {(part.split, sample_id) for part in row_sets for sample_id in part.sample_ids}
     return sum(key in keys for key in zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True))

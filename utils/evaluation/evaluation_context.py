@@ -1,4 +1,4 @@
-"""What the records of one evaluation share, and the out-of-sample predictions of each model."""
+"""The context shared by the records of one evaluation, and the out-of-sample predictions of each model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.predictions.rows import UNKNOWN, MemberRows
 
 @dataclass(frozen=True)
 class OutOfSamplePredictions:
-    """Predictions of one model on labelled rows that it was not fitted on: out-of-fold or cross-fitted, and of val."""
+    """Predictions of one model on labelled out-of-sample rows: out-of-fold or cross-fitted, and val rows."""
 
     probabilities: np.ndarray
     """(N, C)"""
@@ -30,14 +30,14 @@ class OutOfSamplePredictions:
     sample_ids: np.ndarray
     """unicode (N,)"""
     folds: np.ndarray | None = None
-    """int64 (N,): the fold that each row was held out in, -1 for val rows of a member; None without folds"""
+    """int64 (N,): the fold in which each row was held out, -1 for val rows of a member; None without folds"""
 
     def keys(self) -> list[tuple[str, str]]:
-        """(split, sample id) of each row."""
+        """Return (split, sample id) of each row."""
         return list(zip(self.split.tolist(), self.sample_ids.tolist(), strict=True))
 
     def of_val(self) -> OutOfSamplePredictions | None:
-        """The val rows, by the networks that answer at inference; None without any."""
+        """Return the val rows; None if there are none."""
         rows = self.split == "val"
         if not rows.any():
             return None
@@ -47,7 +47,7 @@ class OutOfSamplePredictions:
 
 
 def out_of_sample_predictions(inputs: EvaluationInputs, name: str) -> OutOfSamplePredictions | None:
-    """Of an ensemble its cross-fitted predictions, of a member its labelled out-of-sample rows; None without any."""
+    """Return an ensemble's cross-fitted predictions, or a member's labelled out-of-sample rows; None without any."""
     if name in inputs.crossfits:
         crossfit = inputs.crossfits[name]
         return OutOfSamplePredictions(
@@ -63,8 +63,8 @@ def _of_member(parts: Sequence[MemberRows]) -> OutOfSamplePredictions | None:
     labelled = labels != UNKNOWN
     folds = None
     if any(part.fold is not None for part in parts):
-        of_parts = [np.full(len(part.labels), -1) if part.fold is None else part.fold for part in parts]
-        folds = np.concatenate(of_parts)[labelled]
+        part_folds = [np.full(len(part.labels), -1) if part.fold is None else part.fold for part in parts]
+        folds = np.concatenate(part_folds)[labelled]
     return OutOfSamplePredictions(
         np.concatenate([softmax(np.asarray(part.logits)) for part in parts])[labelled],
         labels[labelled],
@@ -75,12 +75,12 @@ def _of_member(parts: Sequence[MemberRows]) -> OutOfSamplePredictions | None:
 
 
 class EvaluationContext:
-    """What the records of one evaluation share: inputs, models to compare with, bootstrap samples, OOD scores."""
+    """Shared by the records of one evaluation: inputs, reference models, bootstrap samples and OOD scores."""
 
     def __init__(
         self, inputs: EvaluationInputs, models: Sequence[ScoredModel], references: Mapping[str, ScoredModel | None]
     ) -> None:
-        """`references` are {vs_best_single, vs_soft_voting: model to compare with}."""
+        """`references` are {vs_best_single, vs_soft_voting: reference model}."""
         self.inputs, self.references = inputs, references
         compared = {id(model): model for model in (*models, *references.values()) if model is not None}
         self.index = {key: number for number, key in enumerate(compared)}
@@ -92,7 +92,7 @@ class EvaluationContext:
         self.calibrated = CalibratedLosses(rows.labels, inputs.groups, self._fits_temperature)
 
     def _fits_temperature(self, model: ScoredModel) -> OutOfSamplePredictions | None:
-        """Rows that fit a model's temperature for scores; None without any, and on val, which is among them."""
+        """Return the rows that fit a model's temperature; None without any, and if they include the evaluated split."""
         inputs = self.inputs
         has_rows = model.name in inputs.crossfits or model.name in inputs.out_of_sample
         if inputs.split == "val" or model.provenance.unknown_training_data or not has_rows:
@@ -100,13 +100,13 @@ class EvaluationContext:
         return out_of_sample_predictions(inputs, model.name)
 
     def areas(self, model: ScoredModel) -> MeanAreas:
-        """Mean areas of a model under its curves, with the influence of each row; computed once."""
+        """Return the mean areas under a model's curves, with the influence of each row; computed once."""
         if id(model) not in self._areas:
             self._areas[id(model)] = mean_areas(model.probabilities, self.inputs.rows.labels)
         return self._areas[id(model)]
 
     def ood_scores(self, names: Sequence[str], split: str) -> tuple[np.ndarray, Floats]:
-        """Return the sample ids (N,) that all members have, and the mean of their `uncertainty.ood_scores` (2, N)."""
+        """Return the sample ids (N,) that all members share, and the mean of their `uncertainty.ood_scores` (2, N)."""
         parts = [self._of_network(name, split) for name in names]
         shared = list(set.intersection(*(set(ids.tolist()) for ids, _ in parts)))
         mean: Floats = np.mean([values[:, np.isin(ids, shared)] for ids, values in parts], axis=0)
@@ -114,7 +114,7 @@ class EvaluationContext:
         return first[np.isin(first, shared)], mean
 
     def _of_network(self, name: str, split: str) -> tuple[np.ndarray, Floats]:
-        """Sample ids (N,) and OOD scores (2, N) of one member's full network, computed once."""
+        """Return sample ids (N,) and OOD scores (2, N) of one member's full network, computed once."""
         if (name, split) not in self._ood_scores:
             rows = self.inputs.rows
             ids, logits = rows.sample_ids, rows.logits[rows.members.index(name)]
@@ -127,7 +127,7 @@ class EvaluationContext:
 
 
 def no_out_of_sample_rows(model: ScoredModel) -> str:
-    """Why a model has no out-of-sample rows."""
+    """Return why a model has no out-of-sample rows."""
     unknown = model.provenance.unknown_training_data
     if unknown:
         return f"the training data of {', '.join(unknown)} is not stated, so no row is known to be out of sample"

@@ -1,4 +1,4 @@
-"""The first step of `evaluate`: read everything that is computed with, each record and each array once."""
+"""The first step of `evaluate`: read all inputs of the computation, each record and each array once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class UncertaintyOptions:
     """Whether conformal sets with one threshold per class are measured as well"""
 
     def as_record(self) -> dict[str, Any]:
-        """As a ranking records them; the keys are on disk."""
+        """Return the options as a ranking stores them, under the keys on disk."""
         return {
             "alpha": self.alpha,
             "wanted_error": self.target_risk,
@@ -47,72 +47,72 @@ class UncertaintyOptions:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is evaluated, and how."""
+    """Split, models and options of an evaluation."""
 
     split: str
     model_name: str | None
-    """The one model to evaluate; None: all of them, with ranking and report"""
+    """The single model to evaluate; None for all models, with ranking and report"""
     allow_contaminated: bool
     metric: str
     """Key of `metrics.METRICS` that orders the ranking"""
     seed: int
     options: UncertaintyOptions
     columns: Sequence[str] | None = None
-    """Metrics that the tables of the ranking show; None: the usual ones"""
+    """Metrics in the tables of the ranking; None for the default ones"""
     plots: str = score_plots.COMPARED
-    """Models whose plots are drawn, one of `score_plots.SELECTIONS`; one that is evaluated alone counts as compared"""
+    """Models whose plots are drawn, one of `score_plots.SELECTIONS`; a model evaluated alone counts as compared"""
 
     def ranking_options(self) -> dict[str, Any]:
-        """Options as a ranking records them."""
+        """Return the options as a ranking stores them."""
         columns = None if self.columns is None else list(self.columns)
         return self.options.as_record() | {"metrics": columns, "plots": self.plots}
 
 
 @dataclass(frozen=True)
 class SavedEnsemble:
-    """An ensemble as it is saved."""
+    """A saved ensemble with its record."""
 
     ensemble: Ensemble
     record: Mapping[str, Any]
-    """`ensemble.json`"""
+    """Content of `ensemble.json`"""
 
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """Everything that an evaluation computes with."""
+    """All inputs of an evaluation."""
 
     settings: EvaluationSettings
     inputs_digest: str
     catalog: Catalog
     ensembles: Mapping[str, SavedEnsemble]
-    """Those whose members are unchanged"""
+    """Ensembles whose members are unchanged"""
     members: Mapping[str, Member]
-    """Those with predictions on the split"""
+    """Members with predictions on the split"""
     ranked: Mapping[str, Member]
-    """Those of `members` that are ranked themselves"""
+    """Those of `members` that are part of the ranking"""
     declared: Sequence[str]
-    """Members that the user has declared, so that what they were trained on is a statement"""
+    """Members that the user has declared, whose training data is stated by the user"""
     selected: Sequence[str]
     """Members that the configuration selects"""
     candidates: Sequence[str]
-    """Members that may be recommended: also those without rows of the split"""
+    """Members that may be recommended, including those without rows of the split"""
     rows: Rows
     """All members on the evaluated rows"""
     dropped: int
     """Rows that are left out as copies of train or val images"""
     groups: np.ndarray | None
-    """Group index of each row (N,); None where rows are independent"""
+    """Group index of each row (N,); None if rows are independent"""
     earlier_groups: Mapping[tuple[str, str], int]
-    """{(split, sample id): group} of the rows of train and val; empty where these are independent"""
+    """{(split, sample id): group} of the rows of train and val; empty if they are independent"""
     contents: Mapping[tuple[str, str], str]
     """{(split, sample id): SHA-256 of the image} of the evaluated rows and of val; empty without images"""
     models: Sequence[ScoredModel]
     out_of_sample: Mapping[str, Sequence[MemberRows]]
-    """{member: its out-of-sample rows of train and val, of those that there are}"""
+    """{member: its out-of-sample rows, one part per available split of train and val}"""
     crossfits: Mapping[str, Crossfit]
     """{ensemble: its cross-fitted predictions}"""
     fold_rows: Mapping[str, MemberRows]
-    """{member: rows of the split by its fold networks}, where an ensemble uses these"""
+    """{member: rows of the split by its fold networks}, if an ensemble uses them"""
     controls: Mapping[str, controls.Controls]
     """{distilled ensemble: predictions of its teacher and of the network trained without one}"""
     costs: Costs
@@ -127,20 +127,20 @@ class EvaluationInputs:
         return self.settings.split
 
     def groups_of(self, keys: Iterable[tuple[str, str]]) -> np.ndarray | None:
-        """Group index (N,) of rows of train and val; None where these are independent."""
+        """Return the group index (N,) of rows of train and val; None if they are independent."""
         return np.array([self.earlier_groups[key] for key in keys]) if self.earlier_groups else None
 
     def uniforms(self, keys: Iterable[tuple[str, str]]) -> np.ndarray:
-        """Numbers (N,) for randomised conformal sets, by the content of each image, or by sample id without images."""
+        """Return numbers (N,) for randomised conformal sets, from image contents, or from sample ids without images."""
         return uncertainty.uniform_numbers(self.contents.get(key, key[1]) for key in keys)
 
     def val_rows(self, member: str) -> MemberRows | None:
-        """A member's out-of-sample rows of val; None where it has none."""
+        """Return a member's out-of-sample rows of val; None if it has none."""
         return next((part for part in self.out_of_sample.get(member, ()) if part.split == "val"), None)
 
 
 def read_ensembles(workspace: Workspace) -> dict[str, SavedEnsemble]:
-    """All saved ensembles by name. Raises UserError for a damaged one."""
+    """Read all saved ensembles, by name. Raises UserError for a damaged one."""
     saved = {}
     for name in ensembles.names(workspace):
         ensemble = ensembles.load(workspace, name)
@@ -156,14 +156,14 @@ def gather(
     settings: EvaluationSettings,
     inputs_digest: str,
 ) -> EvaluationInputs:
-    """Read what an evaluation needs; predictions and latencies that are missing are made first.
+    """Read the inputs of an evaluation; missing predictions and latencies are computed first.
 
-    Raises UserError where no member has predictions on the split.
+    Raises UserError if no member has predictions on the split.
     """
     split = settings.split
     usable, failures = scoring.usable_ensembles(store.catalog, {name: entry.ensemble for name, entry in saved.items()})
     failures |= scoring.for_each_member(
-        list(members.values()), lambda some: extraction.ensure(store, some, sorted({"val", split}))
+        list(members.values()), lambda batch: extraction.ensure(store, batch, sorted({"val", split}))
     )
     streamed = {name: member for name, member in members.items() if name not in failures}
     with_val = {name: member for name, member in streamed.items() if store.is_available(member, "val")}
@@ -228,18 +228,18 @@ def gather(
 
 
 def _is_evaluated(model: ScoredModel, settings: EvaluationSettings, ranked: Mapping[str, Member]) -> bool:
-    """Whether a model gets a record: the one asked for by name, or every ensemble and every ranked member."""
+    """Return whether a model gets a record: the model named in the settings, or any ensemble and ranked member."""
     if settings.model_name is not None:
         return model.name == settings.model_name
     return model.kind == "ensemble" or model.name in ranked
 
 
 def _open(store: Store, members: Mapping[str, Member], split: str) -> tuple[dict[str, MemberRows], dict[str, str]]:
-    """{member: its rows of a split}, and {member: why these cannot be used}."""
+    """Return {member: its rows of a split}, and {member: why they cannot be used}."""
     opened: dict[str, MemberRows] = {}
 
-    def read(some: Sequence[Member]) -> None:
-        for member in some:
+    def read(batch: Sequence[Member]) -> None:
+        for member in batch:
             if member.name not in opened:
                 opened[member.name] = store.rows(member, split)
             part = opened[member.name]
@@ -252,21 +252,21 @@ def _open(store: Store, members: Mapping[str, Member], split: str) -> tuple[dict
 def _open_fold_rows(
     store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], split: str
 ) -> tuple[dict[str, MemberRows], dict[str, str]]:
-    """{member: its rows of the split by its fold networks} for ensembles that use these; {member: why there are none}.
+    """Return {member: rows of the split by its fold networks}, for ensembles that use them, and {member: why missing}.
 
-    Fold networks that have not run on the split run now.
+    Fold networks that have not run on the split run first.
     """
     names = {name for e in saved.values() if e.inference == fold_networks.FOLDS for name in e.members}
     opened: dict[str, MemberRows] = {}
 
-    def read(some: Sequence[Member]) -> None:
-        fold_networks.ensure(store, some, (split,), fold_networks.FOLDS)
-        for member in some:
+    def read(batch: Sequence[Member]) -> None:
+        fold_networks.ensure(store, batch, (split,), fold_networks.FOLDS)
+        for member in batch:
             opened[member.name] = fold_networks.rows(store, member, split, fold_networks.FOLDS)
 
     try:
         failures = scoring.for_each_member([members[name] for name in sorted(names & members.keys())], read)
-    except UserError as error:  # of all of them; the full networks can still be evaluated
+    except UserError as error:  # all members failed; the full networks can still be evaluated
         failures = dict.fromkeys(names, str(error))
     return opened, failures
 
@@ -279,9 +279,9 @@ def _scored_ensemble(
     unstreamed: Mapping[str, str],
     embedded: dict[str, MemberRows],
 ) -> ScoredModel:
-    """An ensemble's predictions on the rows; rows with embeddings that this opens are added to `embedded`.
+    """Return an ensemble with its predictions on the rows; rows with embeddings are added to the cache `embedded`.
 
-    Raises UserError where a member has no predictions.
+    Raises UserError if a member has no predictions.
     """
     split = str(rows.split[0])
     absent = [member for member in ensemble.members if member not in rows.members]
@@ -296,7 +296,7 @@ def _scored_ensemble(
         if failed:
             raise UserError(f"its member {failed[0]}: {unstreamed[failed[0]]}")
         parts = dict(fold_rows)
-        if ensemble.combiner.reads_embeddings:  # those of the full network; fold networks have no common space
+        if ensemble.combiner.reads_embeddings:  # embeddings are the full network's; fold networks share no space
             parts = costs.open_embedded(store, ensemble.members, split, embedded)
         if ensemble.combiner.reads_embeddings and ensemble.inference == fold_networks.FOLDS:
             parts = {name: replace(part, logits=fold_rows[name].logits) for name, part in parts.items()}
@@ -317,7 +317,7 @@ def _scored_ensemble(
 
 
 def _image_paths(store: Store) -> dict[tuple[str, str], str]:
-    """{(split, sample id): file in the workspace} of train and val images; empty without images."""
+    """Return {(split, sample id): file in the workspace} of train and val images; empty without images."""
     paths: dict[tuple[str, str], str] = {}
     for split in ("train", "val") if store.catalog.has_images else ():
         images = store.images(split)
@@ -327,14 +327,14 @@ def _image_paths(store: Store) -> dict[tuple[str, str], str]:
 
 
 def _earlier_groups(store: Store) -> dict[tuple[str, str], int]:
-    """{(split, sample id): group} of all train and val rows; empty where every row is a group of its own."""
+    """Return {(split, sample id): group} of all train and val rows; empty if all rows are independent."""
     keys = [(split, sample_id) for split in ("train", "val") for sample_id in store.samples(split).sample_ids]
     groups = row_groups(store, keys)
     return {} if groups is None else dict(zip(keys, groups.tolist(), strict=True))
 
 
 def _contents(store: Store, splits: Iterable[str]) -> dict[tuple[str, str], str]:
-    """{(split, sample id): SHA-256 of the image}; empty without images."""
+    """Return {(split, sample id): SHA-256 of the image}; empty without images."""
     contents: dict[tuple[str, str], str] = {}
     for split in splits if store.catalog.has_images else ():
         images = store.images(split)

@@ -1,4 +1,4 @@
-"""Forms of the records that `evaluate` writes; keys that those of earlier versions lack may be missing."""
+"""Forms of the records that `evaluate` writes; keys that records of earlier versions lack are optional."""
 
 from __future__ import annotations
 

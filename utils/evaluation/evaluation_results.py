@@ -1,4 +1,4 @@
-"""The second step of `evaluate`: from what was read to records, ranking and label issues; no file is touched."""
+"""The second step of `evaluate`: compute records, ranking and label issues from the inputs; no file is accessed."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ SOFT_VOTING = "soft_voting_ensemble"
 PEERS = {"soft_voting": SOFT_VOTING, "greedy_selection_ensemble": "greedy_selection_ensemble"}
 """{key in the ranking: ensemble that others are compared with}"""
 RECOMMENDED = ("name", "reason", "note", "evidence", "latency_ms", "not_compared")
-"""Keys of the recommendation that the ranking keeps under that name"""
+"""Keys of the recommendation that the ranking copies under the same name"""
 
 
 @dataclass(frozen=True)
 class EvaluationResults:
-    """What `evaluate` writes."""
+    """Results that `evaluate` writes."""
 
     models: Mapping[str, ScoredModel]
     """{name: evaluated model}, in the order of `metrics`"""
     metrics: Mapping[str, dict[str, Any]]
     """{name: `metrics.json`}"""
     ranking: dict[str, Any] | None
-    """`ranking.json`; None where one model is evaluated alone"""
+    """`ranking.json`; None if a single model is evaluated"""
     label_issues: LabelIssueTable | None
     """Written with the ranking"""
     suspicions: Sequence[Problem] = ()
-    """What speaks against the statements on what members were trained on"""
+    """Evidence against the statements on members' training data"""
 
 
 def compute(inputs: EvaluationInputs) -> EvaluationResults:
-    """Score, compare and rank.
+    """Score, compare and rank the models.
 
-    Raises UserError where the model that is asked for by name cannot be evaluated, and ContaminatedError where it was
-    fitted on evaluated rows and that is not allowed.
+    Raises UserError if the model named in the settings cannot be evaluated, and ContaminatedError if it was fitted on
+    evaluated rows and this is not allowed.
     """
     by_name = {model.name: model for model in inputs.models}
     name = inputs.settings.model_name
@@ -87,7 +87,7 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
 
 
 def _suspicions(inputs: EvaluationInputs, model: ScoredModel) -> list[Problem]:
-    """Contradictions between a member's scores and the statement on its training data."""
+    """Return contradictions between a member's scores and the statement on its training data."""
     seen = {(part.split, sample_id) for part in model.provenance.fitted_on for sample_id in part.sample_ids}
     rows = inputs.rows
     unseen = np.array([(inputs.split, sample_id) not in seen for sample_id in rows.sample_ids.tolist()])
@@ -109,7 +109,7 @@ def _suspicions(inputs: EvaluationInputs, model: ScoredModel) -> list[Problem]:
 
 
 def _scores(probabilities: np.ndarray, labels: np.ndarray, groups: np.ndarray | None) -> Scores | None:
-    """Of the labelled rows, with losses by group where there are groups (N,); None without any."""
+    """Return scores of the labelled rows, with mean losses per group if there are groups (N,); None without any."""
     labelled = labels != UNKNOWN
     if not labelled.any():
         return None
@@ -119,12 +119,12 @@ def _scores(probabilities: np.ndarray, labels: np.ndarray, groups: np.ndarray | 
     if groups is None:
         return Scores(len(labels), hits, losses)
     unit_of_row = unit_indices(len(labels), groups[labelled])
-    of_groups = unit_sums(losses, unit_of_row) / np.bincount(unit_of_row)
-    return Scores(len(labels), hits, of_groups, len(of_groups))
+    group_losses = unit_sums(losses, unit_of_row) / np.bincount(unit_of_row)
+    return Scores(len(labels), hits, group_losses, len(group_losses))
 
 
 def references(inputs: EvaluationInputs, best_single: str | None) -> dict[str, ScoredModel | None]:
-    """{vs_best_single, vs_soft_voting: the model that others are compared with on the same rows}."""
+    """Return {vs_best_single, vs_soft_voting: the model that others are compared with on the same rows}."""
     by_name = {model.name: model for model in inputs.models}
     return {
         "vs_best_single": None if best_single is None else by_name.get(best_single),
@@ -133,7 +133,7 @@ def references(inputs: EvaluationInputs, best_single: str | None) -> dict[str, S
 
 
 def recommendation_of(inputs: EvaluationInputs) -> dict[str, Any]:
-    """The recommendation; without a name where one model that has no out-of-sample rows is evaluated alone."""
+    """Return the recommendation; without a name if a single model is evaluated and no model has out-of-sample rows."""
     try:
         return recommendation.recommend_among(
             inputs.catalog,
@@ -160,7 +160,7 @@ def _require(inputs: EvaluationInputs, models: Mapping[str, ScoredModel], name: 
 
 
 def _plain_mean(inputs: EvaluationInputs) -> ScoredModel | None:
-    """Soft voting of the selected members, where that ensemble is not built; None without such members."""
+    """Return soft voting of the selected members, for use if this ensemble is not built; None without such members."""
     rows = inputs.rows
     names = tuple(name for name in inputs.selected if name in inputs.members)
     if not names:

@@ -1,4 +1,4 @@
-"""What `evaluate --data` prints: the models on the set beside the own test split, and what no longer holds."""
+"""Output of `evaluate --data`: the models on the external set and on the test split, and what no longer holds."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ HEADER = (
 
 
 def as_text(record: Mapping[str, Any], scored: Sequence[str]) -> str:
-    """A table of all models, then sentences on the recommended one, or on the one that alone was `scored` now."""
+    """Return a table of all models, then sentences on the recommended model, or on the only one in `scored`."""
     focus = scored[0] if len(scored) == 1 else focus_of(record)
     return "\n".join([*about_the_set(record), *_table(record), *_about_the_model(record, focus)])
 
 
 def focus_of(record: Mapping[str, Any]) -> str:
-    """The model that sentences are about: the recommended one where it is scored, else the first."""
+    """Return the model that the sentences describe: the recommended one if it is scored, else the first."""
     names = [row["name"] for row in record["rows"]]
     return str(record["recommended"] if record["recommended"] in names else names[0])
 
 
 def about_the_set(record: Mapping[str, Any]) -> list[str]:
-    """Which images are scored, how classes were matched and what was left out."""
+    """Return lines on the scored images, the matching of classes and the images that were left out."""
     classes, left_out = record["classes"], record["left_out_images"]
     n_classes = sum(count > 0 for count in classes["counts"].values())
     lines = [
@@ -105,7 +105,7 @@ def _about_the_model(record: Mapping[str, Any], name: str) -> list[str]:
 
 
 def sentences(record: Mapping[str, Any], name: str) -> list[str]:
-    """What changes for one model, in words; also for the report."""
+    """Return sentences on the changes for one model; the report shows them too."""
     model = record["models"][name]
     return [
         _change_of_accuracy(model["drop"]["accuracy"], model["test_n"]),

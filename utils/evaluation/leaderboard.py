@@ -18,7 +18,7 @@ from utils.predictions import training_data
 
 Ranking = Mapping[str, Any]
 METRICS = {"accuracy": "accuracy", "f1_macro": "F1 macro", "log_loss": "log-loss", "ece": "ECE"}
-"""Columns unless others are chosen, and their headings; each has an interval."""
+"""{default column: heading}; each has an interval"""
 HEADINGS = METRICS | {
     "balanced_accuracy": "balanced accuracy",
     "matthews_corrcoef": "MCC",
@@ -55,33 +55,33 @@ COMPARED = (
 )
 """Columns of the CSV file on the comparison with the best single member"""
 NARROWEST, SHORTEST = 100, 12
-"""Columns that every table fits, and characters that a shortened name keeps at least"""
+"""Terminal columns that every table fits, and minimum characters of a shortened name"""
 BOLD, FAINT, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a stream may get bold and faint text (https://no-color.org)."""
+    """Return whether a stream may get bold and faint text (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def shown_metrics(ranking: Ranking) -> dict[str, str]:
-    """{key: heading} of the metrics that a ranking shows: those chosen by `evaluate --metrics`, else `METRICS`."""
-    chosen = (ranking.get("options") or {}).get("metrics") or METRICS
-    return {key: HEADINGS.get(key, key) for key in chosen}
+    """Return {key: heading} of the metrics of a ranking's tables: those of `evaluate --metrics`, else `METRICS`."""
+    keys = (ranking.get("options") or {}).get("metrics") or METRICS
+    return {key: HEADINGS.get(key, key) for key in keys}
 
 
 def marks(row: Mapping[str, Any], ranking: Ranking) -> list[str]:
-    """Those of `MARKS` that apply to a row of the ranking."""
+    """Return the marks of `MARKS` that apply to a row of the ranking."""
     named = [key for key in CHOICES if (ranking.get(key) or {}).get("name") == row["name"]]
     return [mark for key, mark in MARKS.items() if row.get(key) or key in named]
 
 
 def as_text(ranking: Ranking, *, styled: bool = False, columns: int | None = None) -> str:
-    """An aligned table with 95% intervals and marks, followed by the recommendation.
+    """Return an aligned table with 95% intervals and marks, followed by the recommendation.
 
-    With `styled`, the recommended row is bold and contaminated rows are faint. A table that is wider than `columns` has
-    an interval of accuracy alone, or of the first metric, and long names are shortened; any of the usual metrics fits
-    100 columns.
+    With `styled`, the recommended row is bold and contaminated rows are faint. If the table is wider than `columns`,
+    only accuracy, or else the first metric, has an interval, and long names are shortened; with the default metrics it
+    fits 100 columns.
     """
     metrics = shown_metrics(ranking)
     lines = _table(ranking, dict.fromkeys(metrics, True))
@@ -107,7 +107,7 @@ def as_text(ranking: Ranking, *, styled: bool = False, columns: int | None = Non
 
 
 def _table(ranking: Ranking, with_interval: Mapping[str, bool]) -> list[list[str]]:
-    """The header and a line of cells for each row."""
+    """Return the header and a line of cells for each row."""
     headings = shown_metrics(ranking)
     titles = [f"{headings[metric]} [95%]" if wide else headings[metric] for metric, wide in with_interval.items()]
     lines = [["rank", "name", "kind", *titles, "p", ""]]
@@ -129,7 +129,7 @@ def _table(ranking: Ranking, with_interval: Mapping[str, bool]) -> list[list[str
 
 
 def _narrow(lines: list[list[str]], columns: int) -> list[list[str]]:
-    """The cells without `kind`, with names and marks shortened as far as the columns require."""
+    """Return the cells without `kind`, with names and marks shortened as far as necessary to fit the columns."""
     lines = [[line[0], line[1], *line[3:]] for line in lines]
     for cell in (1, -1):  # the name, then the marks
         excess = max(map(len, aligned_lines(lines, right=(0,)))) - columns
@@ -142,12 +142,12 @@ def _narrow(lines: list[list[str]], columns: int) -> list[list[str]]:
 
 
 def recommendation(ranking: Ranking) -> str:
-    """The recommended model and the recommended fast one with their evidence and cost, a line each."""
+    """Return one line each on the recommended model and the recommended fast one, with their evidence and cost."""
     recommended, fast = ranking["recommended"], ranking.get("recommended_fast")
     evidence = recommended["evidence"]
     rule = evidence.get("after_selection")  # not in rankings of earlier versions
-    own = f"log-loss {_loss(evidence)}"
-    scores = own if rule is None else f"log-loss after selection {_loss(rule)}, its own {_loss(evidence)}"
+    loss = f"log-loss {_loss(evidence)}"
+    scores = loss if rule is None else f"log-loss after selection {_loss(rule)}, its own {_loss(evidence)}"
     lines = [
         f"recommended: {recommended['name']} ({recommended['reason']}; {evidence['n']} out-of-sample rows, "
         f"{evidence['rows']}: {scores}, accuracy {evidence['accuracy']:.4f}{_cost(recommended)})"
@@ -191,19 +191,19 @@ def _value(row: Mapping[str, Any], metric: str) -> str:
 
 
 def _test(ranking: Ranking) -> str:
-    """The test that p-values come from."""
+    """Return the name of the test of the p-values."""
     tests = {row["vs_best_single"].get("test") for row in ranking["rows"] if row["vs_best_single"]}
     return "exact sign-flip test of groups" if tests == {"sign_flip"} else "McNemar's exact test"
 
 
 def _p_value(comparison: Mapping[str, Any] | None) -> str:
-    """Holm-corrected p-value of a comparison; empty where there is none."""
+    """Return the Holm-corrected p-value of a comparison; "" if there is none."""
     p = None if comparison is None else comparison.get("p_value_holm", comparison.get("mcnemar_p_holm"))
     return "" if p is None else f"{p:.3f}"
 
 
 def as_csv(ranking: Ranking) -> str:
-    """CSV with one line per row of the ranking, numbers at full precision."""
+    """Return CSV with one line per row of the ranking, numbers at full precision."""
     metrics = shown_metrics(ranking)
     bounds = [f"{metric}_{end}" for metric in metrics for end in ("", "low", "high")]
     header = ["rank", "name", "kind", *(bound.rstrip("_") for bound in bounds), *COMPARED, *MARKS]
@@ -220,13 +220,13 @@ def as_csv(ranking: Ranking) -> str:
 
 
 def as_markdown(ranking: Ranking) -> str:
-    """A table in GitHub Flavored Markdown."""
+    """Return a table in GitHub Flavored Markdown."""
     header, *body = _cells(ranking, escape_markdown, "{} [{}, {}]")
     return markdown_table(header, body)
 
 
 def as_latex(ranking: Ranking) -> str:
-    """A LaTeX `tabular` with booktabs rules."""
+    """Return a LaTeX `tabular` with booktabs rules."""
     header, *body = _cells(ranking, escape_latex, "{} {{\\scriptsize [{}, {}]}}")
     return latex_table(header, body, f"rl{'l' * (len(header) - 2)}")
 

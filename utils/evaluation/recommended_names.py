@@ -1,4 +1,4 @@
-"""The names `recommended` (`best`) and `recommended_fast`, which `--model-name` takes in place of a model's own."""
+"""The names `recommended` (`best`) and `recommended_fast`, which `--model-name` accepts instead of a model's name."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from utils.predictions.store import Store
 
 RECOMMENDED, FAST = "recommended", "recommended_fast"
 BEST = "best"
-"""Another word for RECOMMENDED, as in `distillation.teacher`."""
+"""Alias of RECOMMENDED, as in `distillation.teacher`."""
 
 
 def resolve(store: Store, name: str) -> str:
-    """The member or ensemble that a name stands for; a name of a member or ensemble stands for itself.
+    """Return the member or ensemble of a name; names of members and ensembles are returned unchanged.
 
-    Raises UserError for `recommended_fast` without a current evaluation, which measures latencies.
+    A voting method is replaced by the name of its ensemble. Raises UserError for `recommended_fast` without a current
+    evaluation, which measures latencies.
     """
     saved = ensembles.names(store.workspace)
     if name not in (RECOMMENDED, BEST, FAST) or name in saved or name in store.catalog.members:
@@ -31,7 +32,7 @@ def resolve(store: Store, name: str) -> str:
 
 
 def unknown_name(name: str, saved: Iterable[str], members: Iterable[str]) -> UserError:
-    """The error for a name that no ensemble and no member has: what was meant, how it is built, and what there is."""
+    """Return the error for an unknown name, with similar names and the command that builds it if there is one."""
     available = [*saved, *members, RECOMMENDED, FAST]
     buildable = [*ensembles.NAMES, *ensembles.NAMES.values(), *ensembles.COMBINERS]
     build = f". Build it: {build_command(name)}" if name in buildable else ""
@@ -39,14 +40,14 @@ def unknown_name(name: str, saved: Iterable[str], members: Iterable[str]) -> Use
 
 
 def recommended_name(store: Store) -> str:
-    """Name of the recommended ensemble or member, chosen on out-of-sample rows.
+    """Return the name of the recommended ensemble or member, selected on out-of-sample rows.
 
-    Raises UserError where nothing is built.
+    Raises UserError if no member or ensemble can be recommended.
     """
     saved = {name: ensembles.load(store.workspace, name) for name in listing.listed(store.workspace, store.config)}
     selected = member_selection.select(store.catalog, store.config)
-    either_way = {member.name: member for member in (*selected, *view_members.without_views(store.catalog, selected))}
-    candidates = {name: member for name, member in sorted(either_way.items()) if _is_candidate(member, store)}
+    members = {member.name: member for member in (*selected, *view_members.without_views(store.catalog, selected))}
+    candidates = {name: member for name, member in sorted(members.items()) if _is_candidate(member, store)}
     current = {
         name: ensemble
         for name, ensemble in saved.items()
@@ -58,7 +59,7 @@ def recommended_name(store: Store) -> str:
 
 
 def _fast_name(store: Store) -> str:
-    """As the newest evaluation on test found it, by the latencies that it measured."""
+    """Return the recommended fast model of the newest evaluation on test, which measured latencies."""
     path = store.workspace.ranking("test")
     ranking = read_record(path, remedy="Remove it, then evaluate again", form=RANKING) or {}
     saved = {name: ensembles.load(store.workspace, name) for name in listing.listed(store.workspace, store.config)}
@@ -77,6 +78,6 @@ def _fast_name(store: Store) -> str:
 
 
 def _is_candidate(member: Member, store: Store) -> bool:
-    """Whether a member may be recommended by itself; a derived one only where the configuration asks for it."""
+    """Return whether a member may be recommended; a derived one only if the configuration requests it."""
     is_requested = member.name in store.config.backbones.selected or (member.views and store.config.tta.enable)
     return member.source != "derived" or bool(is_requested)

@@ -1,6 +1,6 @@
-"""Plots of one member's or ensemble's scores, drawn from its `metrics.json`; matplotlib is imported with the first.
+"""Plots of one member's or ensemble's scores, drawn from its `metrics.json`; matplotlib is imported on first use.
 
-Figures are made without pyplot, so no global setting is changed and no window is opened.
+Figures are made without pyplot, so that no global setting is changed and no window is opened.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COMPARED, ALL, NONE = SELECTIONS = ("compared", "all", "none")
-"""Whose plots are drawn: of the models that the report compares, of all in the ranking, of no model."""
-VERSION = 4  # raised whenever the same scores would give other pictures
+"""Models whose plots are drawn: those that the report compares, all in the ranking, or none."""
+VERSION = 4  # incremented when the same scores would give different pictures
 SHOWN = (
     *("name", "split", "n_samples", "n_classes", "confusion_matrix", "per_class", "reliability", "ece", "mce"),
     *("selective", "curves", "roc_auc_ovr_macro", "average_precision_macro"),
 )
-HEADER_BYTES = 4096  # of a PNG file, which hold its metadata
+HEADER_BYTES = 4096  # first bytes of a PNG file, which contain its metadata
 DPI = 130
-MAX_NAMED_CLASSES = 40  # whose names and numbers can be read
-MAX_PERCENTAGES = 15  # classes whose cells have space for a percentage below the count
-MAX_LEGEND_CLASSES = 10  # whose curves have names and colours of their own
+MAX_NAMED_CLASSES = 40  # classes up to which names and numbers are readable
+MAX_PERCENTAGES = 15  # classes up to which cells have space for a percentage below the count
+MAX_LEGEND_CLASSES = 10  # classes up to which each curve has its own name and colour
 MAX_NAME_LENGTH = 18  # characters of a class's name
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One of `KINDS` of a `metrics.json` record, and the PNG file that it becomes."""
+    """A plot of one of `KINDS` from a `metrics.json` record, and its PNG file."""
 
     kind: str
     record: Mapping[str, Any]
@@ -49,27 +49,27 @@ class Picture:
 
     @property
     def is_current(self) -> bool:
-        """Whether the file shows these scores already."""
+        """Whether the file already shows these scores."""
         return self.path.is_file() and self.digest.encode() in self.path.read_bytes()[:HEADER_BYTES]
 
 
 def shown_models(ranking: Mapping[str, Any], selection: str) -> set[str]:
-    """Names of the models in a ranking that plots are drawn of, by one of `SELECTIONS`.
+    """Return the names of the models in a ranking whose plots are drawn; `selection` is one of `SELECTIONS`.
 
-    Compared are the recommended ones, the best single member, soft voting, greedy selection and the first in the order
-    of the ranking.
+    The compared models are the recommended ones, the best single member, soft voting, greedy selection and the first of
+    the ranking.
     """
     ranked = [row["name"] for row in ranking["rows"]]
     if selection == ALL:
         return set(ranked)
     if selection == NONE:
         return set()
-    chosen = [(ranking[key] or {}).get("name") for key in ("recommended", "recommended_fast")]
-    return {*chosen, *ranking["peers"].values(), *ranked[:1]} & set(ranked)
+    recommended = [(ranking[key] or {}).get("name") for key in ("recommended", "recommended_fast")]
+    return {*recommended, *ranking["peers"].values(), *ranked[:1]} & set(ranked)
 
 
 def draw_all(pictures: Sequence[Picture]) -> None:
-    """Draw the pictures that do not exist yet, many of them in several processes."""
+    """Draw the pictures that do not exist yet, in several processes if there are many."""
     missing = [picture for picture in pictures if not picture.is_current]
     list(engines.current().map(draw, missing, description="pictures", n_processes=engines.cores()))
 
@@ -91,7 +91,7 @@ def _draw(picture: Picture) -> None:
     height = max(4.0, side * 0.6) if kind == "per_class_metrics" else side * 0.9
     figure = Figure(figsize=(side, height))
     FigureCanvasAgg(figure)
-    # Margins in inches; a layout engine would draw everything twice to find them.
+    # Margins in inches; a layout engine would draw everything twice to determine them.
     left, below = (1.4, 1.3) if by_class else (0.7, 0.6)
     axes = figure.add_axes((left / side, below / height, 1 - (left + 0.2) / side, 1 - (below + 0.4) / height))
     KINDS[kind](axes, record)
@@ -101,7 +101,7 @@ def _draw(picture: Picture) -> None:
 
 
 def confusion_matrix(axes: Axes, record: Mapping[str, Any]) -> None:
-    """Rows are true classes, columns predicted ones; counts, with percentages of the true class, which colours show."""
+    """Draw counts of true classes (rows) and predicted classes (columns); percentages and colours are by true class."""
     counts = np.array(record["confusion_matrix"])
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
@@ -121,10 +121,10 @@ def confusion_matrix(axes: Axes, record: Mapping[str, Any]) -> None:
 
 
 def reliability(axes: Axes, record: Mapping[str, Any]) -> None:
-    """Accuracy over confidence in 15 bins, with the fraction of rows in each; the diagonal is perfect calibration."""
+    """Draw accuracy against confidence in 15 bins, with the fraction of rows in each."""
     bins = record["reliability"]
-    filled = [bin_ for bin_, count in enumerate(bins["count"]) if count]
-    confidence, accuracy = ([bins[key][bin_] for bin_ in filled] for key in ("confidence", "accuracy"))
+    filled = [index for index, count in enumerate(bins["count"]) if count]
+    confidence, accuracy = ([bins[key][index] for index in filled] for key in ("confidence", "accuracy"))
     share = np.array(bins["count"]) / record["n_samples"]
     width = 1 / len(share)
     axes.bar((np.arange(len(share)) + 0.5) * width, share, width * 0.95, color="#d0d7de", label="fraction of rows")
@@ -136,7 +136,7 @@ def reliability(axes: Axes, record: Mapping[str, Any]) -> None:
 
 
 def risk_coverage(axes: Axes, record: Mapping[str, Any]) -> None:
-    """Selective risk: error rate among the most confident rows, over the fraction of rows."""
+    """Draw the selective risk: error rate among the most confident rows, against the fraction of rows."""
     selective = record["selective"]
     axes.plot(selective["coverage"], selective["risk"], color="#0550ae")
     axes.axhline(selective["target_risk"], color="#cf222e", linestyle="--", linewidth=1, label="target risk")
@@ -148,7 +148,7 @@ def risk_coverage(axes: Axes, record: Mapping[str, Any]) -> None:
 
 
 def per_class_metrics(axes: Axes, record: Mapping[str, Any]) -> None:
-    """Precision, recall and F1 of each class: as bars, or as points where there are too many for names."""
+    """Draw precision, recall and F1 of each class: as bars, or as points if there are too many for names."""
     names = list(record["per_class"])
     positions = np.arange(len(names))
     is_named = len(names) <= MAX_NAMED_CLASSES
@@ -167,7 +167,7 @@ def per_class_metrics(axes: Axes, record: Mapping[str, Any]) -> None:
 
 
 def roc_curves(axes: Axes, record: Mapping[str, Any]) -> None:
-    """True over false positive rate of each class against the rest."""
+    """Draw the one-vs-rest ROC curve of each class."""
     points = {
         name: ([0, *curve["false_positive_rate"]], [0, *curve["true_positive_rate"]])
         for name, curve in record["curves"].items()
@@ -178,7 +178,7 @@ def roc_curves(axes: Axes, record: Mapping[str, Any]) -> None:
 
 
 def precision_recall_curves(axes: Axes, record: Mapping[str, Any]) -> None:
-    """Precision over recall of each class against the rest."""
+    """Draw the one-vs-rest precision-recall curve of each class."""
     points = {name: (curve["true_positive_rate"], curve["precision"]) for name, curve in record["curves"].items()}
     _draw_curves(axes, points, {name: record["per_class"][name]["average_precision"] for name in points}, "AP")
     axes.set(xlabel="recall", ylabel="precision")
@@ -190,7 +190,7 @@ def _draw_curves(
     areas: Mapping[str, float],
     area: str,
 ) -> None:
-    """Steps through the points of each class, named with their areas where there are few classes."""
+    """Draw steps through the points of each class, with a legend of names and areas if there are few classes."""
     is_named = len(points) <= MAX_LEGEND_CLASSES
     for name, (x, y) in points.items():
         label = f"{_plain(name, MAX_NAME_LENGTH)}, {area} {areas[name]:.3f}" if is_named else None
@@ -203,7 +203,7 @@ def _draw_curves(
 
 
 def _plain(name: str, max_length: int) -> str:
-    """A name without formulas, shortened where it is too long."""
+    """Return a name without mathtext, shortened if it is too long."""
     shown = name if len(name) <= max_length else f"{name[: max_length - 3]}..."
     return shown.replace("\n", " ").replace("$", r"\$")
 
@@ -216,10 +216,10 @@ KINDS: dict[str, Callable[[Axes, Mapping[str, Any]], None]] = {
     "roc_curves": roc_curves,
     "precision_recall_curves": precision_recall_curves,
 }
-"""Name of the file -> what draws it."""
+"""{name of the file: function that draws it}"""
 
 
 def kinds_of(record: Mapping[str, Any]) -> list[str]:
-    """Pictures that a record has the data of: of many classes neither matrix nor curves."""
+    """Return the kinds of pictures that a record has data for; with many classes, neither matrix nor curves."""
     needs = {"confusion_matrix": "confusion_matrix", "roc_curves": "curves", "precision_recall_curves": "curves"}
     return [kind for kind in KINDS if kind not in needs or record[needs[kind]]]

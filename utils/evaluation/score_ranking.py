@@ -20,7 +20,7 @@ COMPARISONS = ("vs_best_single", "vs_soft_voting")
 
 @dataclass(frozen=True)
 class LabelIssueTable:
-    """Labels in doubt, as they are written."""
+    """Labels in doubt, ready to be written."""
 
     csv: str
     record: Mapping[str, Any]
@@ -35,12 +35,11 @@ def rank(
     metric: str,
     columns: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`{split, n, order, rows}` by the metric, then log-loss, then name.
+    """Return `{split, n, order, rows}`, with rows ordered by the metric, then log-loss, then name.
 
-    Contaminated models and those of unknown training data come last, unranked.
-
-    `records` are {model: `metrics.json`}, `kinds` {model: member or ensemble}; rows hold `COLUMNS` and the further
-    `columns`. Each comparison's p-values are corrected for the number of models by Holm's method.
+    Contaminated models and those with unknown training data come last and have no rank. `records` are {model:
+    `metrics.json`}, `kinds` {model: member or ensemble}; rows contain `COLUMNS` and the further `columns`. The p-values
+    of each comparison are corrected for the number of models by Holm's method.
     """
     higher_is_better = METRICS[metric].higher_is_better
 
@@ -63,15 +62,15 @@ def rank(
         row |= {key: record[key] for key in (*COLUMNS, *columns)}
         for key in COMPARISONS:
             comparison = record[key]
-            of_model = {p_value: corrected[key, p_value].get(name) for p_value in ("p_value", "delong_p")}
-            row[key] = None if comparison is None else comparison | _corrected(comparison, of_model)
+            p_values = {p_value: corrected[key, p_value].get(name) for p_value in ("p_value", "delong_p")}
+            row[key] = None if comparison is None else comparison | _corrected(comparison, p_values)
         rows.append(row)
     n = next(iter(records.values()))["n_samples"]
     return {"split": split, "n": n, "order": [metric, "log_loss", "name"], "rows": rows}
 
 
 def _corrected(comparison: Mapping[str, Any], corrected: Mapping[str, float | None]) -> dict[str, Any]:
-    """The corrected p-values, that of the accuracy also by the name that it has where rows are independent."""
+    """Return the corrected p-values; that of the accuracy also as `mcnemar_p_holm` if rows are independent."""
     p_value = corrected["p_value"]
     return {
         "p_value_holm": p_value,
@@ -81,17 +80,17 @@ def _corrected(comparison: Mapping[str, Any], corrected: Mapping[str, float | No
 
 
 def _is_tested(record: Mapping[str, Any], key: str, p_value: str) -> bool:
-    """Whether a comparison counts in the correction; a model that is not ranked is no candidate."""
+    """Return whether a comparison counts in the correction; those of unranked models do not."""
     return record[key] is not None and record[key].get(p_value) is not None and _is_ranked(record)
 
 
 def _is_ranked(record: Mapping[str, Any]) -> bool:
-    """Whether a model was fitted on none of the evaluated rows, as far as is known."""
+    """Return whether a model is known not to be fitted on evaluated rows."""
     return not record["contaminated"] and not record["unknown_training_data"]
 
 
 def label_issue_table(inputs: EvaluationInputs, name: str) -> LabelIssueTable:
-    """Labels that the out-of-sample predictions of the model contradict (confident learning)."""
+    """Return the labels that the out-of-sample predictions of a model contradict (confident learning)."""
     classes = inputs.catalog.classes
     predictions = out_of_sample_predictions(inputs, name)
     assert predictions is not None, "what is recommended has out-of-sample rows"

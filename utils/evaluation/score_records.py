@@ -1,6 +1,6 @@
 """`metrics.json` of one member or ensemble: scores with intervals, comparisons, cost, uncertainty and provenance.
 
-Every key is always present; what could not be measured is null, with the reason in `notes`.
+Every key is always present; a value that could not be measured is null, with the reason in `notes`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from utils.predictions import fold_networks
 from utils.predictions.catalog import IMPORTED
 
 COPIED_KEYS = ("expected_experts",)
-"""Keys of `ensemble.json` that `metrics.json` repeats where they are present"""
+"""Keys of `ensemble.json` that are copied to `metrics.json` if they are present"""
 
 
 def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, Any]:
-    """`metrics.json` of a model."""
+    """Return the `metrics.json` of a model."""
     inputs = context.inputs
     rows, groups = inputs.rows, inputs.groups
     record = point_metrics(model.probabilities, rows.labels, rows.classes)
@@ -113,15 +113,16 @@ def metrics_record(model: ScoredModel, context: EvaluationContext) -> dict[str, 
 
 
 def _compared(model: ScoredModel, reference: ScoredModel | None, context: EvaluationContext) -> dict[str, Any] | None:
-    """Differences to another model on the same rows, with paired intervals and an exact test over rows or groups.
+    """Return differences to a reference on the same rows, with paired intervals and an exact test over rows or groups.
 
-    `mcnemar_p` is the same p-value by the name that it has where rows are independent.
+    `mcnemar_p` repeats the p-value if rows are independent, where the test is McNemar's. None without a reference, and
+    for the reference itself.
     """
     if reference is None or model.name == reference.name:
         return None
     labels, groups = context.inputs.rows.labels, context.inputs.groups
-    hits, reference_hits = ((each.probabilities.argmax(axis=1) == labels) for each in (model, reference))
-    losses, reference_losses = (log_loss_per_row(each.probabilities, labels) for each in (model, reference))
+    hits, reference_hits = ((entry.probabilities.argmax(axis=1) == labels) for entry in (model, reference))
+    losses, reference_losses = (log_loss_per_row(entry.probabilities, labels) for entry in (model, reference))
     p_value = proportions.sign_flip_p(hits, reference_hits, groups)
     return {
         "name": reference.name,
@@ -138,7 +139,7 @@ def _compared(model: ScoredModel, reference: ScoredModel | None, context: Evalua
 
 
 def _compared_areas(areas: MeanAreas, reference: MeanAreas, context: EvaluationContext) -> dict[str, Any]:
-    """The difference of the mean areas under the ROC curve with DeLong's test; null where a class has every row."""
+    """Return the difference of the mean ROC areas with DeLong's test; null if every row belongs to one class."""
     compared = compare_areas(areas, reference, context.inputs.rows.labels, context.inputs.groups)
     return {
         "delta_roc_auc": None if compared is None else compared.difference,
@@ -171,7 +172,7 @@ def _crossfit(predictions: OutOfSamplePredictions, groups: np.ndarray | None) ->
 
 
 def _folds(predictions: OutOfSamplePredictions) -> dict[str, Any] | None:
-    """Mean and deviation over the folds: of a member its K-fold networks, of an ensemble its cross-fitted copies."""
+    """Return mean and deviation over the folds of a member's K-fold networks, or an ensemble's cross-fitted copies."""
     if predictions.folds is None:
         return None
     held_out = predictions.folds >= 0
@@ -186,7 +187,7 @@ def _imported(model: ScoredModel, inputs: EvaluationInputs) -> list[str]:
 
 
 def _size_mb(model: ScoredModel, inputs: EvaluationInputs, notes: dict[str, str]) -> float | None:
-    """Size in 10^6 bytes of the checkpoints that answer, and of the combiner."""
+    """Return the size in 10^6 bytes of the checkpoints that predict for a model, and of the combiner."""
     imported = _imported(model, inputs)
     if imported:
         notes["size_mb"] = f"imported predictions: {', '.join(imported)}"
@@ -199,9 +200,9 @@ def _size_mb(model: ScoredModel, inputs: EvaluationInputs, notes: dict[str, str]
 
 
 def _latency(model: ScoredModel, inputs: EvaluationInputs, notes: dict[str, str]) -> dict[str, Any] | None:
-    """Milliseconds for a batch of 1 and of 32: the networks one after another, then the combiner.
+    """Return milliseconds for a batch of 1 and of 32: the networks one after another, then the combiner.
 
-    The p95 is the sum of the parts' p95, which bounds the p95 of the sum in practice.
+    The p95 is the sum of the p95 of all parts, in practice an upper bound of the p95 of the sum.
     """
     imported, costs = _imported(model, inputs), inputs.costs
     unmeasured = [costs.unmeasured[name] for name in (*model.members, model.name) if name in costs.unmeasured]
@@ -223,9 +224,9 @@ def _latency(model: ScoredModel, inputs: EvaluationInputs, notes: dict[str, str]
 
 
 def one_image_latencies(inputs: EvaluationInputs) -> dict[str, float]:
-    """{model: milliseconds for one image} of the evaluated models that are measured.
+    """Return {model: milliseconds per image} of the evaluated models that are measured.
 
-    Of an ensemble that runs only some members for an image, the mean over the out-of-sample rows.
+    For an ensemble that runs only some members per image, it is the mean over the out-of-sample rows.
     """
     latencies: dict[str, float] = {}
     for model in inputs.models:

@@ -1,6 +1,6 @@
-"""Which members and ensembles are evaluated, and their probabilities on the evaluated rows.
+"""Selection of the evaluated members and ensembles, and their probabilities on the evaluated rows.
 
-A model without predictions is left out with its reason; the others are evaluated.
+A model without predictions is left out with the reason; the others are evaluated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from utils.predictions.store import Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 6  # raised whenever the same inputs would give other records
+VERSION = 6  # incremented when the same inputs would give different records
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class ScoredModel:
     """float64 (N, C)"""
     provenance: Provenance
     disagreement: np.ndarray | None = None
-    """Mutual information of the members' predictions by row, (N,) in nats; None with one member"""
+    """Mutual information (N,) of each row's class and the predicting member, in nats; None with one member"""
     inference: str = fold_networks.FULL
 
 
 def members_to_score(catalog: Catalog, selected: Sequence[Member], saved: Mapping[str, Ensemble]) -> dict[str, Member]:
-    """Members of the configuration, also without their views, and of every saved ensemble, by name."""
+    """Return the selected members, also without their views, and the members of every saved ensemble, by name."""
     members = {member.name: member for member in (*selected, *view_members.without_views(catalog, selected))}
     for ensemble in saved.values():
         members |= {name: catalog.members[name] for name in ensemble.members if name in catalog.members}
@@ -55,7 +55,7 @@ def members_to_score(catalog: Catalog, selected: Sequence[Member], saved: Mappin
 
 
 def ranked_members(store: Store, members: Mapping[str, Member]) -> dict[str, Member]:
-    """Members that are ranked themselves; a derived one that is not selected by name is ranked as its ensemble."""
+    """Return the members that are ranked; a derived one that is not selected by name is ranked as its ensemble."""
     selected = store.config.backbones.selected
     return {
         name: member
@@ -65,7 +65,7 @@ def ranked_members(store: Store, members: Mapping[str, Member]) -> dict[str, Mem
 
 
 def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], split: str) -> str:
-    """Digest of everything that a ranking depends on; no image and no checkpoint is read."""
+    """Return the digest of everything that a ranking depends on; no image and no checkpoint is read."""
     ensemble_digests = {name: ensemble.inputs_digest for name, ensemble in saved.items()}
     prediction_keys = {name: store.key(member, split) for name, member in members.items()}
     ranked = sorted(ranked_members(store, members))
@@ -77,9 +77,9 @@ def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[
 
 
 def usable_ensembles(catalog: Catalog, saved: Mapping[str, Ensemble]) -> tuple[dict[str, Ensemble], dict[str, str]]:
-    """Saved ensembles whose members are unchanged, and {ensemble: reason} of those that cannot be evaluated.
+    """Return the saved ensembles whose members are unchanged, and {ensemble: reason} of those that cannot be evaluated.
 
-    An ensemble that was built from other checkpoints is left out with a warning and is no failure.
+    An ensemble that was built from other checkpoints is left out with a warning and is not a failure.
     """
     usable, failures = {}, {}
     for name, ensemble in saved.items():
@@ -102,9 +102,9 @@ def usable_ensembles(catalog: Catalog, saved: Mapping[str, Ensemble]) -> tuple[d
 
 
 def for_each_member(members: Sequence[Member], action: Callable[[Sequence[Member]], object]) -> dict[str, str]:
-    """Apply an action to all members together, and where that fails to one after another: {member: reason}.
+    """Apply an action to all members together, or if that fails to one after another; return {member: reason}.
 
-    Raises the first member's UserError where it fails for all.
+    Raises the first member's UserError if it fails for all.
     """
     try:
         action(members)
@@ -124,24 +124,24 @@ def for_each_member(members: Sequence[Member], action: Callable[[Sequence[Member
 
 
 def require_finite(member: str, split: str, logits: np.ndarray, sample_ids: np.ndarray) -> None:
-    """Raise UserError where logits (N, C) hold NaN or infinity."""
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if len(bad):
+    """Raise UserError if logits (N, C) contain NaN or infinity."""
+    rows = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(rows):
         raise UserError(
-            f"member {member}: {len(bad)} row(s) of {split} with NaN or infinity, first {sample_ids[bad[0]]}. Train "
+            f"member {member}: {len(rows)} row(s) of {split} with NaN or infinity, first {sample_ids[rows[0]]}. Train "
             "it again, or leave it out by backbones.exclude"
         )
 
 
 def prediction_key(store: Store, ensemble: Ensemble, rows: Rows, split: str) -> str:
-    """Digest of what an ensemble's stored predictions on the rows depend on."""
+    """Return the digest of the inputs of an ensemble's stored predictions on the rows."""
     members = [store.catalog.members[name] for name in ensemble.members]
     keys = [fold_networks.key(store, member, split, ensemble.inference) for member in members]
     return digest_of([VERSION, ensemble.inputs_digest, keys, rows.sample_ids.tolist()])
 
 
 def without_predictions(workspace: Workspace, ranking: Mapping[str, Any], split: str) -> list[str]:
-    """Names of the ensembles of a ranking whose predictions are no longer stored, as after a build with `--force`."""
+    """Return the ensembles of a ranking whose predictions are no longer stored, as after a build with `--force`."""
     names = [row["name"] for row in ranking["rows"] if row["kind"] == "ensemble"]
     return [name for name in names if not workspace.ensemble_predictions(name, split).is_file()]
 
@@ -149,10 +149,10 @@ def without_predictions(workspace: Workspace, ranking: Mapping[str, Any], split:
 def ensemble_predictions(
     store: Store, ensemble: Ensemble, rows: Rows, split: str, member_outputs: Callable[[], Rows]
 ) -> dict[str, np.ndarray]:
-    """An ensemble's `probabilities` (N, C) on the rows, and `mutual_information` (N,) where it has several members.
+    """Return an ensemble's `probabilities` (N, C) on the rows, and `mutual_information` (N,) if it has several members.
 
-    They are read from `predictions_<split>.npz`, or computed from `member_outputs()`, which are the outputs of the
-    networks that answer for its members, and written there.
+    They are read from `predictions_<split>.npz`, or computed from `member_outputs()`, the outputs of the networks that
+    predict for its members, and written to this file.
     """
     path = store.workspace.ensemble_predictions(ensemble.name, split)
     key = prediction_key(store, ensemble, rows, split)

@@ -1,4 +1,4 @@
-"""Tables of text: aligned for a terminal, and as CSV, GitHub Flavored Markdown and LaTeX."""
+"""Text tables: aligned for a terminal, and as CSV, GitHub Flavored Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Sequence
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """CSV with a line of names; None is an empty cell."""
+    """Return CSV with a header line; None becomes an empty cell."""
     stream = io.StringIO()
     table = csv.writer(stream, lineterminator="\n")
     table.writerow(header)
@@ -17,7 +17,7 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def aligned_lines(rows: Sequence[Sequence[str]], *, right: Container[int] = ()) -> list[str]:
-    """One line per row, its cells padded to the width of their column; those of the columns `right` at their left."""
+    """Return one line per row, cells padded to the width of their column; the columns `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -29,13 +29,13 @@ def aligned_lines(rows: Sequence[Sequence[str]], *, right: Container[int] = ()) 
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are escaped already."""
+    """Return a table of cells that are already escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def latex_table(header: Sequence[str], rows: Iterable[Sequence[str]], columns: str) -> str:
-    """A `tabular` with booktabs rules, of cells that are escaped already; `columns` are its column types."""
+    """Return a `tabular` with booktabs rules, of cells that are already escaped; `columns` are its column types."""
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}",
@@ -52,14 +52,14 @@ def latex_table(header: Sequence[str], rows: Iterable[Sequence[str]], columns: s
 
 
 def escape_markdown(text: str) -> str:
-    """Text without the signs that Markdown interprets."""
+    """Escape the characters that Markdown interprets."""
     for sign in "\\`*_|<>[]":
         text = text.replace(sign, f"\\{sign}")
     return text.replace("\n", " ")
 
 
 def escape_latex(text: str) -> str:
-    """Text without the signs that LaTeX interprets."""
+    """Escape the characters that LaTeX interprets."""
     signs = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     signs |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
     signs |= {sign: f"\\{sign}" for sign in "&%$#_{}"}

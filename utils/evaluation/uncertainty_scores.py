@@ -15,7 +15,10 @@ from utils.predictions import fold_networks
 def uncertainty_scores(
     model: ScoredModel, predictions: OutOfSamplePredictions | None, context: EvaluationContext, notes: dict[str, str]
 ) -> dict[str, Any]:
-    """`conformal`, `selective`, `mutual_information`, `out_of_distribution`, and `conformal_by_class` on request."""
+    """Return `conformal`, `selective`, `mutual_information` and `out_of_distribution`.
+
+    `conformal_by_class` is added on request. The reasons for null values are added to `notes`.
+    """
     inputs = context.inputs
     options, rows, split = inputs.settings.options, inputs.rows, inputs.split
     evaluated_keys = zip(rows.split.tolist(), rows.sample_ids.tolist(), strict=True)
@@ -71,7 +74,7 @@ def uncertainty_scores(
 def _out_of_distribution(
     model: ScoredModel, context: EvaluationContext, notes: dict[str, str]
 ) -> dict[str, Any] | None:
-    """How many rows have higher OOD scores than 95% of the val rows, by two scores."""
+    """Return the fraction of rows with higher OOD scores than 95% of the val rows, for two scores."""
     inputs = context.inputs
     reason = "its members' predictions are log-probabilities, from which OOD scores cannot be computed"
     summary = None

@@ -15,7 +15,7 @@ QUANTILE = 0.95
 def chance_ece(probabilities: ArrayLike, labels: ArrayLike, groups: ArrayLike | None = None) -> dict[str, float]:
     """Return `{mean, quantile}` of the expected calibration error of a perfectly calibrated model of these confidences.
 
-    Takes probabilities (N, C) and labels (N,). The number of hits of each bin is draws from a binomial distribution
+    Takes probabilities (N, C) and labels (N,). The number of hits of each bin is drawn from a binomial distribution
     with the bin's mean confidence (Broecker and Smith 2007); `quantile` is the 95% quantile. With groups (N,),
     deviations are widened by their design effect. The draws have a fixed seed.
     """

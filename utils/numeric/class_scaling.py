@@ -74,7 +74,7 @@ def _fit_map(scores: Floats, labels: Integers, divisor: float, kind: str, streng
 
 
 def select(scores: Floats, labels: Integers, folds: Integers) -> tuple[ClassScaling, str] | None:
-    """Return the map of least held-out log-loss and its kind; None where a temperature temperature_losses suffices.
+    """Return the map of least held-out log-loss and its kind; None where a temperature alone suffices.
 
     Takes log-probabilities (N, C) and labels (N,). Temperature and map are refitted without each fold of `folds` (N,).
     A map is kept when the held-out log-loss falls by more than one standard error of the paired difference, since the

@@ -37,10 +37,10 @@ Integers = NDArray[np.int64]
 def bootstrap_counts(
     labels: ArrayLike, groups: ArrayLike | None = None, *, replicates: int = REPLICATES, seed: int = 42
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield blocks float32 (b, N) of counts, one line per bootstrap sample: how often each of N rows is draws.
+    """Yield blocks float32 (b, N) of counts, one line per bootstrap sample: how often each of N rows is drawn.
 
-    Rows are draws with replacement within their class `labels` (N,), so that each class keeps its size (stratified
-    bootstrap, Efron and Tibshirani 1993). With `groups` (N,) whole groups are draws, within the most frequent class of
+    Rows are drawn with replacement within their class `labels` (N,), so that each class keeps its size (stratified
+    bootstrap, Efron and Tibshirani 1993). With `groups` (N,) whole groups are drawn, within the most frequent class of
     their rows. A block holds 8 million counts.
     """
     classes = np.asarray(labels, dtype=np.int64)

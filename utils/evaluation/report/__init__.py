@@ -1,7 +1,7 @@
-"""The page that shows an evaluation, `ensembles/report/index.html`.
+"""The HTML page of an evaluation, `ensembles/report/index.html`.
 
-It shows what the evaluation holds in memory; one that is missing beside a current ranking is made of the stored records
-(`report_sources`). Its key, a digest of the records that it shows, is in its head, and a page with the same key is not
-written again. It has no script and a content security policy that forbids requests; every value is made printable and
-escaped on its way in. Colours are CSS variables, so that figures follow light, dark and print.
+It is rendered from the evaluation in memory; a page that is missing for a current ranking is rendered from the stored
+records (`report_sources`). Its key, a digest of these records, is in its head, and a page with the same key is not
+written again. It has no script and a content security policy that forbids requests; every inserted value is made
+printable and escaped. Colours are CSS variables, so that figures adapt to light mode, dark mode and print.
 """

@@ -1,7 +1,7 @@
 """Images worth inspecting: confident errors, images on which members disagree, and labels that are likely wrong.
 
-The first two kinds come from the evaluated split. The third comes from out-of-sample rows, whose predictions are made
-by models that were not fitted on the row's label (confident learning: Northcutt, Jiang and Chuang 2021).
+The first two kinds are from the evaluated split. The third is from out-of-sample rows, predicted by models that were
+not fitted on the row's label (confident learning: Northcutt, Jiang and Chuang 2021).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from utils.predictions.rows import UNKNOWN, MemberRows
 MAX_EXAMPLES = 20
 QUOTAS = {"wrong": 8, "disagreement": 6, "mislabelled": 6}
 SURE = 0.5
-"""Probability above which a member's class counts as its opinion: no other class can have as much."""
+"""Probability above which a member's predicted class counts: no other class can have as high a probability."""
 BLOCK = 4096  # rows at a time, whatever the number of classes
 
 
@@ -37,7 +37,7 @@ class LabelledPredictions:
 
     @classmethod
     def of_member(cls, rows: MemberRows, sample_ids: np.ndarray | None = None) -> LabelledPredictions:
-        """A member's labelled rows; with `sample_ids`, those of them with one of these ids."""
+        """Return a member's labelled rows; with `sample_ids`, only those with one of these ids."""
         selected = np.asarray(rows.labels) != UNKNOWN
         if sample_ids is not None:
             selected &= np.isin(rows.sample_ids, sample_ids)
@@ -84,11 +84,11 @@ def choose(
     crossfit: Crossfit | None,
     count: int = MAX_EXAMPLES,
 ) -> list[ExampleImage]:
-    """Choose up to `count` images; each kind has a quota, and what one kind leaves goes to the others.
+    """Select up to `count` images; each kind has a quota, and unused quota goes to the other kinds.
 
-    `predictions` are those of the focus on the evaluated rows, `member_rows` {member: its rows of the split},
-    `out_of_sample` {member: its out-of-sample rows}, `crossfit` the cross-fitted predictions of a focus that is an
-    ensemble. Raises UserError where an evaluated row is missing among a member's rows.
+    `focus` is the model of the report and `predictions` are its predictions on the evaluated rows. `member_rows` are
+    {member: its rows of the split}, `out_of_sample` {member: its out-of-sample rows}, and `crossfit` the cross-fitted
+    predictions if the focus is an ensemble. Raises UserError if an evaluated row is missing among a member's rows.
     """
     ordered: dict[str, list[ExampleImage]] = {kind: [] for kind in QUOTAS}
     if predictions is not None:
@@ -106,17 +106,17 @@ def choose(
 
 
 def apply_quotas(ordered: Mapping[str, Sequence[ExampleImage]], count: int) -> list[ExampleImage]:
-    """The first images of each kind within its quota; what a kind leaves goes to the next of the others."""
-    taken = {kind: min(len(ordered[kind]), quota * count // MAX_EXAMPLES) for kind, quota in QUOTAS.items()}
+    """Return the first images of each kind within its quota; unused quota goes to the next kinds."""
+    counts = {kind: min(len(ordered[kind]), quota * count // MAX_EXAMPLES) for kind, quota in QUOTAS.items()}
     for kind, items in ordered.items():
-        taken[kind] += min(len(items) - taken[kind], count - sum(taken.values()))
-    return [item for kind, items in ordered.items() for item in items[: taken[kind]]]
+        counts[kind] += min(len(items) - counts[kind], count - sum(counts.values()))
+    return [item for kind, items in ordered.items() for item in items[: counts[kind]]]
 
 
 def confident_errors(
     split: str, predictions: LabelledPredictions, disagreement: np.ndarray | None, count: int
 ) -> list[ExampleImage]:
-    """Rows with another predicted class than the label, the most confident first."""
+    """Return rows whose predicted class is not the label, the most confident first."""
     confidence = predictions.probabilities.max(axis=1)
     wrong = np.flatnonzero(predictions.probabilities.argmax(axis=1) != predictions.labels)
     order = sorted(wrong.tolist(), key=lambda row: (-confidence[row], str(predictions.sample_ids[row])))
@@ -131,7 +131,7 @@ def disagreements(
     count: int,
     shown: Iterable[str],
 ) -> list[ExampleImage]:
-    """The `disputed` rows (N,) with the largest `disagreement` (N,), except those that are `shown` already."""
+    """Return the `disputed` rows (N,) with the largest `disagreement` (N,), except those that are already `shown`."""
     if disagreement is None:
         return []
     rows = np.flatnonzero(disputed & ~np.isin(predictions.sample_ids, list(shown)))
@@ -140,22 +140,22 @@ def disagreements(
 
 
 def is_disputed(member_rows: Mapping[str, MemberRows], sample_ids: np.ndarray) -> np.ndarray:
-    """Bool (N,): two members give two classes a probability above `SURE`, each another one."""
+    """Return whether two members give different classes a probability above `SURE`, bool (N,)."""
     indices = {name: np.asarray(_row_indices(part, sample_ids)) for name, part in member_rows.items()}
     disputed = np.zeros(len(sample_ids), dtype=bool)
     for start in range(0, len(sample_ids), BLOCK):
         block = slice(start, start + BLOCK)
-        opinion = np.full(len(sample_ids[block]), UNKNOWN)
+        first_class = np.full(len(sample_ids[block]), UNKNOWN)
         for name, part in member_rows.items():
             probabilities = softmax(np.asarray(part.logits[indices[name][block]]))
             classes, sure = probabilities.argmax(axis=1), probabilities.max(axis=1) > SURE
-            disputed[block] |= sure & (opinion != UNKNOWN) & (opinion != classes)
-            opinion = np.where(sure & (opinion == UNKNOWN), classes, opinion)
+            disputed[block] |= sure & (first_class != UNKNOWN) & (first_class != classes)
+            first_class = np.where(sure & (first_class == UNKNOWN), classes, first_class)
     return disputed
 
 
 def mutual_information(member_rows: Mapping[str, MemberRows], sample_ids: np.ndarray) -> np.ndarray | None:
-    """Disagreement of the members on the given rows, in nats (N,); None for fewer than two members."""
+    """Return the disagreement (N,) of the members on the given rows, in nats; None for fewer than two members."""
     if len(member_rows) < 2:
         return None
     indices = {name: np.asarray(_row_indices(part, sample_ids)) for name, part in member_rows.items()}
@@ -195,7 +195,7 @@ def _example(
 def _out_of_sample_predictions(
     focus: str, out_of_sample: Mapping[str, Sequence[MemberRows]], crossfit: Crossfit | None
 ) -> list[tuple[str, LabelledPredictions]]:
-    """(split, predictions) of the focus on out-of-sample rows."""
+    """Return (split, predictions) of the focus on out-of-sample rows."""
     if crossfit is None:
         return [(part.split, LabelledPredictions.of_member(part)) for part in out_of_sample.get(focus, ())]
     parts = []
@@ -209,7 +209,7 @@ def _out_of_sample_predictions(
 
 
 def _likely_mislabelled(parts: Sequence[tuple[str, LabelledPredictions]], count: int) -> list[ExampleImage]:
-    """Rows with another predicted class than the label, by the difference of the two probabilities, largest first."""
+    """Return rows whose predicted class is not the label, by the difference of both probabilities, largest first."""
     items = []
     for split, predictions in parts:
         probabilities, labels = predictions.probabilities, predictions.labels

@@ -1,7 +1,7 @@
-"""Class-activation maps of the report's example images: made on request, kept in a record beside the page.
+"""Class-activation maps of the report's example images: made on request and stored in a record next to the page.
 
-The page is rendered from the record, which holds small pictures. It counts only for the model, weights and images that
-it was made of.
+The page is rendered from the record, which contains small pictures. The record is used only for the model, weights and
+images that it was made of.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from utils.predictions import catalog
 from utils.predictions.catalog import IMPORTED, Member
 from utils.predictions.store import Store
 
-VERSION = 3  # raised whenever the same networks would give other pictures
+VERSION = 3  # incremented when the same networks would give different pictures
 AGAIN = "Remove it, then run evaluate --maps again"
 PICTURE: Form = {"uri": str, "width": int, "height": int, "outside_centre": float}
 MAPS: Form = {"key": str, "pictures": Each(PICTURE), "without": Each(str)}
@@ -42,17 +42,17 @@ class ExampleMaps:
     """{member: why it has no map}"""
 
     def of(self, item: ExampleImage) -> Thumbnail | None:
-        """The picture of an image; None without one."""
+        """Return the picture of an image; None if there is none."""
         return self.pictures.get(image_key(item))
 
 
 def image_key(item: ExampleImage) -> str:
-    """Key of an image and its predicted class in the record."""
+    """Return the key of an image and its predicted class in the record."""
     return digest_of([item.split, item.sample_id, item.predicted])
 
 
 def read(data: ReportData) -> ExampleMaps | None:
-    """The maps of the example images; None without a record of this model. Raises UserError for a damaged record."""
+    """Read the maps of the example images; None without a record of this model. Raises UserError if it is damaged."""
     record = _current_record(data)
     if record is None:
         return None
@@ -64,7 +64,7 @@ def read(data: ReportData) -> ExampleMaps | None:
 
 
 def background_warning(data: ReportData, maps: ExampleMaps | None) -> str:
-    """That the model looks at the background, where its maps and the audit agree; empty otherwise."""
+    """Return a warning that the model uses the background, if its maps and the audit agree; "" otherwise."""
     if maps is None or maps.outside_centre is None:
         return ""
     audit = report_audit.current_record(data.workspace, data.catalog)
@@ -74,7 +74,7 @@ def background_warning(data: ReportData, maps: ExampleMaps | None) -> str:
 
 
 def update(store: Store, data: ReportData) -> None:
-    """Write the record, unless it holds a map of every example image; networks are loaded one after another.
+    """Write the record, unless it already has a map of every example image; networks are loaded one after another.
 
     Raises UserError for networks that changed since discovery, and for unreadable images.
     """
@@ -101,11 +101,11 @@ def update(store: Store, data: ReportData) -> None:
         without = dict(maker.refused)
     except NoMapError as error:
         maps, without = [], {data.focus: error.reason}
-    for key, found in zip(keys, maps, strict=False):  # none where no network has a map
-        small = thumbnails.of_pixels(overlay(found))
+    for key, activation_map in zip(keys, maps, strict=False):  # empty if no network has a map
+        small = thumbnails.of_pixels(overlay(activation_map))
         pictures[key] = {
             **{"uri": small.uri, "width": small.width, "height": small.height},
-            "outside_centre": round(found.outside_centre, 6),
+            "outside_centre": round(activation_map.outside_centre, 6),
         }
     write_json(
         store.workspace.report_maps(data.split), {"key": record_key(data), "pictures": pictures, "without": without}
@@ -113,7 +113,7 @@ def update(store: Store, data: ReportData) -> None:
 
 
 def _members(data: ReportData) -> tuple[Member, ...]:
-    """Members whose networks answer for the focus."""
+    """Return the members whose networks predict for the focus."""
     return tuple(member for member in data.members if data.record or member.name == data.focus)
 
 
@@ -129,6 +129,6 @@ def _current_record(data: ReportData) -> dict[str, Any] | None:
 
 
 def record_key(data: ReportData) -> str:
-    """Digest of the model and the images, for which a record counts."""
+    """Return the digest of the model and the images for which a record is valid."""
     networks = [[member.name, member.digest] for member in _members(data)]
     return digest_of([VERSION, data.focus, networks, data.record.get("weights"), data.catalog.splits])

@@ -1,4 +1,4 @@
-"""The section of the report that shows the audit of the images: copies across splits, shortcuts, classes."""
+"""The report's section on the audit of the images: copies across splits, shortcuts, classes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from utils.evaluation.audit_form import AUDIT
 from utils.evaluation.report.thumbnails import thumbnail
 from utils.predictions.catalog import Catalog
 
-GROUPS = 8  # of copies that are shown
-IMAGES = 3  # shown of each group
-MODELS = 12  # in the table of scores
+GROUPS = 8  # groups of copies that are shown
+IMAGES = 3  # images that are shown of each group
+MODELS = 12  # models in the table of scores
 NONE = "-"
 
 
 def current_record(workspace: Workspace, catalog: Catalog) -> dict[str, Any] | None:
-    """`audit.json`; None unless it is of the catalog's images. Raises UserError for a damaged record."""
+    """Return `audit.json`; None unless it describes the catalog's images. Raises UserError for a damaged record."""
     record = read_record(workspace.audit, remedy="Remove it, then run audit again", form=AUDIT)
     if record is None or not record["n"]:
         return None
@@ -33,7 +33,10 @@ def current_record(workspace: Workspace, catalog: Catalog) -> dict[str, Any] | N
 
 
 def section(workspace: Workspace, catalog: Catalog) -> dict[str, Any] | None:
-    """Values of the section; None without an audit of the catalog's images. Raises UserError for a damaged record."""
+    """Return the values of the section; None without an audit of the catalog's images.
+
+    Raises UserError for a damaged record.
+    """
     record = current_record(workspace, catalog)
     if record is None:
         return None
@@ -87,8 +90,8 @@ def _sentences(record: Mapping[str, Any], workspace: Workspace) -> list[str]:
 
 def _group(workspace: Workspace, pairs: list[Mapping[str, Any]], group: Mapping[str, Any]) -> dict[str, Any]:
     names = group["images"]
-    own = [pair for pair in pairs if pair["first"] in names and pair["second"] in names]
-    relations = ", ".join(dict.fromkeys(pair["relation"] for pair in own))
+    group_pairs = [pair for pair in pairs if pair["first"] in names and pair["second"] in names]
+    relations = ", ".join(dict.fromkeys(pair["relation"] for pair in group_pairs))
     return {
         "title": f"{format_count(len(names), 'image')}: {relations}",
         "labels": group["labels"] if len(group["labels"]) > 1 else [],

@@ -1,6 +1,6 @@
-"""What the report computes from its sources: contributions of members, example images, undone temperatures.
+"""Data that the report computes from its sources: contributions of members, example images, undone temperatures.
 
-Nothing is read or fitted. Absent records and keys are None, so that a report can be written of whatever was measured.
+Nothing is read or fitted. Missing records and keys are None, so that a report can be written of partial measurements.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PEERS = ("best_single", "soft_voting")
 
 @dataclass(frozen=True)
 class Contributions:
-    """Contributions of M members to their plain mean, on the out-of-sample rows that all of them have."""
+    """Contributions of M members to their unweighted mean, on the out-of-sample rows that all of them share."""
 
     names: tuple[str, ...]
     rows: int
@@ -39,25 +39,25 @@ class Contributions:
     only_correct: np.ndarray
     """int64 (M,): rows that only this member predicts correctly"""
     without: np.ndarray
-    """(M,): increase of the log-loss of the plain mean when this member is left out; above 0 where it helps"""
+    """(M,): increase of the log-loss of the mean when this member is left out; above 0 if the member helps"""
     mean_log_loss: float
     pairs: diversity.Diversity
 
 
 @dataclass(frozen=True)
 class ReportData(ReportRecords):
-    """Everything that the sections of a report show."""
+    """All data of the sections of a report."""
 
     peers: Mapping[str, str]
     """{best_single, soft_voting: name} of those that are evaluated and not the focus"""
     contributions: Contributions | None
     examples: Sequence[ExampleImage]
     notes: Sequence[str]
-    """What is not shown, and why"""
+    """Sentences on what is not shown, and why"""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """Names (C,) of the classes."""
         return self.catalog.classes
 
     @property
@@ -72,7 +72,7 @@ class ReportData(ReportRecords):
 
     @property
     def counted_rows(self) -> str:
-        """The evaluated rows in words: `179 rows of test`."""
+        """Text on the evaluated rows, such as `179 rows of test`."""
         return f"{format_count(self.evaluated['n_samples'], 'row')} of {self.split}"
 
     @property
@@ -83,19 +83,19 @@ class ReportData(ReportRecords):
 
 
 def median_milliseconds(record: Mapping[str, Any], batch: str = "batch_1") -> float | None:
-    """Median time of a batch by the metrics of a model; None where it is not measured."""
+    """Return the median time of a batch from the metrics of a model; None if it is not measured."""
     time: float | None = ((record.get("latency_ms") or {}).get(batch) or {}).get("p50")
     return time
 
 
 def busy_cores(record: Mapping[str, Any]) -> float | None:
-    """Cores that other programs used while a model was timed, where they were in the way."""
+    """Return the cores that other programs used while a model was timed; None if they did not interfere."""
     cores: float | None = (record.get("latency_ms") or {}).get("busy")
     return cores
 
 
 def report_data(sources: ReportSources) -> ReportData:
-    """Compute what the report shows beyond its records."""
+    """Compute the data of the report that its records do not contain."""
     notes = list(sources.notes)
     contributions = None
     if sources.out_of_sample is not None and len(sources.members) > 1:
@@ -126,10 +126,10 @@ def report_data(sources: ReportSources) -> ReportData:
 
 
 def member_contributions(parts: Mapping[str, Sequence[MemberRows]]) -> Contributions:
-    """What each member adds to the plain mean of all, on the labelled rows that all of them have.
+    """Return the contribution of each member to the unweighted mean of all, on the labelled rows that all share.
 
-    `parts` are {member: its out-of-sample rows}; of each row only the probability of the true class is kept. Raises
-    UserError where the members have no row in common.
+    `parts` are {member: its out-of-sample rows}; only the probability of the true class of each row is kept. Raises
+    UserError if the members have no row in common.
     """
     true_probabilities, hits = {}, {}
     for name, member_parts in parts.items():
@@ -158,7 +158,7 @@ def member_contributions(parts: Mapping[str, Sequence[MemberRows]]) -> Contribut
 def _true_probabilities(
     parts: Sequence[MemberRows],
 ) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], bool]]:
-    """{(split, id): probability of the true class} and {(split, id): whether it is predicted} of one member."""
+    """Return {(split, id): probability of the true class} and {(split, id): whether it is predicted} of one member."""
     probabilities: dict[tuple[str, str], float] = {}
     hits: dict[tuple[str, str], bool] = {}
     for part in parts:
@@ -177,7 +177,7 @@ def _log_loss(probabilities: np.ndarray) -> float:
 
 
 def without_temperature(data: ReportData) -> np.ndarray | None:
-    """Probabilities (N, C) of the focus before its temperature; None where it has none, or it cannot be undone."""
+    """Return probabilities (N, C) of the focus before its temperature; None if it has none or cannot be undone."""
     temperature, stacker_weight = data.record.get("temperature"), data.record.get("share_of_stacker")
     if data.predictions is None or temperature in (None, 1.0) or stacker_weight not in (None, 1.0):
         return None

@@ -1,4 +1,4 @@
-"""The report's section on external sets: each model beside its own test split, and which classes drop."""
+"""The report's section on external sets: each model compared with the test split, and classes whose recall drops."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from utils.evaluation import external_text
 from utils.evaluation.external_records import EXTERNAL_SET
 
 MAX_LISTED = 50
-"""Images that are left out and named on the page; `external.json` names all."""
+"""Left-out images that are named on the page; `external.json` names all."""
 
 
 def read_sets(workspace: Workspace) -> list[Mapping[str, Any]]:
-    """The records of all external sets. Raises UserError for a damaged one."""
+    """Read the records of all external sets. Raises UserError for a damaged one."""
     records = (
         read_record(path, remedy="Remove it, then evaluate again", form=EXTERNAL_SET)
         for path in workspace.external_sets()
@@ -25,7 +25,7 @@ def read_sets(workspace: Workspace) -> list[Mapping[str, Any]]:
 
 
 def section(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows of one external set."""
+    """Return the values of the section on one external set."""
     focus = external_text.focus_of(record)
     left_out = record["left_out_images"]
     images = [(image, f"is {same}") for image, same in left_out["copies"].items()]

@@ -1,7 +1,7 @@
-"""Figures of the report as inline SVG in the colours of the page, which follow light mode, dark mode and print.
+"""Figures of the report as inline SVG in the colours of the page, for light mode, dark mode and print.
 
 matplotlib draws them in placeholder colours, which are replaced by CSS variables; text remains text. Every figure has a
-label for screen readers, and its values are on the page as a table or in sentences as well.
+label for screen readers, and its values are also on the page as a table or in sentences.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ VARIABLES = {
     SECOND: "var(--second)",
     THIRD: "var(--third)",
 }
-HEAT = (0.23, 0.43, 0.80)  # of cells, with opacity: readable on white and on black
+HEAT = (0.23, 0.43, 0.80)  # RGB colour of cells, whose opacity makes them readable on white and on black
 MAX_OPACITY = 0.75
 WIDTH = 7.2  # inches
 PLACES = [
@@ -44,8 +44,8 @@ PLACES = [
     *((x, 0, side) for x, side in ((8, "left"), (-8, "right"))),
     *((x, y, side) for y in (22, -22, 34, -34) for x, side in ((4, "left"), (-4, "right"))),
 ]
-"""Where a point's name may stand: points to the right and up, and the side of the text that is there; best first."""
-MAX_KEPT = 64  # figures of each kind
+"""Candidate positions of a point's label: offset in points to the right and up, and text alignment; best first."""
+MAX_KEPT = 64  # figures of each kind that are kept in memory
 MAX_NUMBERED_CLASSES = 15  # with more, cells are too small for numbers
 MAX_TICK_LABELS = 40
 SETTINGS: dict[Any, Any] = {
@@ -89,7 +89,7 @@ class Bar:
 
 
 class _Drawing:
-    """A figure while it is drawn, then its SVG."""
+    """A figure in progress, and its SVG when it is finished."""
 
     def __init__(self, rows: int, columns: int, height: float, width: float) -> None:
         from matplotlib.figure import Figure
@@ -104,7 +104,7 @@ class _Drawing:
 
 @contextmanager
 def _drawing(label: str, *, height: float, columns: int = 1, rows: int = 1, width: float = WIDTH) -> Iterator[_Drawing]:
-    """Draw on `axes` within the block; `svg` then holds the figure, with `label` for screen readers."""
+    """Draw on `axes` within the block; afterwards `svg` is the figure, with `label` for screen readers."""
     with library_defaults(SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has other fonts
         drawing = _Drawing(rows, columns, height, width)
@@ -115,7 +115,7 @@ def _drawing(label: str, *, height: float, columns: int = 1, rows: int = 1, widt
 
 
 def _inline(text: str, label: str) -> str:
-    """An SVG file as part of a page: without prologue and fixed size, with unique ids and the page's colours."""
+    """Convert an SVG file to a part of a page: no prologue, no fixed size, unique ids and the page's colours."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
@@ -128,30 +128,30 @@ def _inline(text: str, label: str) -> str:
         text = re.sub(rf"#{re.escape(name)}(?=[\")])", f"#{prefix}{name}", text)
     head = f'<svg class="figure" role="img" aria-label="{html.escape(printable(label))}" style="--drawn:{width:.0f}px"'
     text = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]+\")[^>]*>", rf"{head.replace(chr(92), chr(92) * 2)} \1>", text, count=1)
-    for stand_in, variable in VARIABLES.items():
-        text = text.replace(stand_in, variable)
+    for placeholder, variable in VARIABLES.items():
+        text = text.replace(placeholder, variable)
     text = text.replace("'DejaVu Sans'", "sans-serif")
     return re.sub(r">\s+<", "><", text)
 
 
 def _checksum(text: str) -> int:
-    """A checksum that is the same in every process."""
+    """Return a checksum that is the same in every process."""
     import zlib
 
     return zlib.crc32(text.encode("utf-8", "backslashreplace"))
 
 
 def _plain(value: Any) -> Any:
-    """Arguments of figures that JSON has no form of, as lists and dictionaries."""
+    """Return an argument of a figure that JSON cannot represent as a list or a dictionary."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return sorted(value) if isinstance(value, set) else vars(value)
 
 
 def _drawn_once(draw: Callable[P, str]) -> Callable[P, str]:
-    """Return the SVG of an earlier call with equal arguments where there is one.
+    """Cache a figure: return the SVG of an earlier call with equal arguments if there is one.
 
-    A pipeline writes the page after every stage that changes a part of it, and drawing is most of the time.
+    A pipeline writes the page after every stage that changes a part of it, and drawing takes most of that time.
     """
     drawn: dict[str, str] = {}
 
@@ -169,7 +169,7 @@ def _drawn_once(draw: Callable[P, str]) -> Callable[P, str]:
 
 @_drawn_once
 def forest(bars: Sequence[Bar], axis: str, label: str) -> str:
-    """A forest plot: values with their intervals, the first at the top."""
+    """Draw a forest plot: values with their intervals, the first at the top."""
     with _drawing(label, height=0.9 + 0.2 * len(bars)) as drawing:
         axes = drawing.axes[0]
         for index, bar in enumerate(bars):
@@ -188,7 +188,7 @@ def forest(bars: Sequence[Bar], axis: str, label: str) -> str:
 
 @_drawn_once
 def front(points: Mapping[str, tuple[float, float]], best: set[str], focus: str, axis: str, label: str) -> str:
-    """Score against cost on a logarithmic axis, {name: (cost, score)}; models on the Pareto front are labelled."""
+    """Draw score against cost, {name: (cost, score)}, on a logarithmic cost axis; label models on the Pareto front."""
     with _drawing(label, height=3.6) as drawing:
         axes = drawing.axes[0]
         for name in sorted(points, key=lambda name: (name == focus, name in best)):  # drawn last, on top
@@ -206,21 +206,21 @@ def front(points: Mapping[str, tuple[float, float]], best: set[str], focus: str,
         axes.margins(x=0.2, y=0.12)
         axes.set_xlabel(axis)
         axes.set_ylabel("accuracy")
-        drawing.figure.draw_without_rendering()  # the layout decides where points lie
+        drawing.figure.draw_without_rendering()  # the layout determines the positions of the points
         _label_points(axes, {point: join_names(names, 1) for point, names in labels.items()}, list(points.values()))
     return drawing.svg
 
 
 def _label_points(axes: Axes, labels: Mapping[tuple[float, float], str], points: Sequence[tuple[float, float]]) -> None:
-    """Names beside points, each where it covers no other name; left out where there is no such place.
+    """Write labels next to points so that they do not overlap; labels without a free position are left out.
 
-    Places that cover no point and lie nearest to their own are preferred. `labels` come most important first, and the
-    figure is laid out.
+    Positions that cover no point and are nearest to the labelled point are preferred. `labels` are sorted by
+    importance. The figure must be laid out.
     """
-    frame, taken = axes.get_window_extent(), list[Any]()
+    frame, boxes = axes.get_window_extent(), list[Any]()
     pixels = axes.transData.transform(np.array(sorted(set(points))))
     for point, text in labels.items():
-        own, places = axes.transData.transform(point), []
+        pixel, positions = axes.transData.transform(point), []
         for number, (x, y, side) in enumerate(PLACES):
             note = axes.annotate(
                 text, point, (x, y), textcoords="offset points", fontsize=8, ha=side, va="center", zorder=5
@@ -228,20 +228,20 @@ def _label_points(axes: Axes, labels: Mapping[tuple[float, float], str], points:
             box = note.get_window_extent().padded(2)
             note.remove()
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            if inside and not any(box.overlaps(other) for other in taken):
+            if inside and not any(box.overlaps(other) for other in boxes):
                 distances = np.hypot(*(pixels - np.clip(pixels, box.min, box.max)).T)
                 covered = int((distances == 0).sum())
-                is_ambiguous = distances.min() < np.hypot(*(own - np.clip(own, box.min, box.max))) - 0.5
-                places.append((covered, is_ambiguous, number, box))
-        if places:
-            _, _, number, box = min(places, key=lambda place: place[:3])
+                is_ambiguous = distances.min() < np.hypot(*(pixel - np.clip(pixel, box.min, box.max))) - 0.5
+                positions.append((covered, is_ambiguous, number, box))
+        if positions:
+            _, _, number, box = min(positions, key=lambda position: position[:3])
             x, y, side = PLACES[number]
             axes.annotate(text, point, (x, y), textcoords="offset points", fontsize=8, ha=side, va="center")
-            taken.append(box)
+            boxes.append(box)
 
 
 def _plain_ticks(axes: Axes, costs: Sequence[float]) -> None:
-    """Ticks at 1, 2, 5, 10 ... because costs seldom span several powers of ten."""
+    """Set ticks at 1, 2, 5, 10, ..., because costs seldom span several powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     wide = max(costs) / min(costs) > 100
@@ -252,7 +252,7 @@ def _plain_ticks(axes: Axes, costs: Sequence[float]) -> None:
 
 @_drawn_once
 def reliability(panels: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> str:
-    """Reliability diagrams of panels (title, bins), with the number of rows per bin below."""
+    """Draw reliability diagrams of panels (title, bins), with the number of rows per bin below."""
     width = min(WIDTH, 1.2 + 2.6 * len(panels))
     with _drawing(label, height=3.5, rows=2, columns=len(panels), width=width) as drawing:
         above, below = drawing.axes[: len(panels)], drawing.axes[len(panels) :]
@@ -277,7 +277,7 @@ def reliability(panels: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> 
 
 @_drawn_once
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], label: str) -> str:
-    """A confusion matrix: rows are true classes, columns predicted ones, colours fractions of the true class."""
+    """Draw a confusion matrix: rows are true classes, columns predicted ones, colours fractions of the true class."""
     counts = np.asarray(matrix, dtype=float)
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     cells = [[f"{int(value)}" if value else "" for value in row] for row in counts]
@@ -286,7 +286,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], label: st
 
 @_drawn_once
 def pairs(matrix: np.ndarray, names: Sequence[str], label: str) -> str:
-    """A symmetric matrix of pairs, -1 to 1, coloured by absolute value."""
+    """Draw a symmetric matrix (M, M) of pairwise values from -1 to 1, coloured by absolute value."""
     cells = [[f"{value:.2f}" for value in row] for row in matrix]
     return _cells(np.abs(matrix), cells, names, ("", ""), label)
 
@@ -325,7 +325,7 @@ def _cells(
 
 @_drawn_once
 def risk_coverage(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str) -> str:
-    """Risk-coverage curves {name: (coverage, risk)}: error rate among the rows answered, and their fraction."""
+    """Draw risk-coverage curves {name: (coverage, risk)}: error rate of the answered rows, against their fraction."""
     with _drawing(label, height=3.2) as drawing:
         axes = drawing.axes[0]
         styles = ((ACCENT, "-"), (SECOND, "--"), (THIRD, ":"))
@@ -346,7 +346,7 @@ def class_curves(
     axes_names: tuple[str, str],
     label: str,
 ) -> str:
-    """ROC or precision-recall curves {class: (x, y)}; of few classes each has a line of its own in the legend."""
+    """Draw ROC or precision-recall curves {class: (x, y)}, with a legend if there are few classes."""
     with _drawing(label, height=3.6) as drawing:
         axes = drawing.axes[0]
         lines = [(colour, style) for style in ("-", "--", ":") for colour in (ACCENT, SECOND, THIRD)]
@@ -362,7 +362,7 @@ def class_curves(
 
 
 def _short(text: str, max_length: int = 34) -> str:
-    """Printable text, shortened in the middle where it is long."""
+    """Return printable text, shortened in the middle if it is long."""
     text = printable(text)
     if len(text) <= max_length:
         return text

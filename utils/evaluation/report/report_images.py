@@ -1,4 +1,4 @@
-"""The section of the report that shows example images, with their class-activation maps where these were made."""
+"""The report's section on example images, with their class-activation maps if these were made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = {
 
 
 def images(data: ReportData, maps: ExampleMaps | None) -> list[dict[str, Any]]:
-    """The example images by kind, with thumbnails where there are images, and class-activation maps where made."""
+    """Return the example images by kind, with thumbnails if there are images, and class-activation maps if made."""
     groups = []
     for kind, title in KINDS.items():
         items = [_image(data, item, maps) for item in data.examples if item.kind == kind]
@@ -29,7 +29,7 @@ def images(data: ReportData, maps: ExampleMaps | None) -> list[dict[str, Any]]:
 
 
 def maps_notes(data: ReportData, maps: ExampleMaps | None) -> list[str]:
-    """What the maps show, and which members have none; without maps, the command that makes them."""
+    """Return sentences on the maps and on members without one; without maps, the command that makes them."""
     if maps is None:
         has_networks = data.catalog.has_images and any(member.source != IMPORTED for member in data.members)
         hint = "evaluate --maps adds class-activation maps to these images."

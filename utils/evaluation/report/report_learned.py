@@ -22,7 +22,7 @@ NONE = "-"
 
 
 def learned(data: ReportData) -> dict[str, Any]:
-    """`{weights, verdicts, sparse, views, students}`, each as rows of a table."""
+    """Return `{weights, verdicts, sparse, views, students}`, each as rows of a table."""
     return {
         "weights": weights(data),
         "verdicts": [
@@ -49,7 +49,7 @@ def learned(data: ReportData) -> dict[str, Any]:
 
 
 def weights(data: ReportData) -> dict[str, Any]:
-    """`{names, rows, more}`: members' weights in every ensemble with several of them, largest total weight first."""
+    """Return `{names, rows, more}`: weights in every ensemble with several members, largest total weight first."""
     by_ensemble = {
         name: member_weights
         for name, record in data.records.items()
@@ -74,12 +74,12 @@ def weights(data: ReportData) -> dict[str, Any]:
 
 
 def views(workspace: Workspace, catalog: Catalog) -> list[dict[str, Any]]:
-    """What test-time augmentation has chosen for each member, with its gain; empty where no views were tried."""
+    """Return the views of test-time augmentation of each member, with their gain; empty if no views were tried."""
     rows = []
     for member in catalog.members.values():
         try:
             record = None if member.views else view_members.record_of(workspace, member.name)
-        except UserError:  # of a damaged record, which reading the catalog has warned of
+        except UserError:  # a damaged record, for which reading the catalog gave a warning
             continue
         if record is None or record["networks"] != view_members.networks_digest(member):
             continue
@@ -99,12 +99,12 @@ def views(workspace: Workspace, catalog: Catalog) -> list[dict[str, Any]]:
 
 
 def _sparse(data: ReportData, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The members that an image needs, compared with all of them."""
-    ways = record.get("beside") or {}
-    sparse, dense = (ways.get(way) or {} for way in ("itself", "all_experts"))
+    """Return a row on a sparse ensemble, compared with running all its members."""
+    variants = record.get("beside") or {}
+    sparse, dense = (variants.get(key) or {} for key in ("itself", "all_experts"))
     count = dense.get("experts", len(data.metrics[name]["members"]))
     latency, accuracy = (
-        [format_of(way.get(key)) for way in (sparse, dense)]
+        [format_of(variant.get(key)) for variant in (sparse, dense)]
         for key, format_of in (("latency_ms", lambda value: format_number(value, 2)), ("accuracy", format_percent))
     )
     return {
@@ -117,7 +117,7 @@ def _sparse(data: ReportData, name: str, record: Mapping[str, Any]) -> dict[str,
 
 
 def _student(name: str, record: Mapping[str, Any], controls: Mapping[str, Any]) -> dict[str, Any]:
-    """A distilled network, the same network trained without a teacher, and the teacher, on the evaluated rows."""
+    """Return a row on a distilled network, the same network trained without a teacher, and the teacher."""
     baseline, teacher, gain_kept = controls[ALONE], controls[TEACHER], record.get("gain_kept") or {}
     bounds = gain_kept.get("ci95") or (None, None)
     low, high = ("unbounded" if bound is None else format_percent(bound, 0) for bound in bounds)

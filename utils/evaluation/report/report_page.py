@@ -21,16 +21,16 @@ from utils.evaluation.report.report_sources import ReportSources
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 9  # raised whenever the same records would give another page
+VERSION = 9  # incremented when the same records would give a different page
 TEMPLATES = Path(__file__).with_name("templates")
 KEY = re.compile(rb'<meta name="inputs" content="([0-9a-f]{64})">')
 SPLIT_RECORD = "split_manifest.json"
-"""What the base pipeline's stage `split` leaves, with the folder of the images as `raw_dir`."""
+"""Record of the base pipeline's stage `split`, with the folder of the images as `raw_dir`."""
 GENERIC = ("data", "dataset", "images", "work", "workspace")
-"""Names of folders that say less than that of the folder above"""
+"""Generic names of folders, which are replaced by the name of the parent folder"""
 DIGEST = re.compile(r"-[0-9a-f]{8}$")
-"""At the end of the workspaces that the demo makes"""
-HEAD_BYTES = 4096  # that hold the key
+"""Suffix of the workspaces of the demo"""
+HEAD_BYTES = 4096  # first bytes of a page, which contain the key
 EXPLANATIONS = {
     "wrong": "The predicted class has a high probability and differs from the label: the model or the label is wrong.",
     "disagreement": "At least two members give different classes a probability above one half. Further training images "
@@ -40,7 +40,7 @@ EXPLANATIONS = {
 
 
 def write(config: Config, sources: ReportSources) -> Path:
-    """Write the page of a split, once its records are written; return its path."""
+    """Write the page of a split, after its records are written; return its path."""
     path, start = sources.workspace.report(sources.split), time.monotonic()
     write_text(path, render(config, sources, inputs_digest(config, sources.workspace, sources.split)))
     logger.info("report of %s: %.1f s, %.1f MB", sources.split, time.monotonic() - start, path.stat().st_size / 1e6)
@@ -48,7 +48,7 @@ def write(config: Config, sources: ReportSources) -> Path:
 
 
 def is_current(config: Config, workspace: Workspace, split: str) -> bool:
-    """Whether the page of a split exists and shows the records that are on disk."""
+    """Return whether the page of a split exists and shows the current records on disk."""
     path = workspace.report(split)
     if not path.is_file():
         return False
@@ -58,13 +58,13 @@ def is_current(config: Config, workspace: Workspace, split: str) -> bool:
 
 
 def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
-    """Digest of every record that the page shows; no image is opened."""
+    """Return the digest of every record that the page shows; no image is opened."""
     files = [workspace.ranking(split), workspace.catalog, workspace.audit, workspace.report_maps(split)]
     files += sorted(workspace.scores.rglob(workspace.ranking(split).name.replace("ranking", "metrics")))
     files += sorted(workspace.models.glob("*/ensemble.json"))
     files += workspace.view_choices()
     files += workspace.external_sets() if split == "test" else []
-    # By their names within the workspace, so that a page stays current when the workspace moves.
+    # With paths relative to the workspace, so that a page stays current when the workspace moves.
     texts = [
         (os.path.relpath(path, workspace.root), path.read_bytes().decode("utf-8", "replace"))
         for path in files
@@ -74,7 +74,7 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
 
 
 def render(config: Config, sources: ReportSources, key: str) -> str:
-    """The page as one HTML text, with the digest of its records as its key."""
+    """Return the page as one HTML text, with the digest of its records as `key`."""
     from utils.evaluation.report import (
         example_maps,
         report_audit,
@@ -132,7 +132,7 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
 
 
 def subject(config: Config, workspace: Workspace) -> str:
-    """What the report is about: the project where the configuration names one, else the folder of the images."""
+    """Return the subject of the report: the configured project name, or else the name of the folder of the images."""
     if config.project.name != Project().name:
         return config.project.name
     path = workspace.split_dir / SPLIT_RECORD
@@ -142,7 +142,7 @@ def subject(config: Config, workspace: Workspace) -> str:
 
 
 def _rows(learned: dict[str, Any]) -> list[Any]:
-    """Rows of every table of `report_learned.learned`."""
+    """Return the rows of every table of `report_learned.learned`."""
     return [learned["weights"]["rows"], *(learned[part] for part in ("verdicts", "sparse", "views", "students"))]
 
 
@@ -174,7 +174,7 @@ def _sections() -> list[tuple[str, str]]:
 
 
 def _template() -> Any:
-    """The page's template; every value is made printable, then escaped."""
+    """Return the page's template; every value is made printable, then escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
 
@@ -184,7 +184,7 @@ def _template() -> Any:
         return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     def breakable(name: str) -> Markup:
-        """With places for a line break after the underscores; a copy of the text has none."""
+        """Allow line breaks after underscores; copied text does not contain them."""
         return Markup(escape(printable(name)).replace("_", Markup("_<wbr>")))
 
     environment = Environment(

@@ -1,4 +1,4 @@
-"""The report's ranking: the first models, all of them behind one click, and a forest plot of each score."""
+"""The report's ranking: the first models, the others behind one click, and a forest plot of each score."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from utils.evaluation.report import report_figures
 from utils.evaluation.report.report_data import ReportData
 
 MOST_ROWS = 12
-"""Rows that are shown at once; recommended models below them are added."""
+"""Rows that are shown initially; recommended models below them are added."""
 SAME = ("accuracy", "f1_macro", "log_loss", "brier", "ece")
-"""Metrics whose equality to nine digits shows equal predictions"""
+"""Models whose values of these metrics are equal to nine digits count as models of equal predictions"""
 NONE = "-"
 
 
 def ranking(data: ReportData) -> dict[str, Any]:
-    """`{rows, more, count, figures}`: rows to show at once and behind a click, and forest plots of the first."""
+    """Return `{rows, more, count, figures}`: rows shown initially and behind a click, and plots of the former."""
     leaders = _equal_models(data)
     rows = [row for row in data.ranking["rows"] if row["name"] in leaders]
-    chosen = {(data.ranking.get(key) or {}).get("name") for key in leaderboard.CHOICES} | {data.focus}
+    always_shown = {(data.ranking.get(key) or {}).get("name") for key in leaderboard.CHOICES} | {data.focus}
     first = [
-        row for place, row in enumerate(rows) if place < MOST_ROWS or chosen & {row["name"], *leaders[row["name"]]}
+        row
+        for index, row in enumerate(rows)
+        if index < MOST_ROWS or always_shown & {row["name"], *leaders[row["name"]]}
     ]
     names = {row["name"] for row in first}
     return {
@@ -35,18 +37,24 @@ def ranking(data: ReportData) -> dict[str, Any]:
 
 
 def _equal_models(data: ReportData) -> dict[str, list[str]]:
-    """{model that stands for others: models of equal predictions}, in the order of the ranking.
+    """Return {representative model: other models of equal predictions}, in the order of the ranking.
 
-    Of equal models the recommended one stands for the others, else the first. Models with other marks are not equal:
-    a contaminated one is not ranked.
+    The recommended model represents its equals, else the first. Models of which only one is contaminated or ranked do
+    not count as equal.
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for row in data.ranking["rows"]:
         record = data.metrics.get(row["name"], {})
         values = [record.get(key) for key in SAME]
         rounded = tuple(None if value is None else round(value, 9) for value in values)
-        own = () if record else (row["name"],)  # without its record nothing is known of its predictions
-        key = (*own, *rounded, (record.get("crossfit") or {}).get("n"), row.get("contaminated"), row["rank"] is None)
+        identity = () if record else (row["name"],)  # without a record, its predictions are unknown
+        key = (
+            *identity,
+            *rounded,
+            (record.get("crossfit") or {}).get("n"),
+            row.get("contaminated"),
+            row["rank"] is None,
+        )
         groups.setdefault(key, []).append(row["name"])
     named = [(data.ranking.get(key) or {}).get("name") for key in leaderboard.CHOICES]
     leaders = {}

@@ -1,4 +1,4 @@
-"""The report's section on the figures that papers print: scores beside each other, curves of classes, folds."""
+"""The report's section on metrics as in papers: scores of several models, curves of classes, folds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_DRAWN_CLASSES = 40
 
 
 def scores(data: ReportData) -> dict[str, Any] | None:
-    """Tables of scores and of folds, ROC and precision-recall curves; None for records of an earlier version."""
+    """Return tables of scores and of folds, ROC and precision-recall curves; None for records of an earlier version."""
     if "matthews_corrcoef" not in data.evaluated:
         return None
     names = [name for name in dict.fromkeys([data.focus, *data.peers.values()]) if name in data.metrics]
@@ -45,7 +45,7 @@ def _cell(record: Mapping[str, Any], key: str) -> dict[str, str]:
 
 
 def _folds(data: ReportData, names: list[str]) -> dict[str, Any] | None:
-    """Mean and deviation of each model that has folds."""
+    """Return mean and deviation of each model that has folds; None if no model has any."""
     rows = []
     for name in names:
         folds = data.metrics[name].get("folds")
@@ -56,7 +56,7 @@ def _folds(data: ReportData, names: list[str]) -> dict[str, Any] | None:
 
 
 def _delong(data: ReportData) -> str:
-    """DeLong's test against the best single member, as a sentence; empty where there is none."""
+    """Return a sentence on DeLong's test against the best single member; "" if there is none."""
     compared = data.evaluated.get("vs_best_single") or {}
     if compared.get("delta_roc_auc") is None:
         return ""

@@ -29,12 +29,12 @@ from utils.predictions.catalog import IMPORTED
 
 NONE = "-"
 PROGRAM = ("python", "ensemble_orchestrator.py")
-MAX_CONFUSION_CLASSES = 200  # a larger confusion matrix cannot be read
-MAX_OPEN_CLASSES = 60  # a longer table per class is folded
+MAX_CONFUSION_CLASSES = 200  # a larger confusion matrix is not readable
+MAX_OPEN_CLASSES = 60  # a longer table of classes is collapsed
 
 
 def cards(data: ReportData) -> list[dict[str, str]]:
-    """The main figures of the focus, as far as they are measured."""
+    """Return the main metrics of the focus that are measured."""
     record, bounds = data.evaluated, data.evaluated.get("ci95") or {}
     interval = format_interval([100 * bound for bound in bounds["accuracy"]], 1) if bounds.get("accuracy") else ""
     latency, size = median_milliseconds(record), record.get("size_mb")
@@ -62,7 +62,7 @@ def cards(data: ReportData) -> list[dict[str, str]]:
 
 
 def cost(data: ReportData) -> dict[str, Any]:
-    """Pareto fronts of accuracy and latency, and of accuracy and size, with the figures of every model."""
+    """Return Pareto fronts of accuracy and latency, and of accuracy and size, with a row for every model."""
     latencies = {name: median_milliseconds(record) for name, record in data.metrics.items()}
     sizes = {name: record.get("size_mb") for name, record in data.metrics.items()}
     figures, fronts = [], {}
@@ -92,7 +92,7 @@ def cost(data: ReportData) -> dict[str, Any]:
 
 
 def _front(points: Mapping[str, tuple[float, float]]) -> set[str]:
-    """Names of the points {name: (cost, score)} on the Pareto front of low cost and high score."""
+    """Return the names of the points {name: (cost, score)} on the Pareto front of low cost and high score."""
     names = list(points)
     costs = np.array([(cost, -score) for cost, score in points.values()]).reshape(-1, 2)
     return {name for name, is_on_front in zip(names, pareto_front(costs), strict=True) if is_on_front}
@@ -105,7 +105,7 @@ def _device(record: Mapping[str, Any]) -> str:
 
 
 def calibration(data: ReportData) -> dict[str, Any]:
-    """Reliability diagrams of the best single model and of the focus, before and after its temperature."""
+    """Return reliability diagrams of the best single model and of the focus, before and after its temperature."""
     panels = []
     before = without_temperature(data)
     for kind in ("best_single", "soft_voting") if before is None else ("best_single",):
@@ -140,7 +140,7 @@ def calibration(data: ReportData) -> dict[str, Any]:
 
 
 def uncertainty(data: ReportData) -> dict[str, Any]:
-    """Risk against coverage, and conformal sets."""
+    """Return risk-coverage curves, and the metrics of conformal sets."""
     curves = {}
     for name in dict.fromkeys([data.focus, *data.peers.values()]):
         curve = data.metrics[name].get("selective") or {}
@@ -179,7 +179,7 @@ def uncertainty(data: ReportData) -> dict[str, Any]:
 
 
 def _out_of_distribution(scores: Mapping[str, Any] | None) -> str:
-    """The fraction of rows with high OOD scores, as a sentence."""
+    """Return a sentence on the fraction of rows with high OOD scores; "" without scores."""
     beyond = {key: scores[key]["beyond"] for key in ("energy", "max_logit") if scores and scores.get(key)}
     if not scores or not beyond:
         return ""
@@ -189,7 +189,7 @@ def _out_of_distribution(scores: Mapping[str, Any] | None) -> str:
 
 
 def errors(data: ReportData) -> dict[str, Any]:
-    """Confusion matrices, the most frequent errors, metrics per class."""
+    """Return confusion matrices, the most frequent errors and metrics per class."""
     figures = []
     for name in dict.fromkeys([data.focus, *data.peers.values()]):
         record = data.metrics[name]
@@ -229,12 +229,12 @@ def errors(data: ReportData) -> dict[str, Any]:
 
 
 def _defined(value: float | None) -> str:
-    """A metric of a class, which rows of one kind alone leave undefined."""
+    """Format a metric of a class, which is undefined if all or no rows belong to the class."""
     return NONE if value is None else format_number(value, 3)
 
 
 def members(data: ReportData) -> dict[str, Any] | None:
-    """Contributions of the members; None where there are not two with out-of-sample rows in common."""
+    """Return the contributions of the members; None with fewer than two members that share out-of-sample rows."""
     contributions = data.contributions
     if contributions is None:
         return None
@@ -274,7 +274,7 @@ def members(data: ReportData) -> dict[str, Any] | None:
 
 
 def provenance(config: Config, data: ReportData) -> dict[str, Any]:
-    """Rows that the focus was fitted and selected on, versions and digests, and commands that reproduce the report."""
+    """Return the rows that the focus was fitted and selected on, versions, digests and commands for reproduction."""
     record = data.evaluated
     rows = [
         {
@@ -319,7 +319,7 @@ def provenance(config: Config, data: ReportData) -> dict[str, Any]:
 
 
 def commands(config: Config, data: ReportData) -> list[str]:
-    """Commands that reproduce the report."""
+    """Return the commands that reproduce the report."""
     lines = [["discover"]]
     if data.record:
         lines.append(build_command(data.focus).split()[len(PROGRAM) :])
@@ -328,7 +328,7 @@ def commands(config: Config, data: ReportData) -> list[str]:
 
 
 def next_steps(config: Config, data: ReportData) -> list[dict[str, str]]:
-    """`{purpose, command}` of what one does with the recommended model, as typed for this workspace."""
+    """Return `{purpose, command}` of next steps with the recommended model, as typed for this workspace."""
     exportable = all(member.source != IMPORTED for member in data.members)
     named = ["--model-name", data.focus]
     steps = [
@@ -343,25 +343,25 @@ def next_steps(config: Config, data: ReportData) -> list[dict[str, str]]:
 
 
 def _as_typed(words: Sequence[str], config: Config, data: ReportData) -> str:
-    """A command with the options that name this workspace and this configuration."""
+    """Return a command line with the options that name this workspace and this configuration."""
     common = [*_config_options(config, data.workspace.config), "--workspace", str(data.workspace.base)]
     common += ["--output", str(data.workspace.output)] if data.workspace.output else []
     return as_typed(shlex.join([*PROGRAM, *words, *common]))
 
 
 def _config_source(config: Config, kept: Path) -> str:
-    """The file that the values come from, also where the workspace remembers them."""
+    """Return the file of the values, also if the workspace remembers them."""
     origin = remembered.origin_of(kept) if remembered.is_used(kept, config) else None
     return origin[0] if origin else str(config.source)
 
 
 def _config_options(config: Config, kept: Path) -> list[str]:
-    """Options that give a command these values: none where the workspace remembers them."""
+    """Return the options that give a command these values; none if the workspace remembers them."""
     return [] if remembered.is_used(kept, config) else ["--config", str(config.source), *config_overrides(config)]
 
 
 def config_overrides(config: Config) -> list[str]:
-    """`--set KEY=VALUE` for every value that is not the file's."""
+    """Return `--set KEY=VALUE` options for every value that differs from the file."""
     if not Path(config.source).is_file():
         return []
     options: list[str] = []

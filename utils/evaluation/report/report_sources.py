@@ -1,4 +1,4 @@
-"""What a report is made of, collected from an evaluation that has just run or read from the files that one left."""
+"""Sources of a report: from an evaluation that has just run, or from its files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AGAIN = "Remove it, then evaluate again"
 
 @dataclass(frozen=True)
 class ReportRecords:
-    """The records of one split and the model that a report on them is about."""
+    """The records of one split, and the model that the report is about."""
 
     workspace: Workspace
     catalog: Catalog
@@ -39,37 +39,37 @@ class ReportRecords:
     records: Mapping[str, Mapping[str, Any]]
     """{ensemble: `ensemble.json`} of the ensembles among `metrics`, in their order"""
     members: tuple[Member, ...]
-    """Members of the focus, or all ranked members where it is one of them"""
+    """Members of the focus, or all ranked members if the focus is a member"""
     predictions: LabelledPredictions | None
-    """Of the focus on the evaluated rows"""
+    """Predictions of the focus on the evaluated rows"""
 
 
 @dataclass(frozen=True)
 class ReportSources(ReportRecords):
-    """Records and arrays that a report is computed from; what cannot be read is None, with the reason in `notes`."""
+    """Records and arrays of a report; a part that cannot be read is None, with the reason in `notes`."""
 
     member_rows: Mapping[str, MemberRows] | None
-    """{member: its rows of the split by the networks that answer for it in the focus}"""
+    """{member: its rows of the split by the networks that predict for it in the focus}"""
     out_of_sample: Mapping[str, Sequence[MemberRows]] | None
     """{member: its out-of-sample rows}"""
     crossfit: Crossfit | None
-    """Of the focus, where it is an ensemble"""
+    """Cross-fitted predictions of the focus, if it is an ensemble"""
     notes: list[str] = field(default_factory=list)
 
     @property
     def inference(self) -> str:
-        """Which networks answer for the members of the focus."""
+        """Networks that predict for the members of the focus."""
         return str(self.records.get(self.focus, {}).get("inference", fold_networks.FULL))
 
 
 def from_evaluation(workspace: Workspace, inputs: EvaluationInputs, results: EvaluationResults) -> ReportSources:
-    """The sources of a report on an evaluation of all models; nothing is read."""
+    """Return the sources of a report on an evaluation of all models; nothing is read."""
     assert results.ranking is not None, "one model alone has no report"
-    # In the order of keys that the files have, so that a report that is written from these is the same.
+    # Keys are sorted as in the files, so that a report from the files is the same.
     ranking, stored = json.loads(json.dumps([results.ranking, results.metrics], sort_keys=True))
     metrics = {row["name"]: stored[row["name"]] for row in ranking["rows"]}
     focus = ranking["recommended"]["name"]
-    if focus not in metrics:  # recommended by out-of-sample rows, without rows of this split
+    if focus not in metrics:  # it is recommended by out-of-sample rows and has no rows of this split
         focus = next(iter(metrics))
     kinds = _kinds(ranking)
     records = {name: inputs.ensembles[name].record for name in metrics if kinds[name] == "ensemble"}
@@ -112,9 +112,9 @@ def read(
     ranking: Mapping[str, Any] | None = None,
     records: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ReportSources:
-    """Read what an evaluation left, except a `ranking` and `ensemble.json` records that are read already.
+    """Read the files of an evaluation, except a `ranking` and `ensemble.json` records that are already read.
 
-    Raises UserError where the split is not evaluated.
+    Raises UserError if the split is not evaluated.
     """
     workspace, notes = store.workspace, list[str]()
     if ranking is None:
@@ -169,7 +169,7 @@ def read(
 
 
 def read_metrics(workspace: Workspace, ranking: Mapping[str, Any], split: str) -> dict[str, dict[str, Any]]:
-    """{model: `metrics.json`} of all ranked models that still have one. Raises UserError where none has."""
+    """Read {model: `metrics.json`} of all ranked models that still have one. Raises UserError if none has."""
     metrics = {}
     for row in ranking["rows"]:
         path_of = workspace.ensemble_metrics if row["kind"] == "ensemble" else workspace.member_metrics
@@ -193,7 +193,7 @@ def _members(
 
 
 def _read_records(workspace: Workspace, names: Sequence[str], notes: list[str]) -> dict[str, dict[str, Any]]:
-    """{ensemble: `ensemble.json`}; the reasons why others cannot be read go to `notes`."""
+    """Read {ensemble: `ensemble.json`}; the reasons why others cannot be read are added to `notes`."""
     records = {}
     for name in names:
         try:

@@ -22,7 +22,7 @@ MIN_ROWS = 500  # evaluated rows, below which the summary warns of wide interval
 
 
 def summary(data: ReportData) -> list[tuple[str, str]]:
-    """(topic, sentences), most important first."""
+    """Return (topic, sentences), most important first."""
     parts = [
         ("Recommendation", [_recommendation(data), _fast(data)]),
         ("On test" if data.split == "test" else f"On {data.split}", [_on_split(data), _first_in_ranking(data)]),
@@ -37,7 +37,7 @@ def summary(data: ReportData) -> list[tuple[str, str]]:
 
 
 def warnings(data: ReportData, background: str = "") -> list[str]:
-    """Reasons not to rely on the figures, and what is not shown; `background` is that of the example images' maps."""
+    """Return reasons not to rely on the scores, and what is not shown; `background` is the warning by the maps."""
     messages = [background] if background else []
     contaminated = [row["name"] for row in data.ranking["rows"] if row.get("contaminated")]
     optimistic = [row["name"] for row in data.ranking["rows"] if row.get("optimistic")]
@@ -76,7 +76,7 @@ def warnings(data: ReportData, background: str = "") -> list[str]:
 
 
 def busy(data: ReportData) -> str:
-    """That other programs slowed the timed models down; empty where they did not, or it is not known."""
+    """Return a warning that other programs slowed the timed models down; "" if they did not, or it is not known."""
     others = {name: value for name, record in data.metrics.items() if (value := busy_cores(record)) is not None}
     if not others:
         return ""
@@ -121,7 +121,7 @@ def _sentence(text: str) -> str:
 
 
 def _fast(data: ReportData) -> str:
-    """The cheapest model that is as good, with its cost beside that of the recommended one."""
+    """Return a sentence on the recommended fast model, with its cost and that of the recommended one."""
     fast, recommended = data.ranking.get("recommended_fast") or {}, data.ranking["recommended"]
     if fast.get("name") is None:
         return ""
@@ -179,7 +179,7 @@ def _measured_difference(comparison: Mapping[str, Any], title: str) -> str:
 
 
 def _calibrated_difference(comparison: Mapping[str, Any]) -> str:
-    """The difference in log-loss where each of the two has a temperature; empty in records of earlier versions."""
+    """Return a sentence on the difference in log-loss after temperature scaling; "" for records of earlier versions."""
     difference, interval = (comparison.get(f"delta_calibrated_log_loss{end}") for end in ("", "_ci95"))
     if difference is None:
         return ""
@@ -223,7 +223,7 @@ def _weakest_class(data: ReportData) -> str:
 
 
 def most_confused(data: ReportData, most: int = 10) -> list[tuple[str, str, int, int]]:
-    """(true class, predicted class, count, rows of the true class), most frequent first."""
+    """Return (true class, predicted class, count, rows of the true class), most frequent first."""
     names = [name for name in data.classes if name in data.evaluated["per_class"]]
     cells = [
         (names[row], names[column], count, sum(counts))
@@ -260,7 +260,7 @@ def _with_confidence(selective: Mapping[str, Any]) -> str:
 
 
 def target_risk(selective: Mapping[str, Any]) -> float | None:
-    """The target selective risk of a record, which earlier versions stored as `wanted_error` alone."""
+    """Return the target selective risk of a record, which earlier versions stored only as `wanted_error`."""
     return selective.get("target_risk", selective.get("wanted_error"))
 
 
@@ -274,7 +274,7 @@ def _cost(data: ReportData) -> str:
 
 
 def _first_in_ranking(data: ReportData) -> str:
-    """Why a model that ranks first on the split is not recommended for that."""
+    """Return a sentence on why the first model of the ranking is not the recommended one; "" if it is."""
     first = data.ranking["rows"][0]
     if first["name"] == data.focus or first["rank"] is None:
         return ""

@@ -1,6 +1,6 @@
-"""Thumbnails for the report, in bounded time, memory and size whatever the file holds.
+"""Thumbnails for the report, in bounded time, memory and size for any file.
 
-They apply EXIF rotation and stretch 16-bit images to the full range for display; networks do neither.
+EXIF rotation is applied and 16-bit images are stretched to the full range for display; networks do neither.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_PIXELS = 64_000_000  # a larger image is not decoded
 MAX_FILE_BYTES = 256_000_000
 QUALITY = 80
 SMALL = 64  # pixels; up to this size every pixel is kept, and the page enlarges the image without blur
-BACKGROUND = (128, 128, 128)  # of transparent pixels; neither black nor white drawings disappear
+BACKGROUND = (128, 128, 128)  # of transparent pixels, so that black and white drawings remain visible
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Thumbnail:
 
 
 def thumbnail(path: Path) -> Thumbnail:
-    """A small copy of an image file, or the reason why it is too large or cannot be decoded."""
+    """Return a small copy of an image file, or the reason why it is too large or cannot be decoded."""
     image_files = base_back.load_bundled("image_files")
     try:
         size = path.stat().st_size
@@ -62,7 +62,7 @@ def thumbnail(path: Path) -> Thumbnail:
 
 
 def of_pixels(pixels: np.ndarray) -> Thumbnail:
-    """A small copy of an image, uint8 (H, W, 3)."""
+    """Return a small copy of an image, uint8 (H, W, 3)."""
     from PIL import Image
 
     image = Image.fromarray(pixels)
@@ -71,7 +71,7 @@ def of_pixels(pixels: np.ndarray) -> Thumbnail:
 
 
 def _small(image: Image.Image) -> Image.Image:
-    """The first frame, rotated by its EXIF data, in RGB, with at most `SIDE` pixels a side."""
+    """Return the first frame in RGB, rotated by its EXIF data, with at most `SIDE` pixels per side."""
     from PIL import Image, ImageOps
 
     image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at a fraction of its size
@@ -103,10 +103,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _encoded(image: Image.Image) -> Thumbnail:
     width, height = image.size
-    kept, buffer = max(width, height) <= SMALL, io.BytesIO()
-    if kept:
+    is_small, buffer = max(width, height) <= SMALL, io.BytesIO()
+    if is_small:
         image.save(buffer, "PNG", optimize=True)
     else:
         image.save(buffer, "JPEG", quality=QUALITY)
     text = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Thumbnail(f"data:image/{'png' if kept else 'jpeg'};base64,{text}", width, height)
+    return Thumbnail(f"data:image/{'png' if is_small else 'jpeg'};base64,{text}", width, height)

@@ -1,1 +1,1 @@
-"""Experiment trackers, MLflow and TensorBoard, to which an evaluation is handed on request."""
+"""Logging of an evaluation to experiment trackers on request: MLflow and TensorBoard."""

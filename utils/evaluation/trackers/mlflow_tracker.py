@@ -15,9 +15,9 @@ from utils.evaluation.trackers.tracked_runs import TrackedRun
 
 INSTALL = 'Install the extra mlflow: pip install "ensemble-system[mlflow]", or pip install "mlflow-skinny>=3,<4"'
 EXPERIMENT = "ensemble-system"  # unless MLFLOW_EXPERIMENT_NAME names another, as for every MLflow client
-DIGEST = "scores_digest"  # tag by which a later evaluation finds the run of the same scores
-MAX_BATCH = 1000  # metrics of one request, which MLflow limits
-MAX_MESSAGE = 300  # characters of an error of MLflow's
+DIGEST = "scores_digest"  # tag by which a later evaluation identifies the run of the same scores
+MAX_BATCH = 1000  # metrics per request, a limit of MLflow
+MAX_MESSAGE = 300  # characters of an MLflow error that are shown
 EXPECTED = (
     "Expected the address of an MLflow server, such as http://localhost:5000, or a folder, such as mlruns; "
     "a database, such as sqlite:///mlflow.db, needs the whole package: pip install mlflow"
@@ -25,9 +25,9 @@ EXPECTED = (
 SETTINGS = {
     "MLFLOW_ALLOW_FILE_STORE": "true",  # a folder is named by the user; without this MLflow 3 refuses all of them
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that does not answer is an error after seconds, not minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # an unreachable server is an error after seconds, not minutes
 }
-"""Environment variables of MLflow that are set unless the user has."""
+"""Environment variables of MLflow, set unless the user has set them."""
 
 
 class MlflowTracker:
@@ -36,7 +36,7 @@ class MlflowTracker:
     title = "mlflow"
 
     def __init__(self, uri: str) -> None:
-        """Connect. Raises UserError without MLflow and where nothing answers at `uri`, ConfigError for a file."""
+        """Connect. Raises UserError without MLflow and if nothing responds at `uri`, ConfigError for a file."""
         self.place = re.sub(r"(?<=://)[^/@]*@", "", uri)  # without user and password
         self._uri = _address(uri, self.place)
         for name, value in SETTINGS.items():
@@ -56,9 +56,9 @@ class MlflowTracker:
             )
 
     def write(self, runs: Sequence[TrackedRun]) -> int:
-        """Write the runs whose scores are not there yet; tags of the others are updated. Returns how many are new.
+        """Write the runs whose scores are not stored yet, update the tags of the others; return the number of new runs.
 
-        Raises UserError where the server or folder refuses; a run that was begun is then marked as failed.
+        Raises UserError if the server or folder refuses; a run that was started is then marked as failed.
         """
         with self._errors_in_words():
             experiment = self._client.get_experiment_by_name(self._experiment)
@@ -66,7 +66,7 @@ class MlflowTracker:
             return sum(self._write(run, experiment_id) for run in runs)
 
     def _write(self, run: TrackedRun, experiment_id: str) -> bool:
-        """Whether the run is new."""
+        """Write a run or update its tags; return whether it is new."""
         finished = f"tags.{DIGEST} = '{run.scores_digest}' and attributes.status = 'FINISHED'"
         if earlier := self._client.search_runs([experiment_id], finished, max_results=1):
             for key, value in run.tags.items():
@@ -101,7 +101,7 @@ class MlflowTracker:
 
 
 def _address(typed: str, shown: str) -> str:
-    """The URI as MLflow takes it, a folder as one of `file`. Raises ConfigError for an empty one and for a file."""
+    """Return the URI for MLflow, with scheme `file` for a folder. Raises ConfigError for an empty URI or a file."""
     if ":" in typed.partition("/")[0] or typed == "databricks":
         return typed
     path = Path(typed).expanduser().absolute()

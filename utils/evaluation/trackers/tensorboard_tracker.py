@@ -20,12 +20,12 @@ FORM: Form = {"scores_digest": str, "step": int, "tags": Each(str)}
 
 
 class TensorboardTracker:
-    """A folder of runs `<workspace>-<digest of its path>/<split>/<model>`; each evaluation that differs is a step."""
+    """A folder of runs `<workspace>-<digest of its path>/<split>/<model>`; evaluations with new scores are steps."""
 
     title = "tensorboard"
 
     def __init__(self, folder: str) -> None:
-        """Raises UserError without TensorBoard and where `folder` is a file."""
+        """Raises UserError without TensorBoard and if `folder` is a file."""
         self.place = folder
         self._folder = Path(folder).expanduser().absolute()
         if self._folder.exists() and not self._folder.is_dir():
@@ -36,9 +36,9 @@ class TensorboardTracker:
             raise UserError(f"evaluate --tensorboard: TensorBoard cannot be imported ({error}). {INSTALL}") from error
 
     def write(self, runs: Sequence[TrackedRun]) -> int:
-        """Write the runs whose scores are not there yet; tags of the others are updated. Returns how many are new.
+        """Write the runs whose scores are not stored yet, update the tags of the others; return the number of new runs.
 
-        Raises UserError where the folder cannot be written.
+        Raises UserError if the folder cannot be written.
         """
         try:
             return sum(self._write(run) for run in runs)
@@ -46,7 +46,7 @@ class TensorboardTracker:
             raise cannot_write(self._folder, error) from error
 
     def _write(self, run: TrackedRun) -> bool:
-        """Whether the run is new."""
+        """Write a run or update its tags; return whether it is new."""
         from torch.utils.tensorboard import SummaryWriter
 
         root = Path(run.tags["workspace"])
@@ -69,6 +69,6 @@ class TensorboardTracker:
 
 
 def _pixels(path: Path) -> np.ndarray:
-    """uint8 `(H, W, 3)` of a picture."""
+    """Return the pixels of a picture, uint8 (H, W, 3)."""
     with base_back.load_bundled("image_files").open_image(path) as image:
         return np.asarray(image.convert("RGB"))

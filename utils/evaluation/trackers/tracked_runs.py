@@ -1,4 +1,4 @@
-"""What experiment trackers are given of an evaluation: one run of each model in the ranking, or of the one named."""
+"""Runs of an evaluation for experiment trackers: one per model in the ranking, or one for a named model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from utils.core.workspace import Workspace
 from utils.evaluation import score_plots
 from utils.evaluation.evaluation_records import METRICS, RANKING
 
-VERSION = 1  # raised whenever the same scores would give other runs
+VERSION = 1  # incremented when the same scores would give different runs
 REMEASURED = ("created", "latency_ms")  # keys of metrics.json that differ between evaluations with the same scores
-MAX_NAME_LENGTH = 60  # characters of one part of a scalar's name; MLflow takes 250 of all parts together
+MAX_NAME_LENGTH = 60  # characters of one part of a scalar's name; MLflow accepts 250 in total
 _REMEDY = "Evaluate again with --force"
 
 
@@ -28,7 +28,7 @@ class TrackedRun:
 
     name: str
     folder: str
-    """Its folder below `metrics_output/ensembles`: the name, of a member `members/<name>`."""
+    """Its folder below `metrics_output/ensembles`: the name, or for a member `members/<name>`."""
     tags: Mapping[str, str]
     scalars: Mapping[str, float]
     """{keys of `metrics.json` joined by `/`: number}; ends of intervals are `<key>/low` and `<key>/high`."""
@@ -36,22 +36,22 @@ class TrackedRun:
     pictures: Mapping[str, Path]
     """{kind: PNG file}"""
     scores_digest: str
-    """Digest of workspace, split, model and scores, without what every evaluation measures or notes anew."""
+    """Digest of workspace, split, model and scores, without the keys that differ between evaluations (`REMEASURED`)."""
 
 
 def of_evaluation(workspace: Workspace, split: str, model_name: str | None = None) -> list[TrackedRun]:
-    """Runs of all models in the ranking, or of the member or ensemble named.
+    """Return the runs of all models in the ranking, or of the member or ensemble `model_name`.
 
-    Raises UserError for records that are missing or damaged.
+    Raises UserError for missing and damaged records.
     """
     if model_name is not None:
         kind = "ensemble" if model_name in ensembles.names(workspace) else "member"
         return [_run(workspace, split, model_name, kind, {})]
     ranking = _required(workspace.ranking(split), RANKING)
-    chosen = {key: (ranking.get(key) or {}).get("name") for key in ("recommended", "recommended_fast")}
+    recommended = {key: (ranking.get(key) or {}).get("name") for key in ("recommended", "recommended_fast")}
     runs = []
     for row in ranking["rows"]:
-        tags = {key: str(row["name"] == name).lower() for key, name in chosen.items()}
+        tags = {key: str(row["name"] == name).lower() for key, name in recommended.items()}
         tags |= {"rank": "none" if row["rank"] is None else str(row["rank"])}
         runs.append(_run(workspace, split, row["name"], row["kind"], tags))
     return runs
@@ -63,10 +63,10 @@ def _run(workspace: Workspace, split: str, name: str, kind: str, tags: Mapping[s
     path = (workspace.ensemble_metrics if is_ensemble else workspace.member_metrics)(name, split)
     record = _required(path, METRICS)
     pictures = [
-        score_plots.Picture(each, record, workspace.plot(folder, each, split)) for each in score_plots.kinds_of(record)
+        score_plots.Picture(plot, record, workspace.plot(folder, plot, split)) for plot in score_plots.kinds_of(record)
     ]
     pictures = [picture for picture in pictures if picture.path.is_file()]
-    score_plots.draw_all(pictures)  # again where an earlier version of the program drew them
+    score_plots.draw_all(pictures)  # redraws pictures of an earlier version of the program
     scores = {key: value for key, value in record.items() if key not in REMEASURED}
     return TrackedRun(
         name,
@@ -87,9 +87,9 @@ def _required(path: Path, form: Any) -> dict[str, Any]:
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Every finite number of `metrics.json` and both ends of every interval, true as 1; no curves and no matrices.
+    """Return every finite number of `metrics.json` and both ends of every interval, true as 1; no curves or matrices.
 
-    Names consist of letters, digits, `_`, `.` and `-`, in parts that `/` joins. Of classes whose names become alike the
+    Names consist of letters, digits, `_`, `.` and `-`, in parts joined by `/`. If names of classes become equal, the
     later ones get a number.
     """
     collected: dict[str, float] = {}
@@ -113,13 +113,13 @@ def _is_interval(name: str) -> bool:
 
 
 def _names(keys: Mapping[str, Any]) -> Iterator[str]:
-    """A name for each key, each different from the others."""
-    given: set[str] = set()
+    """Yield a distinct name for each key."""
+    used: set[str] = set()
     for key in keys:
         name = plain = re.sub(r"[^\w.-]|^\.+$", "_", key)[:MAX_NAME_LENGTH] or "_"
         number = 1
-        while name in given:
+        while name in used:
             number += 1
             name = f"{plain}_{number}"
-        given.add(name)
+        used.add(name)
         yield name

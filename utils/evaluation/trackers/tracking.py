@@ -1,4 +1,4 @@
-"""Experiment trackers that `evaluate` can also write to; their packages are imported only where one is asked for."""
+"""Experiment trackers that `evaluate` can log to; their packages are imported only on request."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from utils.evaluation.trackers.tracked_runs import TrackedRun
 
 
 class Tracker(Protocol):
-    """A place that runs are written to."""
+    """A server or folder that runs are written to."""
 
     title: str
     """Name of its option, without `--`."""
     place: str
-    """What the user typed, without a password."""
+    """The address or folder as the user typed it, without a password."""
 
     def write(self, runs: Sequence[TrackedRun]) -> int:
-        """Write the runs that are not there yet and return their number. Raises UserError."""
+        """Write the runs that are not stored yet and return their number. Raises UserError if it cannot write."""
 
 
 def open_trackers(mlflow: str | None, tensorboard: str | None) -> list[Tracker]:
-    """Those that are asked for, before anything is evaluated.
+    """Open the requested trackers, before anything is evaluated.
 
-    Raises UserError for a package that is missing and a place that cannot be used, ConfigError for a wrong address.
+    Raises UserError for a missing package and for a server or folder that cannot be used, ConfigError for a wrong
+    address.
     """
     trackers: list[Tracker] = []
     if mlflow is not None:
@@ -43,9 +44,9 @@ def open_trackers(mlflow: str | None, tensorboard: str | None) -> list[Tracker]:
 def track(
     trackers: Sequence[Tracker], workspace: Workspace, split: str, result: Result, model_name: str | None
 ) -> Result:
-    """Write an evaluation to the trackers; the result has a line and `trackers` {title: {place, new, unchanged}} more.
+    """Write an evaluation to the trackers; add a line and `trackers` {title: {place, new, unchanged}} to the result.
 
-    `model_name` is the member or ensemble that was evaluated alone. A tracker that refuses is a failure of the result.
+    `model_name` is the model that was evaluated alone, if any. A tracker that cannot write is a failure of the result.
     """
     if not trackers:
         return result

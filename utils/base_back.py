@@ -213,22 +213,22 @@ def bundled_export() -> ModuleType:
     if _BUNDLED_EXPORT not in sys.modules:
         names = [name for name in sys.modules if name.partition(".")[0] in ("config", "export")]
         names += [name for name in sys.modules if name.startswith(f"{_OURS}.") and _is_mounted(sys.modules[name])]
-        aside = {name: sys.modules.pop(name) for name in names}
+        mounted_modules = {name: sys.modules.pop(name) for name in names}
         mounted_at, _FINDER.folder = _FINDER.folder, BUNDLED
         os.environ["BASE_BACK_DIR"] = str(BUNDLED)
         package = sys.modules[_OURS]
         path = list(package.__path__)
         package.__path__[:] = [*path[:1], str(BUNDLED / "src" / "utils")]
-        kept = set(sys.modules)
+        loaded_before = set(sys.modules)
         try:
             sys.modules[_BUNDLED_EXPORT] = importlib.import_module("export")
         finally:
-            for name in set(sys.modules) - kept - {_BUNDLED_EXPORT}:
+            for name in set(sys.modules) - loaded_before - {_BUNDLED_EXPORT}:
                 if _is_in(sys.modules[name], BUNDLED):
                     sys.modules[f"{_BUNDLED_EXPORT}.{name}"] = sys.modules.pop(name)
             _FINDER.folder, package.__path__[:] = mounted_at, path
             os.environ["BASE_BACK_DIR"] = str(mounted_at)
-            sys.modules.update(aside)
+            sys.modules.update(mounted_modules)
     return sys.modules[_BUNDLED_EXPORT]
 
 

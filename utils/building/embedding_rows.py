@@ -220,8 +220,8 @@ def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[n
     for number in numbers:
         inside = fold == number
         part = replace(rows, sample_ids=rows.sample_ids[inside], logits=rows.logits[inside])
-        held_out, of_val = _embeddings(store, member, number, part)
-        to_full = fit_ridge_map(of_val, full)
+        held_out, val_embeddings = _embeddings(store, member, number, part)
+        to_full = fit_ridge_map(val_embeddings, full)
         embeddings[inside] = to_full.apply(held_out)
         explained.append(to_full.explained)
     _write(store, member, rows, embeddings, {"key": key, "explained": explained})
@@ -275,7 +275,7 @@ def _embeddings(store: Store, member: Member, number: int, rows: MemberRows) -> 
             f"{difference:.3f}), so it is another network. Make them again: "
             f"{catalog.kfold_command(store.workspace, [member])}"
         )
-    held_out, of_val = (
+    held_out, val_embeddings = (
         np.concatenate([batch.embeddings for batch in batches if batch.split == split]) for split in ("train", "val")
     )
-    return held_out, of_val
+    return held_out, val_embeddings

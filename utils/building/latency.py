@@ -176,8 +176,8 @@ def measure_combiner(
             random = torch.Generator().manual_seed(0)
             logits = torch.randn(size, *shape, generator=random).to(device)
             embeddings = [torch.randn(size, width, generator=random).to(device) for width in widths]
-            answer = partial(_answer, module, embeddings) if widths else module
-            batches[size] = timing_of(answer, logits)
+            forward = partial(_answer, module, embeddings) if widths else module
+            batches[size] = timing_of(forward, logits)
     record = Record(hardware, threads, batches, others.in_the_way(_working(device, threads)))
     _add(store.workspace, "combiners", digest, record, {"ensemble": name})
     return record
@@ -239,11 +239,11 @@ def _measured(member: Member, workspace: Workspace, device: str, batches: Sequen
     import torch
 
     timings, spec = {}, member.network(workspace)
-    with streaming.network_on_device(spec, device) as (answer, placed):
+    with streaming.network_on_device(spec, device) as (forward, placed):
         for size in batches:
             noise = torch.randn(size, 3, spec.img_size, spec.img_size, generator=torch.Generator().manual_seed(0))
             try:
-                timings[size] = timing_of(answer, placed(noise))
+                timings[size] = timing_of(forward, placed(noise))
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -251,33 +251,33 @@ def _measured(member: Member, workspace: Workspace, device: str, batches: Sequen
     return timings
 
 
-def timing_of(answer: Callable[[Tensor], Tensor], images: Tensor) -> Timing:
+def timing_of(forward: Callable[[Tensor], Tensor], images: Tensor) -> Timing:
     """Time forward passes over a batch, such as images (B, 3, H, W), after a warm-up; by CUDA events on a GPU."""
     once = _by_events if images.is_cuda else _by_clock
     spent, warm_runs = 0.0, 0
     while not warm_runs or (spent < WARM and warm_runs < WARM_UP):
-        spent += once(answer, images)
+        spent += once(forward, images)
         warm_runs += 1
     seconds: list[float] = []
     while len(seconds) < MOST and (sum(seconds) < ENOUGH or len(seconds) < FEWEST) and sum(seconds) < LONGEST:
-        seconds.append(once(answer, images))
+        seconds.append(once(forward, images))
     p50, p95 = (round(1000 * float(value), 4) for value in np.percentile(seconds, (50, 95)))
     return Timing(p50, p95, len(seconds))
 
 
-def _by_clock(answer: Callable[[Tensor], Tensor], images: Tensor) -> float:
+def _by_clock(forward: Callable[[Tensor], Tensor], images: Tensor) -> float:
     start = time.perf_counter()
-    answer(images)
+    forward(images)
     return time.perf_counter() - start
 
 
-def _by_events(answer: Callable[[Tensor], Tensor], images: Tensor) -> float:
+def _by_events(forward: Callable[[Tensor], Tensor], images: Tensor) -> float:
     import torch
 
     with torch.cuda.device(images.device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        answer(images)
+        forward(images)
         end.record()
         end.synchronize()
     return start.elapsed_time(end) / 1000

@@ -52,8 +52,8 @@ def _record(workspace: Workspace, name: str) -> Mapping[str, Any]:
 def unlisted(workspace: Workspace, config: Config) -> list[str]:
     """Return the saved ensembles that the configuration does not request."""
     saved = ensembles.names(workspace)
-    kept = listed(workspace, config, saved)
-    return [name for name in saved if name not in kept]
+    requested = listed(workspace, config, saved)
+    return [name for name in saved if name not in requested]
 
 
 def without_readers(workspace: Workspace, names: Iterable[str]) -> list[str]:

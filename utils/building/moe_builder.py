@@ -175,7 +175,7 @@ class _Comparison:
         return None if np.isnan(costs).any() else float((ran[used] * costs[:, None]).sum(axis=0).mean())
 
     def _timed(
-        self, ways: Mapping[str, MixtureOfExperts | CascadeCombiner], best: int
+        self, combiners: Mapping[str, MixtureOfExperts | CascadeCombiner], best: int
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Return {name: milliseconds per image, measured on val images}, and the rows and device of the measurement."""
         store = self.store
@@ -187,7 +187,7 @@ class _Comparison:
         rows = np.linspace(0, len(images.sample_ids) - 1, count).astype(int)  # sorted by class, so spread over all
         device = streaming.resolve_device(store.config.device)
         watch = Stopwatch(store, self.members, images.take(rows), device)
-        latencies = {name: watch.of_combiner(combiner) for name, combiner in ways.items()}
+        latencies = {name: watch.of_combiner(combiner) for name, combiner in combiners.items()}
         latencies["best_single"] = watch.of_member(best)
         return latencies, {"split": "val", "rows": count, "batch": store.config.dataset.batch_size, "device": device}
 

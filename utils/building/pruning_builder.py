@@ -83,12 +83,14 @@ class PruningBuilder(Builder):
         return lines
 
 
-def _note(session: Session, tried: Sequence[str], reasons: Mapping[str, str], extra_inputs: Mapping[str, Any]) -> None:
-    """Record which of the `tried` methods keep no member, and drop the earlier entries of all tried ones."""
+def _note(
+    session: Session, attempted: Sequence[str], reasons: Mapping[str, str], extra_inputs: Mapping[str, Any]
+) -> None:
+    """Record which of the `attempted` methods keep no member, and drop the earlier entries of all attempted ones."""
     store, path = session.store, session.workspace.left_out
     before = record_once(path, remedy=AGAIN) or {}
-    record = {name: entry for name, entry in before.items() if name not in tried}
-    for name in (name for name in tried if name in reasons):
+    record = {name: entry for name, entry in before.items() if name not in attempted}
+    for name in (name for name in attempted if name in reasons):
         digest = fitting.inputs_digest(session.config, store, session.members, name, extra_inputs=extra_inputs)
         record[name] = {"inputs_digest": digest, "depends_on": extra_inputs, "reason": reasons[name]}
     if record != before:

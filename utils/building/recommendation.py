@@ -98,19 +98,19 @@ def recommend(
     if winner.chosen_on_val:
         notes.append("val rows have chosen it, so that its score is too good")
     singles = [name for name, candidate in zip(names, compared, strict=True) if candidate.kind == "member"]
-    known = latencies or {}
-    fast = nearest_by_cost(losses, index, [known.get(name) for name in names], groups)
+    measured = latencies or {}
+    fast = nearest_by_cost(losses, index, [measured.get(name) for name in names], groups)
     return {
         "name": winner.name,
         "reason": reason,
         "note": "; ".join(notes) or None,
         "evidence": evidence,
-        "latency_ms": known.get(winner.name),
+        "latency_ms": measured.get(winner.name),
         "fast": {
             "name": None if fast is None else names[fast],
             "reason": NO_LATENCY if fast is None else f"cheapest within one standard error of {winner.name}",
             "evidence": None if fast is None else _scores(losses[fast], hits[fast], groups),
-            "latency_ms": None if fast is None else known[names[fast]],
+            "latency_ms": None if fast is None else measured[names[fast]],
         },
         "best_single": min(singles, key=lambda name: (means.get(name, np.inf), name)) if singles else None,
         "not_compared": {

@@ -263,8 +263,8 @@ def _wise_ft(survey: Survey) -> Soup | str:
 
 
 def _mix(shares: Mapping[str, int]) -> Mix:
-    whole = math.gcd(*shares.values())
-    return tuple((name, share // whole) for name, share in sorted(shares.items()) if share)
+    divisor = math.gcd(*shares.values())
+    return tuple((name, share // divisor) for name, share in sorted(shares.items()) if share)
 
 
 def _nothing_to_average(survey: Survey) -> str:
@@ -324,16 +324,16 @@ def _facts(soup: Soup, survey: Survey, groups: np.ndarray | None) -> dict[str, A
 
     Since val rows selected the soup, the number of ingredients counts as the number of comparisons.
     """
-    kept, rival = soup.trial.kept, survey.trials.single(soup.rival)
+    scores, rival = soup.trial.kept, survey.trials.single(soup.rival)
     compared = compare_losses(
-        (kept.hits, rival.hits), (kept.losses, rival.losses), groups, comparisons=len(survey.ingredients)
+        (scores.hits, rival.hits), (scores.losses, rival.losses), groups, comparisons=len(survey.ingredients)
     )
     return {
         "shares": dict(soup.mix),
         "normalisation": soup.trial.as_record(),
         "threads": survey.trials.bn_threads if soup.trial.is_recomputed else None,
         "best_ingredient": soup.rival,
-        "gain": {name: kept.as_record()[name] - value for name, value in rival.as_record().items()},
+        "gain": {name: scores.as_record()[name] - value for name, value in rival.as_record().items()},
         "compared": compared.as_record(),
         "helps": bool(compared.better) and not compared.worse,
         "harms": bool(compared.worse) and not compared.better,
@@ -344,9 +344,9 @@ def _facts(soup: Soup, survey: Survey, groups: np.ndarray | None) -> dict[str, A
 
 def _explanation(store: Store, member: Member, role: str, facts: Mapping[str, Any], survey: Survey) -> dict[str, Any]:
     """Return `extra` of the checkpoint: what the base pipeline needs to open it, and its ingredients."""
-    kept = training_metadata(store.workspace.base / member.checkpoints[0]["path"])
+    metadata = training_metadata(store.workspace.base / member.checkpoints[0]["path"])
     digests = {entry["stage"]: entry["sha256"] for entry in survey.ingredients}
-    return kept | {
+    return metadata | {
         "backbone_name": member.architecture,
         "model_size": member.size,
         "img_size": member.img_size,

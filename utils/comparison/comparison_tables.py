@@ -24,13 +24,13 @@ def as_text(record: Record) -> str:
     control, metric = record["control"], HEADINGS[record["metric"]]
     header = ["mean rank", "method", metric, f"gain over {control}", "better/worse", "p"]
     lines = [header, *(_cells(method, control, "{:+.4f} [{:+.4f}, {:+.4f}]") for method in record["methods"])]
-    counted = f"{len(record['methods'])} methods in {len(record['workspaces'])} workspaces, {record['split']} split"
+    heading = f"{len(record['methods'])} methods in {len(record['workspaces'])} workspaces, {record['split']} split"
     better = "higher" if record["higher_is_better"] else "lower"
     left_out = record["left_out"]
     notes = [f"left out, not in all workspaces: {join_names(sorted(left_out), 8)}"] if left_out else []
     summary = [record["summary"]] if record["summary"] else []
     return "\n".join(
-        [f"{counted}, by {metric} ({better} is better)", *aligned_lines(lines), *_tests(record), *notes, *summary]
+        [f"{heading}, by {metric} ({better} is better)", *aligned_lines(lines), *_tests(record), *notes, *summary]
     )
 
 

@@ -29,17 +29,17 @@ def chance_corrected(
     Kappa (Cohen 1960) weights all errors equally; the weighted kappas (Cohen 1968) weight them by the distance between
     the classes, or by its square, and are meaningful only for ordered classes.
     """
-    true, answers = (np.asarray(values, dtype=np.float64) for values in (support, predicted))
+    true, predictions = (np.asarray(values, dtype=np.float64) for values in (support, predicted))
     rows = true.sum(axis=-1)
-    expected = (true * answers).sum(axis=-1)
+    expected = (true * predictions).sum(axis=-1)
     covariance = hits * rows - expected
-    spreads = (rows**2 - (answers**2).sum(axis=-1)) * (rows**2 - (true**2).sum(axis=-1))
+    spreads = (rows**2 - (predictions**2).sum(axis=-1)) * (rows**2 - (true**2).sum(axis=-1))
     correlation = np.divide(covariance, np.sqrt(spreads), out=np.zeros(np.shape(rows)), where=spreads > 0)
     columns = np.arange(true.shape[-1], dtype=np.float64)
-    true_below, answers_below = (np.cumsum(values, axis=-1) for values in (true, answers))
-    linear = true_below * (rows[..., None] - answers_below) + answers_below * (rows[..., None] - true_below)
-    squares = ((true + answers) * columns**2).sum(axis=-1)
-    quadratic = rows * squares - 2 * (true * columns).sum(axis=-1) * (answers * columns).sum(axis=-1)
+    true_below, predictions_below = (np.cumsum(values, axis=-1) for values in (true, predictions))
+    linear = true_below * (rows[..., None] - predictions_below) + predictions_below * (rows[..., None] - true_below)
+    squares = ((true + predictions) * columns**2).sum(axis=-1)
+    quadratic = rows * squares - 2 * (true * columns).sum(axis=-1) * (predictions * columns).sum(axis=-1)
     return {
         "matthews_corrcoef": correlation,
         "cohen_kappa": _kappa(rows - hits, rows**2 - expected, rows),

@@ -226,10 +226,10 @@ class BatchedTraining:
         Every fit draws numbers for its own rows only, without the padding.
         """
         numbers = np.zeros(shape, dtype=np.int16)
-        for of_fit, count, noise in zip(numbers, counts, self.noise, strict=True):
+        for fit_numbers, count, noise in zip(numbers, counts, self.noise, strict=True):
             size = count * shape[2]
-            drawn = noise.random_raw(-(-size * numbers.itemsize // BYTES_PER_DRAW)).view(np.int16)[:size]
-            of_fit[:count] = drawn.reshape(count, -1)
+            draws = noise.random_raw(-(-size * numbers.itemsize // BYTES_PER_DRAW)).view(np.int16)[:size]
+            fit_numbers[:count] = draws.reshape(count, -1)
         return torch.from_numpy(numbers) >= threshold - RANDOM_VALUES // 2
 
 

@@ -50,7 +50,7 @@ def _points(scores: NDArray[np.float64], is_positive: NDArray[np.bool_], most: i
     false, true = (retrieved - hits) / (len(scores) - n_positives), hits / n_positives
     if len(ends) > most:
         along = false + true
-        kept = np.unique(np.searchsorted(along, np.linspace(along[0], along[-1], most)))
-        ends, hits, retrieved, false, true = (values[kept] for values in (ends, hits, retrieved, false, true))
+        indices = np.unique(np.searchsorted(along, np.linspace(along[0], along[-1], most)))
+        ends, hits, retrieved, false, true = (values[indices] for values in (ends, hits, retrieved, false, true))
     values: dict[str, Any] = dict(zip(POINT_KEYS, (scores[order][ends], false, true, hits / retrieved), strict=True))
     return {key: points.tolist() for key, points in values.items()}

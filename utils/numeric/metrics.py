@@ -94,9 +94,9 @@ def _shape(array: NDArray[Any]) -> str:
 def _refuse(rows: NDArray[Any], values: NDArray[Any], complaint: str) -> None:
     if rows.any():
         first, count = int(rows.argmax()), int(rows.sum())
-        counted = f"{count} of {len(rows)} rows"
+        rows_text = f"{count} of {len(rows)} rows"
         raise UserError(
-            f"{complaint.format(counted)}, first row {first}: {np.array2string(values[first], threshold=10)}"
+            f"{complaint.format(rows_text)}, first row {first}: {np.array2string(values[first], threshold=10)}"
         )
 
 

@@ -69,11 +69,11 @@ def confidence_threshold(
     ordered = confidence[order]
     errors = np.cumsum(scores.argmax(axis=1)[order] != truth[order])
     ranks = np.unique(np.ceil(len(truth) * np.arange(1, STEPS + 1) / STEPS).astype(int))
-    answered = np.unique(np.searchsorted(-ordered, -ordered[ranks - 1], side="right"))  # with equal confidences
-    allowed = [_most_errors(count, target_risk) for count in answered.tolist()]
-    start = _likeliest(answered, allowed, 1 - np.cumsum(ordered)[answered - 1] / answered)
+    counts = np.unique(np.searchsorted(-ordered, -ordered[ranks - 1], side="right"))  # with equal confidences
+    allowed = [_most_errors(count, target_risk) for count in counts.tolist()]
+    start = _likeliest(counts, allowed, 1 - np.cumsum(ordered)[counts - 1] / counts)
     threshold = None
-    for count, most in list(zip(answered.tolist(), allowed, strict=True))[start:]:
+    for count, most in list(zip(counts.tolist(), allowed, strict=True))[start:]:
         if errors[count - 1] > most:
             break
         threshold = float(ordered[count - 1])

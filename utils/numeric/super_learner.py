@@ -63,10 +63,10 @@ def fit(scores: NDArray[np.floating], labels: Integers, folds: Integers) -> Supe
             losses[index, inside] = log_loss_per_row(probabilities, labels[inside])
     means = losses.mean(axis=1)
     best_index = 0 if len(fold_names) == 1 else int(np.flatnonzero(means <= means.min() * (1 + 1e-9))[0])
-    best, alone = _best_alone(values, labels)
-    solution = alone
+    best, best_solution = _best_alone(values, labels)
+    solution = best_solution
     if STRENGTHS[best_index] < np.inf:
-        solution = fit_weights(values, labels, best, STRENGTHS[best_index], start=alone.weights)
+        solution = fit_weights(values, labels, best, STRENGTHS[best_index], start=best_solution.weights)
     weights[distinct] = solution.weights
     return SuperLearner(weights, int(distinct[best]), STRENGTHS[best_index], solution.gap, means)
 

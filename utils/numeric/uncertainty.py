@@ -149,8 +149,8 @@ def coverage_interval(calibrated: int, rows: int, alpha: float = ALPHA, *, cover
     rank = _threshold_rank(calibrated, alpha)
     n_below, n_above = rank, calibrated + 1 - rank
     covered = np.arange(rows + 1)
-    ways = gammaln(rows + 1) - gammaln(covered + 1) - gammaln(rows - covered + 1)
-    density = np.exp(ways + betaln(covered + n_below, rows - covered + n_above) - betaln(n_below, n_above))
+    log_combinations = gammaln(rows + 1) - gammaln(covered + 1) - gammaln(rows - covered + 1)
+    density = np.exp(log_combinations + betaln(covered + n_below, rows - covered + n_above) - betaln(n_below, n_above))
     cumulative = np.cumsum(density)
     bounds = [int(np.searchsorted(cumulative, quantile)) + covered_by_rank for quantile in (0.025, 0.975)]
     return [min(1.0, bound / rows) for bound in bounds]
@@ -224,9 +224,9 @@ def class_conditional_metrics(
     needed, unit = min_calibration_rows(alpha), "rows" if groups is None else "groups"
     by_class: dict[str, Any] = {}
     for index, name in enumerate(classes):
-        of_class, is_row = truth == index, sets.labels == index
-        calibrated, rows = int(of_class.sum()), int(is_row.sum())
-        units = calibrated if groups is None else len(np.unique(groups[of_class]))
+        is_calibration_row, is_row = truth == index, sets.labels == index
+        calibrated, rows = int(is_calibration_row.sum()), int(is_row.sum())
+        units = calibrated if groups is None else len(np.unique(groups[is_calibration_row]))
         too_few = f"too few {unit}: {units} val {unit}, and {alpha:g} needs {needed}; it is in every set"
         interval = None
         if rows > 0 and limits[index] is not None and not is_grouped:

@@ -117,22 +117,22 @@ class _Rule:
         candidates = [name for name in self.outputs.logits if name != ORIGINAL]
         rows = np.isin(self.outputs.folds, sorted(folds))
         groups = None if self.outputs.groups is None else self.outputs.groups[rows]
-        chosen: tuple[str, ...] = ()
-        lowest = self._losses(chosen, rows, rows)
-        while len(chosen) < len(candidates):
+        selected: tuple[str, ...] = ()
+        lowest = self._losses(selected, rows, rows)
+        while len(selected) < len(candidates):
             extended = [
-                tuple(other for other in candidates if other in (*chosen, name))
+                tuple(other for other in candidates if other in (*selected, name))
                 for name in candidates
-                if name not in chosen
+                if name not in selected
             ]
             losses = {views: self._losses(views, rows, rows) for views in extended}
             best = min(extended, key=lambda views: losses[views].mean())
             gains = lowest - losses[best]
             if not gains.mean() > standard_error(gains, groups):
                 break
-            chosen, lowest = best, losses[best]
-        self._choices[folds] = chosen
-        return chosen
+            selected, lowest = best, losses[best]
+        self._choices[folds] = selected
+        return selected
 
     def judged(
         self, views: tuple[str, ...], folds: frozenset[int], rows: NDArray[np.bool_]

@@ -148,9 +148,9 @@ def is_disputed(member_rows: Mapping[str, MemberRows], sample_ids: np.ndarray) -
         first_class = np.full(len(sample_ids[block]), UNKNOWN)
         for name, part in member_rows.items():
             probabilities = softmax(np.asarray(part.logits[indices[name][block]]))
-            classes, sure = probabilities.argmax(axis=1), probabilities.max(axis=1) > SURE
-            disputed[block] |= sure & (first_class != UNKNOWN) & (first_class != classes)
-            first_class = np.where(sure & (first_class == UNKNOWN), classes, first_class)
+            classes, is_confident = probabilities.argmax(axis=1), probabilities.max(axis=1) > SURE
+            disputed[block] |= is_confident & (first_class != UNKNOWN) & (first_class != classes)
+            first_class = np.where(is_confident & (first_class == UNKNOWN), classes, first_class)
     return disputed
 
 

@@ -142,7 +142,7 @@ def _checksum(text: str) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Return an argument of a figure that JSON cannot represent as a list or a dictionary."""
+    """Convert an argument of a figure that JSON cannot represent to a list or a dictionary."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return sorted(value) if isinstance(value, set) else vars(value)

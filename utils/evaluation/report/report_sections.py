@@ -349,15 +349,17 @@ def _as_typed(words: Sequence[str], config: Config, data: ReportData) -> str:
     return as_typed(shlex.join([*PROGRAM, *words, *common]))
 
 
-def _config_source(config: Config, kept: Path) -> str:
+def _config_source(config: Config, config_path: Path) -> str:
     """Return the file of the values, also if the workspace remembers them."""
-    origin = remembered.origin_of(kept) if remembered.is_used(kept, config) else None
+    origin = remembered.origin_of(config_path) if remembered.is_used(config_path, config) else None
     return origin[0] if origin else str(config.source)
 
 
-def _config_options(config: Config, kept: Path) -> list[str]:
+def _config_options(config: Config, config_path: Path) -> list[str]:
     """Return the options that give a command these values; none if the workspace remembers them."""
-    return [] if remembered.is_used(kept, config) else ["--config", str(config.source), *config_overrides(config)]
+    return (
+        [] if remembered.is_used(config_path, config) else ["--config", str(config.source), *config_overrides(config)]
+    )
 
 
 def config_overrides(config: Config) -> list[str]:

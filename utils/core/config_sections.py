@@ -46,7 +46,7 @@ from utils.core.config_values import (
 class Section(BaseModel):
     """A closed, frozen mapping of the file."""
 
-    # Defaults are validated too: `num_experts: 1` alone does not go with the default of top_k.
+    # Defaults are validated too: `num_experts: 1` is incompatible with the default of top_k.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 

@@ -34,7 +34,7 @@ def _check(expected: str, fits: Callable[[Any], bool], turn: Callable[[Any], Any
 
 
 def _real(raw: object) -> float:
-    """A number, also one written as text (`1e-3` is text in YAML 1.1); NaN, which fits nowhere, for anything else."""
+    """A number, also one written as text (`1e-3` is text in YAML 1.1); NaN, which no check accepts, otherwise."""
     try:
         number = float("nan" if isinstance(raw, bool) or not isinstance(raw, (int, float, str)) else raw)
     except (ValueError, OverflowError):
@@ -79,7 +79,7 @@ def _names_or_all(raw: object, info: ValidationInfo) -> object:
 
 
 def some_left(excluded: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-    """Check that `exclude` leaves some of `include`; excluding names of `include` is what the specification advises."""
+    """Check that `exclude` leaves some names of `include`; the specification recommends to exclude names of it."""
     included = info.data.get("include")
     if included and included != ALL and set(included) <= set(excluded):
         raise ValueError(f"expected at least one of the {len(included)} names of include left")
@@ -99,7 +99,7 @@ def differs_from_student(assistant: str | None, info: ValidationInfo) -> str | N
 
 
 def as_best(teacher: str) -> str:
-    """`recommended`, as models are named elsewhere, is `best` here."""
+    """Replace `recommended`, the name in other places, by `best`."""
     return "best" if teacher == "recommended" else teacher
 
 

@@ -226,7 +226,7 @@ class Ray:
         except ImportError as error:
             raise UserError(f"--engine ray: ray cannot be imported ({error}). {INSTALL}") from error
         if self._task is None:
-            here = {} if self.address else {"num_cpus": cores(), "object_store_memory": STORE_BYTES}
+            local_resources = {} if self.address else {"num_cpus": cores(), "object_store_memory": STORE_BYTES}
             try:
                 ray.init(
                     address=self.address or "local",
@@ -234,7 +234,7 @@ class Ray:
                     log_to_driver=False,  # warnings of workers are returned with their results
                     logging_level=logging.ERROR,
                     runtime_env={"env_vars": _worker_environment()},
-                    **here,
+                    **local_resources,
                 )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]

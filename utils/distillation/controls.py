@@ -63,7 +63,7 @@ def control_metrics(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """`controls` and `gain_kept` for a student's `metrics.json`, and the notes on them.
 
-    `probabilities` (N, C) are the student's on the rows `sample_ids`, whose `groups` (N,) are independent.
+    `probabilities` (N, C) are the student's on the rows `sample_ids`; rows with equal `groups` (N,) are dependent.
     """
     record, arrays = stored.record, stored.arrays
     stored_ids = arrays.get(f"{split}/sample_ids", np.array([])).tolist()

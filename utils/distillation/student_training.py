@@ -182,7 +182,7 @@ def predict_logits(
 
 
 def _width(targets: Targets) -> int:
-    """Number of dimensions of the teacher's embeddings."""
+    """Width of the teacher's embeddings."""
     assert targets.embeddings is not None  # requested whenever embeddings are matched
     return int(targets.embeddings.shape[1])
 

@@ -61,7 +61,7 @@ class Teacher:
 def resolve(store: Store, name: str, *, excluded_member: str) -> Teacher:
     """The teacher with this name: `best`, an ensemble with or without its suffix, or a member.
 
-    `excluded_member` is the student's own member, which no teacher may contain.
+    `excluded_member` is the student's member, which a teacher must not contain.
 
     Raises UserError for a teacher that is unknown, not built, has other checkpoints or classes, or contains the
     student.

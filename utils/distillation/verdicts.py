@@ -60,9 +60,9 @@ def difference(
 ) -> Difference:
     """Advantage of the trainings `arm` (K, N, C) over `other` (L, N, C) on the same N rows, with its interval.
 
-    Groups (N,) are independent; without them rows are. One training per arm is compared by `compare_models`. The
-    variance of several is the sum of two: that of the mean paired difference over rows or groups, and that of the
-    trainings' means (Welch 1947; its degrees of freedom by Satterthwaite 1946).
+    Rows with equal `groups` (N,) are dependent; without groups, rows are independent. `compare_models` compares single
+    trainings. With several per arm, the variance is the sum of that of the mean paired difference over rows or groups
+    and that of the trainings' means (Welch 1947; its degrees of freedom by Satterthwaite 1946).
     """
     from scipy.stats import t
 
@@ -90,7 +90,7 @@ def difference(
 
 
 def outcome(differences: Mapping[str, Difference], *, seeds: int) -> str:
-    """What the differences establish: of the recipe with `RECIPE_SEEDS` trainings per arm, else of this network."""
+    """Sentence on the differences: about the recipe with `RECIPE_SEEDS` trainings per arm, else about this network."""
     metric_names = {metric: metric.replace("_", "-") for metric in METRICS}
     improved = [metric_names[metric] for metric in METRICS if differences[metric].sign > 0]
     worse = [metric_names[metric] for metric in METRICS if differences[metric].sign < 0]
@@ -105,7 +105,7 @@ def outcome(differences: Mapping[str, Difference], *, seeds: int) -> str:
 
 
 def difference_text(differences: Mapping[str, Difference]) -> str:
-    """The advantages with their intervals."""
+    """Text of the advantages with their intervals."""
     parts = [
         f"{metric.replace('_', '-')} {each.value:+.4f} "
         + (f"[{each.low:+.4f}, {each.high:+.4f}]" if np.isfinite(each.low) else "(too few rows for an interval)")

@@ -34,7 +34,7 @@ class MemberNetworks:
 
 
 class MemberModule(nn.Module):
-    """One member: prepared images (B, 3, S, S) -> logits (B, C) and, with `embeds`, embeddings (B, D)."""
+    """One member: preprocessed images (B, 3, S, S) -> logits (B, C) and, with `embeds`, embeddings (B, D)."""
 
     columns: Tensor
 
@@ -52,7 +52,7 @@ class MemberModule(nn.Module):
                 self._outputs.probe(torch.zeros(2, 3, side, side))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (B, 3, S, S) -> logits (B, C) and embeddings (B, D) or None.
+        """Preprocessed images (B, 3, S, S) -> logits (B, C) and embeddings (B, D) or None.
 
         The logits of several networks are the logarithm of their mean probabilities.
         """

@@ -149,7 +149,7 @@ def _rounded(sums: Tensor) -> Tensor:
 
 @cache
 def _by_the_shorter_way() -> Any:
-    """The two passes in either order, as a scripted function, so that its branch survives tracing."""
+    """The two passes in either order, as a scripted function, so that tracing keeps its branch."""
     with base_back.load_bundled("torchscript").torchscript_without_notices():
         return torch.jit.script(_passes)
 

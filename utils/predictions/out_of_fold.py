@@ -90,7 +90,7 @@ def duplicates_across_folds(predictions: OutOfFoldPredictions, train: ImageSplit
 
 
 def _positions(sample_ids: np.ndarray, all_ids: tuple[str, ...]) -> np.ndarray:
-    """Index of each id in `all_ids`, which holds all of them; int64 (N,)."""
+    """Index of each id in `all_ids`, which must contain all of them; int64 (N,)."""
     position = {sample_id: row for row, sample_id in enumerate(all_ids)}
     return np.array([position[sample_id] for sample_id in sample_ids.tolist()], dtype=np.int64)
 

@@ -52,7 +52,7 @@ class Predictions:
     classes: tuple[str, ...] | None
     """Names of the columns; None if the file has none."""
     fold: np.ndarray | None
-    """int64 (N,)"""
+    """int64 (N,), fold in which each row was held out"""
     embeddings: np.ndarray | None
     """float32 (N, D)"""
     kind: str

@@ -32,11 +32,11 @@ class SampleStore(Protocol):
 
     @property
     def workspace(self) -> Workspace:
-        """Of the members."""
+        """Workspace of the members."""
 
     @property
     def catalog(self) -> Catalog:
-        """Of the members."""
+        """Catalog of the members."""
 
     def samples(self, split: str) -> Samples:
         """The samples of a split."""

@@ -119,7 +119,7 @@ def _write_onnx(package: Package, path: Path) -> None:
 
 
 def _save(content: Any, path: Path) -> None:
-    with path.open("wb") as file:  # an open file: a path would put its name into the archive
+    with path.open("wb") as file:  # with a path, its name would be in the archive
         torch.save(content, file)
 
 

@@ -246,7 +246,7 @@ def save_checkpoint(
 def write_checkpoint(path: Path, record: dict[str, Any]) -> None:
     """Write one checkpoint atomically; equal contents give equal bytes."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(_unshared(record), file)  # an open file: a path would put its name into the archive
+        torch.save(_unshared(record), file)  # with a path, its name would be in the archive
 
 
 def read_extra(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class RayPool:
         except ImportError as error:
             raise RayError(f"--engine ray: ray cannot be imported ({error}); {INSTALL}") from error
         self._ray, self._threads = ray, threads
-        here: dict[str, Any] = {} if address else {"num_cpus": jobs, "object_store_memory": STORE_BYTES}
+        local_resources: dict[str, Any] = {} if address else {"num_cpus": jobs, "object_store_memory": STORE_BYTES}
         variables = {name: value for name, value in os.environ.items() if name.startswith("DBT_")}
         variables.pop("DBT_PARENT", None)  # a process id is valid only on this machine
         variables |= PASSIVE | {REQUESTED: str(requested_threads() or 0)}  # Ray sets OMP_NUM_THREADS itself
@@ -48,7 +48,7 @@ class RayPool:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": variables | {"PYTHONPATH": paths}},
-                **here,
+                **local_resources,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -36,6 +36,8 @@ LIMIT = 900.0  # seconds of one command on a busy machine
 SETTLE = 25  # steps between comparisons with a workspace from nothing
 LAST = ("evaluate", "audit")
 """Commands before a comparison: both read all ensembles, also those that were built after a pipeline."""
+OF_THE_BUILD = ("overrides",)
+"""Keys of records that tell how an ensemble was built: also one that a command with `--set` built before others."""
 TRAININGS = {"first": "1", "longer": "2"}
 """{training: epochs of fine-tuning}"""
 
@@ -257,7 +259,7 @@ class Soak:
             self.judge(ended, was_stopped=False)
         wrong = [
             name
-            for name in differences(self.workspace, fresh)
+            for name in differences(self.workspace, fresh, OF_THE_BUILD)
             if self.counts_as_result(name)
             and not is_for_a_fit(name)
             and not (is_score(name) and not (fresh / name).parent.exists())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,15 @@ REMEMBERED = ("ensembles/digests.json", "ensembles/latency.json")
 """Inodes and times of files; latencies, with which both runs have to begin."""
 
 
-def content(workspace: Path) -> dict[str, str]:
-    """{path: what must be equal} of every file of a workspace."""
+def content(workspace: Path, ignored: Collection[str] = ()) -> dict[str, str]:
+    """{path: what must be equal} of every file of a workspace; `ignored` are further keys of records."""
     found = {}
     for path in sorted(workspace.rglob("*")):
         name = path.relative_to(workspace).as_posix()
         if path.is_dir() or name.split("/")[0] in LEFT_OUT or name in REMEMBERED or path.name.startswith(".lock."):
             continue  # a lock under a temporary name may be somebody's who waits; clean removes it after an hour
         if path.suffix == ".json":
-            record = _less(json.loads(path.read_text()), str(workspace))
+            record = _less(json.loads(path.read_text()), str(workspace), {*MEASURED, *ignored})
             if path.name == "checksums.json":
                 record = {file: digest for file, digest in record.items() if file not in WITH_TIMES}
             found[name] = json.dumps(record, sort_keys=True)
@@ -46,9 +47,9 @@ def content(workspace: Path) -> dict[str, str]:
     return found
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """Names of files that differ or are in one workspace alone."""
-    first, second = content(one), content(other)
+def differences(one: Path, other: Path, ignored: Collection[str] = ()) -> list[str]:
+    """Names of files that differ or are in one workspace alone; `ignored` are further keys of records."""
+    first, second = content(one, ignored), content(other, ignored)
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
@@ -57,9 +58,9 @@ def unfinished(workspace: Path) -> list[str]:
     return [path.name for path in workspace.rglob(".*partial*") if not path.name.startswith(".lock.")]
 
 
-def _less(value: Any, place: str) -> Any:
+def _less(value: Any, place: str, ignored: Collection[str]) -> Any:
     if isinstance(value, dict):
-        return {key: _less(item, place) for key, item in value.items() if key not in MEASURED}
+        return {key: _less(item, place, ignored) for key, item in value.items() if key not in ignored}
     if isinstance(value, list):
-        return [_less(item, place) for item in value]
+        return [_less(item, place, ignored) for item in value]
     return value.replace(place, "") if isinstance(value, str) else value

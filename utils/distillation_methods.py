@@ -44,7 +44,7 @@ class Mixing:
 
     def images(self, images: Tensor) -> Tensor:
         """Return mixed images (B, C, H, W): blended (mixup, Zhang et al. 2018) or pasted (CutMix, Yun et al. 2019)."""
-        partners = images[self.partner]
+        partners = images[self.partner.to(images.device, non_blocking=True)]
         if self.box is None:
             return self.weight * images + (1 - self.weight) * partners
         top, bottom, left, right = self._pixels(images.shape[2], images.shape[3])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import fake_cuda
+from noise_datasets import noise_datasets
 
 BATCHES, CLASSES = 5, 3
 
@@ -80,3 +81,29 @@ def test_the_fake_refuses_what_a_gpu_refuses(monkeypatch):
             model(images.to("cuda")).detach().numpy()
         assert model(images.to("cuda")).is_cuda
     assert not images.is_cuda
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_loader_transforms_its_batches_on_the_device(tmp_path, monkeypatch, is_training):
+    from utils.datasets import BatchLoader
+
+    train, _ = noise_datasets(tmp_path)
+    expected = list(BatchLoader(train, 8, training=is_training, kind="full", device="cpu"))
+    with fake_cuda(monkeypatch) as device:
+        batches = list(BatchLoader(train, 8, training=is_training, kind="full", device="cuda"))
+        assert all(images.is_cuda and not labels.is_cuda for images, labels in batches)
+        counted = device.counts["to host"], device.counts["synchronisations"], device.counts["from pageable memory"]
+        assert counted == (0, 0, 0)
+        assert device.counts["bytes to device"] < 2 * len(train) * 3 * 36 * 36  # a byte for each number of a pixel
+        for (images, labels), (other_images, other_labels) in zip(batches, expected, strict=True):
+            assert torch.equal(images.cpu(), other_images)
+            assert torch.equal(labels, other_labels)
+
+
+def test_a_loader_is_that_of_the_base_pipelines_device(tmp_path, monkeypatch):
+    from utils import datasets
+
+    monkeypatch.setattr(datasets, "DEVICE", torch.device("cuda"))
+    train, _ = noise_datasets(tmp_path)
+    with fake_cuda(monkeypatch):
+        assert all(images.is_cuda for images, _ in datasets.BatchLoader(train, 8))

@@ -29,7 +29,11 @@ ACROSS_DEVICES = {Tensor.copy_, Tensor.__getitem__, Tensor.__setitem__, torch._h
 
 
 class FakeCuda(TorchFunctionMode):
-    """The device. `counts` has `to device`, `to host`, `synchronisations` and `events`, each by number of calls."""
+    """The device.
+
+    `counts` has `to device`, `to host`, `synchronisations` and `events`, each by number of calls, how many of the
+    first were `from pageable memory`, and the `bytes to device`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,6 +58,7 @@ class FakeCuda(TorchFunctionMode):
         if function in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self._moved(function, arguments, options)
         if function == Tensor.pin_memory:
+            first.on_fake_pinned = True
             return first
         if function == torch._C._nn._parse_to:  # of `Module.to`: the device is a value here
             return function(*arguments, **options)
@@ -80,6 +85,9 @@ class FakeCuda(TorchFunctionMode):
         is_there = was_there if target is None else torch.device(target).type == "cuda"
         if is_there != was_there:
             self.counts["to device" if is_there else "to host"] += 1
+            if is_there:
+                self.counts["from pageable memory"] += not getattr(source, "on_fake_pinned", False)
+                self.counts["bytes to device"] += source.nbytes
             result = result.clone() if result is source else result
         return tag(result, is_there) if result is not source else result
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from digit_splits import COUNT, split_of
+from fake_cuda import fake_cuda
 from preprocessings import BASE_32
 
 from utils.networks.preprocessing import Preprocessing
@@ -108,3 +111,18 @@ def test_trainings_of_several_seeds_share_their_recurring_views(source):
     assert all(torch.equal(value, vars(views)[name]) for name, value in vars(expected).items())
     assert any(not torch.equal(value, vars(other.recurring_views())[name]) for name, value in vars(expected).items())
     assert not torch.equal(shared.batches(0)[0].rows, first.batches(0)[0].rows)
+
+
+@pytest.mark.parametrize("mix", ["none", "both"])
+def test_batches_of_a_gpu_are_those_of_the_cpu(source, monkeypatch, mix):
+    unaugmented = np.full(COUNT, HALF)
+    schedule = BatchSchedule(source, 5, 7, unaugmented, mix=mix)
+    expected = [images for _, images in schedule.loader(1, BASE_32)]
+    with fake_cuda(monkeypatch) as device:
+        of_gpu = replace(schedule, device="cuda")
+        batches = [images for _, images in of_gpu.loader(1, BASE_32)]
+        assert all(images.is_cuda for images in batches)
+        assert device.counts["to host"] == device.counts["synchronisations"] == 0
+        assert device.counts["bytes to device"] < 2 * COUNT * 3 * 36 * 36  # a byte for each number of a pixel
+        for images, others in zip(batches, expected, strict=True):
+            assert torch.equal(images.cpu(), others)

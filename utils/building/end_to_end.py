@@ -212,6 +212,7 @@ def _parts(store: Store, members: Sequence[Member]) -> list[JointMember]:
         return ImageSource(images[split], spec.preprocessing, kind, image_cache=cache, threads=threads)
 
     parts = []
+    device = streaming.resolve_device(store.config.device)
     for member in members:
         spec = member.network(store.workspace)
         kind = augmentation_kind(training_metadata(spec.checkpoint))
@@ -224,7 +225,7 @@ def _parts(store: Store, members: Sequence[Member]) -> list[JointMember]:
                 architecture=member.architecture,
                 spec=spec,
                 class_order=[member.classes.index(name) for name in store.catalog.classes],
-                batch_schedule=BatchSchedule(train, settings.batch_size, store.config.seed, never),
+                batch_schedule=BatchSchedule(train, settings.batch_size, store.config.seed, never, device=device),
                 validation_set=image_source("val", spec, kind),
                 embeddings=(_tensor(rows["train"]), _tensor(rows["val"])),
             )

@@ -174,8 +174,7 @@ def predict_logits(
     batches = []
     replaced = {name: tensor.to(device) for name, tensor in (weights or {}).items()}
     with torch.inference_mode():
-        for _, crops in image_source.evaluation_batches(image_source.preprocessing):
-            images = crops.to(device)
+        for _, images in image_source.evaluation_batches(image_source.preprocessing, device=device):
             logits = torch.func.functional_call(model, replaced, (images,)) if replaced else model(images)
             batches.append(logits.float().cpu().numpy())
     return np.concatenate(batches)
@@ -198,11 +197,11 @@ class _EmbeddingMatching:
     def of(cls, model: nn.Module, image_source: ImageSource, name: str, width: int, device: str) -> _EmbeddingMatching:
         """Create it with a zero-initialised map to `width` dimensions. Raises UserError without embeddings."""
         extractor = EmbeddingExtractor(model, name, checks=False)
-        _, images = next(iter(image_source.evaluation_batches(image_source.preprocessing)))
+        _, images = next(iter(image_source.evaluation_batches(image_source.preprocessing, device=device)))
         model.eval()
         with torch.inference_mode():
-            extractor.probe(images.to(device))
-            embeddings = extractor(images.to(device))[1]
+            extractor.probe(images)
+            embeddings = extractor(images)[1]
         if not embeddings.shape[1]:
             raise UserError(f"distillation.feature_weight: the student {name} has no embeddings to match; set it to 0")
         projector = nn.Linear(embeddings.shape[1], width)
@@ -290,9 +289,8 @@ class _StudentTraining:
         return total / count
 
     def _placed(self, images: Tensor) -> Tensor:
-        """Move images (B, 3, H, W) to the device; a GPU copies from pinned memory during its computations."""
-        images = images.pin_memory() if self.on_cuda else images
-        return images.to(self.device, non_blocking=True, memory_format=self.layout)
+        """Images (B, 3, H, W) in the memory format of the network, on its device, where the schedule has put them."""
+        return images.to(self.device, memory_format=self.layout)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits (B, C), and the projected embeddings (B, D) if they are matched."""

@@ -22,6 +22,7 @@ from utils.distillation import soft_targets, teachers
 from utils.distillation.soft_targets import Targets
 from utils.distillation.teachers import Teacher
 from utils.networks.preprocessing import Preprocessing
+from utils.predictions import streaming
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.rows import UNKNOWN
 from utils.predictions.store import Store
@@ -182,6 +183,7 @@ def prepare(
         mix=mixing_of(store.config, kind),
         mixes_targets=kind != CONSISTENT,
         is_shared=kind == CONSISTENT,
+        device=streaming.resolve_device(store.config.device),
     )
     if kind == CONSISTENT:
         return StudentTargets(kind, batch_schedule, partial(_predict_epoch, store, teacher), None)
@@ -219,7 +221,8 @@ def _oof_targets(store: Store, teacher: Teacher, image_source: ImageSource, cros
         return crossfit
 
     def batches(preprocessing: Preprocessing) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for rows, images in image_source.evaluation_batches(preprocessing, start=n_train):
+        device = streaming.resolve_device(store.config.device)
+        for rows, images in image_source.evaluation_batches(preprocessing, start=n_train, device=device):
             yield rows - n_train, images
 
     predicted = teachers.predict_views(store, teacher, n_unlabeled, batches)
@@ -263,7 +266,8 @@ def all_views(
     for number in range(max(1, batch_schedule.n_views)):
         for rows in torch.arange(len(source)).split(EVALUATION_BATCH_SIZE):
             indices = number * len(source) + rows
-            yield indices, source.load(rows, preprocessing, None if views is None else views.take(indices))
+            row_views = None if views is None else views.take(indices)
+            yield indices, source.load(rows, preprocessing, row_views, batch_schedule.device)
 
 
 def _predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epoch: int) -> Targets:

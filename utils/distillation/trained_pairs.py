@@ -135,6 +135,7 @@ class PairTraining:
             n_views=of_student.n_views,
             mix=of_student.mix,
             views_seed=of_student.views_seed,
+            device=of_student.device,
         )
         epochs = -(-settings.epochs * len(of_student.image_source) // len(source))
         return self._trained(ALONE, number, replace(self._settings(number), epochs=epochs, alpha=0.0), schedule, None)

@@ -59,6 +59,8 @@ class BatchSchedule:
     """Seed of the recurring views; None means `seed`. Trainings with several seeds share the targets by it."""
     is_shared: bool = False
     """Whether several networks read each epoch, so that its images are cached."""
+    device: str = "cpu"
+    """Where the images of a batch are transformed, and remain."""
     _loaders: dict[Preprocessing, EpochLoader] = field(default_factory=dict, init=False, repr=False)
     _views: tuple[int, Any] | None = field(default=None, init=False, repr=False)
 
@@ -121,15 +123,16 @@ class BatchSchedule:
     def load(self, batch: Batch, views: Any, preprocessing: Preprocessing) -> Tensor:
         """Load the images of a batch, float32 (B, 3, S, S); `views` are those of all images in the epoch."""
         if views is None or bool(batch.unaugmented.all()):
-            images = self.image_source.load(batch.rows, preprocessing, None)
+            images = self.image_source.load(batch.rows, preprocessing, None, self.device)
         else:
             size = preprocessing.input_size
-            images = torch.empty(len(batch.rows), 3, size, size)
+            images = torch.empty(len(batch.rows), 3, size, size, device=self.device)
             for mask, is_augmented in ((batch.unaugmented, False), (~batch.unaugmented, True)):
                 if bool(mask.any()):
                     rows = batch.rows[mask]
                     row_views = views.take(rows) if is_augmented else None
-                    images[mask] = self.image_source.load(rows, preprocessing, row_views)
+                    indices = mask.nonzero().flatten().to(self.device, non_blocking=True)
+                    images.index_copy_(0, indices, self.image_source.load(rows, preprocessing, row_views, self.device))
         return images if batch.mixing is None else batch.mixing.images(images)
 
     def loader(self, epoch: int, preprocessing: Preprocessing) -> EpochLoader:

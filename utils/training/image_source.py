@@ -77,22 +77,26 @@ class ImageSource:
         """Concatenate several views of every image."""
         return None if views[0] is None else type(views[0]).joined(views)
 
-    def load(self, rows: Tensor, preprocessing: Preprocessing, views: Any) -> Tensor:
-        """Load normalised images, float32 (B, 3, S, S), for a network with this preprocessing.
+    def load(self, rows: Tensor, preprocessing: Preprocessing, views: Any, device: str = "cpu") -> Tensor:
+        """Load normalised images, float32 (B, 3, S, S) on `device`, for a network with this preprocessing.
 
-        `rows`, int64 (B,), are indices of the images, `views` their B views; None loads the evaluation crops.
+        `rows`, int64 (B,), are indices of the images, `views` their B views; None loads the evaluation crops. A GPU
+        receives uint8 pixels and transforms the batch itself.
         """
         pixels = self._pixels(preprocessing)
         if views is None:
-            return image_splits.normalise(torch.from_numpy(pixels.crops(rows.numpy())), preprocessing)
+            crops = self._transforms.copied(torch.from_numpy(pixels.crops(rows.numpy())), device)
+            return image_splits.normalise(crops, preprocessing)
         images = [torch.from_numpy(pixels.image(row).copy()).permute(2, 0, 1) for row in rows.tolist()]
-        augmented: Tensor = self._transforms.shown(images, preprocessing.input_size, views)
+        augmented: Tensor = self._transforms.shown(images, preprocessing.input_size, views, device)
         return image_splits.standardise(augmented, preprocessing)
 
-    def evaluation_batches(self, preprocessing: Preprocessing, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (rows int64 (B,), evaluation crops float32 (B, 3, S, S)) in order, starting at image `start`."""
+    def evaluation_batches(
+        self, preprocessing: Preprocessing, start: int = 0, device: str = "cpu"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows int64 (B,), evaluation crops float32 (B, 3, S, S) on `device`) in order from image `start` on."""
         for rows in torch.arange(start, len(self)).split(EVALUATION_BATCH_SIZE):
-            yield rows, self.load(rows, preprocessing, None)
+            yield rows, self.load(rows, preprocessing, None, device)
 
     def _pixels(self, preprocessing: Preprocessing) -> Any:
         rule = preprocessing.resizing()

@@ -100,7 +100,7 @@ class TrainableMember:
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, C) in the workspace's class order, and embeddings (B, D)."""
-        logits, embeddings = self.outputs(images.to(self.device, non_blocking=True))
+        logits, embeddings = self.outputs(images.to(self.device))
         logits = logits if isinstance(logits, Tensor) else logits[0]
         return logits[:, self.member.class_order], embeddings
 
@@ -109,8 +109,8 @@ class TrainableMember:
         self.model.eval()
         embeddings = []
         with torch.no_grad():
-            for _, images in image_source.evaluation_batches(self.member.spec.preprocessing):
-                embeddings.append(self.outputs(images.to(self.device))[1].float().cpu())
+            for _, images in image_source.evaluation_batches(self.member.spec.preprocessing, device=self.device):
+                embeddings.append(self.outputs(images)[1].float().cpu())
         return torch.cat(embeddings)
 
     def state(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class TrainableMember:
         safe_delete_model(self.model)
 
     def _evaluation_crops(self, rows: Tensor) -> Tensor:
-        return self.member.validation_set.load(rows, self.member.spec.preprocessing, None).to(self.device)
+        return self.member.validation_set.load(rows, self.member.spec.preprocessing, None, self.device)
 
 
 @contextmanager

@@ -179,12 +179,10 @@ def plan(backbones: Sequence[str], stages: Sequence[str], folds: int) -> list[Un
 
 def _unfinished(units: Sequence[Unit], ledger: Ledger, *, force: bool) -> list[Unit]:
     """Units to run: those not finished by digest, all with `force`, and those that depend on one that runs."""
-    unfinished: list[Unit] = []
     names: set[str] = set()
     for unit in sorted(units, key=lambda u: len(u.after)):
         if force or names & set(unit.after) or not ledger.is_finished(unit):
             names.add(unit.name)
-            unfinished.append(unit)
     return [unit for unit in units if unit.name in names]
 
 

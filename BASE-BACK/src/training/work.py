@@ -84,7 +84,7 @@ def logits_of(model: nn.Module, dataset: DecodedDataset, batch_size: int) -> np.
     """Logits of every row in order, float32 (N, C), in full precision."""
     model.to(DEVICE).eval()
     with torch.inference_mode():
-        parts = [model(images.to(DEVICE)).float().cpu() for images, _ in BatchLoader(dataset, batch_size)]
+        parts = [model(images).float().cpu() for images, _ in BatchLoader(dataset, batch_size, device=DEVICE)]
     return torch.cat(parts).numpy()
 
 

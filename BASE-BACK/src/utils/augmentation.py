@@ -1,7 +1,8 @@
 """The training transform on batches of tensors: one affine warp, colour jitter and erasing, sampled per image.
 
 The distribution is that of `create_optimized_transforms(is_training=True)`; working on decoded pixels saves decoding
-and a dozen image objects per image and epoch, and needs no loader processes.
+and a dozen image objects per image and epoch, and needs no loader processes. Parameters are sampled on the CPU, so that
+they do not depend on the device; a GPU receives uint8 pixels and computes the transform of the whole batch.
 """
 
 from __future__ import annotations
@@ -27,9 +28,15 @@ def normalise(pixels: Tensor) -> Tensor:
 
 def _standardise(pixels: Tensor) -> Tensor:
     """Normalise pixels in 0-1 by ImageNet's mean and standard deviation, in place."""
-    mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=pixels.device).view(1, 3, 1, 1)
+    mean, std = (copied(torch.tensor(values), pixels.device).view(1, 3, 1, 1) for values in (MEAN, STD))
     return pixels.sub_(mean).div_(std)
+
+
+def copied(values: Tensor, device: torch.device | str) -> Tensor:
+    """Tensor of the CPU on a device; a GPU copies it from pinned memory, without waiting for its computations."""
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Normalisation:
 
     def apply(self, pixels: Tensor) -> Tensor:
         """uint8 or float 0-255 RGB pixels (B, 3, H, W) -> normalised float32."""
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (copied(torch.tensor(each), pixels.device).view(1, 3, 1, 1) for each in (self.mean, self.std))
         return self._ordered((pixels.float() / 255).sub_(mean).div_(std))
 
     def replace_imagenet(self, images: Tensor) -> Tensor:
@@ -61,7 +68,8 @@ class Normalisation:
         old_mean, old_std = torch.tensor(MEAN), torch.tensor(STD)
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         factor, shift = old_std / std, (old_mean - mean) / std
-        return self._ordered(images * factor.view(1, 3, 1, 1) + shift.view(1, 3, 1, 1))
+        factor, shift = (copied(values, images.device).view(1, 3, 1, 1) for values in (factor, shift))
+        return self._ordered(images * factor + shift)
 
     def _ordered(self, images: Tensor) -> Tensor:
         return images.flip(1) if self.is_bgr else images
@@ -103,31 +111,37 @@ def draw_views(heights: Tensor, widths: Tensor, kind: str, generator: torch.Gene
     return Views(warps, factors, hues, torch.stack([is_erased, *shapes, *positions], dim=1))
 
 
-def augment(images: list[Tensor], size: int, kind: str, generator: torch.Generator) -> Tensor:
-    """uint8 images, each (3, h, w) of its own shape -> normalised float32 batch (B, 3, size, size).
+def augment(
+    images: list[Tensor], size: int, kind: str, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Tensor:
+    """uint8 images, each (3, h, w) of its own shape -> normalised float32 batch (B, 3, size, size) on `device`.
 
     kind: `full`, `no_flip` (for characters and digits, which must not be flipped) or `none` (centre crop only). All
     random numbers come from `generator`.
     """
     if kind == "none":
-        return show(images, size, None)
+        return show(images, size, None, device)
     heights, widths = (torch.tensor([image.shape[side] for image in images], dtype=torch.float32) for side in (1, 2))
-    return show(images, size, draw_views(heights, widths, kind, generator))
+    return show(images, size, draw_views(heights, widths, kind, generator), device)
 
 
-def show(images: list[Tensor], size: int, views: Views | None) -> Tensor:
+def show(images: list[Tensor], size: int, views: Views | None, device: torch.device | str = "cpu") -> Tensor:
     """Apply `views` to uint8 images, each (3, h, w) of its own shape -> normalised float32 (B, 3, size, size).
 
-    Without views, return the centre crops of the evaluation transform.
+    Images and views are on the CPU, the result on `device`. Without views, return the centre crops of the evaluation
+    transform.
     """
     if views is None:
-        return normalise(torch.stack([_centre(image, size) for image in images]))
-    return _standardise(shown(images, size, views))
+        return normalise(copied(torch.stack([_centre(image, size) for image in images]), device))
+    return _standardise(shown(images, size, views, device))
 
 
-def shown(images: list[Tensor], size: int, views: Views) -> Tensor:
-    """Apply `views` to uint8 images, each (3, h, w) of its own shape -> float32 (B, 3, size, size) in 0-1."""
-    pixels = _warp(images, views.warps, size) / 255
+def shown(images: list[Tensor], size: int, views: Views, device: torch.device | str = "cpu") -> Tensor:
+    """Apply `views` to uint8 images, each (3, h, w) of its own shape -> float32 (B, 3, size, size) in 0-1.
+
+    Images and views are on the CPU, the result on `device`.
+    """
+    pixels = _warp(images, views.warps, size, device) / 255
     return _erase(_colour(pixels, views), views.erased)
 
 
@@ -168,29 +182,33 @@ def _warps(heights: Tensor, widths: Tensor, kind: str, generator: torch.Generato
     return torch.stack([rows_x, rows_y], dim=1)
 
 
-def _warp(images: list[Tensor], matrices: Tensor, size: int) -> Tensor:
-    """Sample each image bilinearly, black outside: float32 0-255 (B, 3, size, size)."""
-    output = torch.empty(len(images), 3, size, size)
+def _warp(images: list[Tensor], matrices: Tensor, size: int, device: torch.device | str) -> Tensor:
+    """Sample each image bilinearly, black outside: float32 0-255 (B, 3, size, size) on `device`."""
+    output = torch.empty(len(images), 3, size, size, device=device)
     shapes: dict[tuple[int, ...], list[int]] = {}
     for row, image in enumerate(images):
         shapes.setdefault(tuple(image.shape), []).append(row)
     for rows in shapes.values():  # images of the same shape are sampled together
-        grid = functional.affine_grid(matrices[rows], [len(rows), 3, size, size], align_corners=False)
-        stacked = torch.stack([images[row] for row in rows]).float()
-        output[rows] = functional.grid_sample(stacked, grid, mode="bilinear", align_corners=False)
+        maps = copied(matrices[rows], device)
+        grid = functional.affine_grid(maps, [len(rows), 3, size, size], align_corners=False)
+        stacked = copied(torch.stack([images[row] for row in rows]), device).float()
+        sampled = functional.grid_sample(stacked, grid, mode="bilinear", align_corners=False)
+        output.index_copy_(0, copied(torch.tensor(rows), device), sampled)
     return output
 
 
 def _colour(pixels: Tensor, views: Views) -> Tensor:
     """Scale brightness, contrast, saturation and rotate hues of pixels 0-1 (B, 3, H, W), which are overwritten."""
-    brightness, contrast, saturation = views.factors.T.contiguous().view(3, -1, 1, 1, 1)
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    factors = copied(views.factors.T.contiguous(), pixels.device)
+    brightness, contrast, saturation = factors.view(3, -1, 1, 1, 1)
+    weights = copied(torch.tensor([0.299, 0.587, 0.114]), pixels.device).view(1, 3, 1, 1)
     pixels = pixels.mul_(brightness).clamp_(0, 1)
     mean = (pixels * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
     pixels = pixels.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 1)
     grey = (pixels * weights).sum(1, keepdim=True)
     pixels = pixels.sub_(grey).mul_(saturation).add_(grey).clamp_(0, 1)
-    return torch.einsum("bij,bjhw->bihw", _hue_turns(views.hues), pixels).clamp_(0, 1)
+    turns = copied(_hue_turns(views.hues), pixels.device)
+    return torch.einsum("bij,bjhw->bihw", turns, pixels).clamp_(0, 1)
 
 
 def _hue_turns(hues: Tensor) -> Tensor:
@@ -202,14 +220,20 @@ def _hue_turns(hues: Tensor) -> Tensor:
 
 
 def _erase(pixels: Tensor, erased: Tensor) -> Tensor:
-    """Blacken a rectangle of 2-33% of the area in 15% of the images (random erasing, Zhong et al. 2020)."""
+    """Blacken a rectangle of 2-33% of the area in 15% of the images (random erasing, Zhong et al. 2020), in place."""
     _, _, height, width = pixels.shape
-    is_erased, share, ratio, down, right = erased.unbind(1)
+    is_erased, share, ratio, vertical, horizontal = erased.unbind(1)
     area = share * height * width
     tall = torch.sqrt(area * ratio).round().clamp(1, height).int()
     wide = torch.sqrt(area / ratio).round().clamp(1, width).int()
-    top = (down * (height - tall + 1)).int()
-    left = (right * (width - wide + 1)).int()
-    for row in is_erased.nonzero().flatten().tolist():
-        pixels[row, :, top[row] : top[row] + tall[row], left[row] : left[row] + wide[row]] = 0
-    return pixels
+    top = (vertical * (height - tall + 1)).int()
+    left = (horizontal * (width - wide + 1)).int()
+    rows = is_erased.nonzero().flatten()
+    if not len(rows):
+        return pixels
+    ys, xs = torch.arange(height), torch.arange(width)
+    in_rows = (ys >= top[rows, None]) & (ys < (top + tall)[rows, None])
+    in_columns = (xs >= left[rows, None]) & (xs < (left + wide)[rows, None])
+    down, across, rows = (copied(values, pixels.device) for values in (in_rows, in_columns, rows))
+    inside = down[:, None, :, None] & across[:, None, None, :]
+    return pixels.index_copy_(0, rows, pixels[rows].masked_fill_(inside, 0))

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from config.settings import AUGMENT, BATCH_SIZE, EXIF, IMAGE_CACHE_DIR, IMG_SIZE, SPLIT_DIR
-from utils import get_optimal_workers
-from utils.augmentation import MEAN, STD, Normalisation, augment, normalise
+from utils import DEVICE, get_optimal_workers
+from utils.augmentation import MEAN, STD, Normalisation, augment, copied, normalise
 from utils.class_balance import balanced_order
 from utils.image_cache import DecodedImages, open_images
 from utils.resizing import decoded, evaluation_record, evaluation_resizing, resized_side, resizing_of_record
@@ -195,15 +195,17 @@ class DecodedDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.crops([index])[0], self.targets[index]
 
-    def crops(self, rows: Sequence[int] | np.ndarray) -> Tensor:
-        """Normalised centre crops of the given rows by the evaluation transform, float32 (B, 3, S, S)."""
-        pixels = torch.from_numpy(self.images.crops(rows)).permute(0, 3, 1, 2)
+    def crops(self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+        """Normalised centre crops of the given rows by the evaluation transform, float32 (B, 3, S, S) on `device`."""
+        pixels = copied(torch.from_numpy(self.images.crops(rows)), device).permute(0, 3, 1, 2)
         normal = normalise(pixels) if self.normalisation is None else self.normalisation.apply(pixels)
         return normal.contiguous()
 
 
 class BatchLoader:
-    """Batches (images (B, 3, S, S), labels (B,)) from a `DecodedDataset`, in this process.
+    """Batches (images (B, 3, S, S), labels (B,) on the CPU) from a `DecodedDataset`, in this process.
+
+    Images are transformed on `device`, by default the base pipeline's, and remain there.
 
     In training, every epoch is shuffled and augmented by a generator seeded with (seed, epoch), so that an epoch can
     be reproduced without the earlier ones; a last batch of one image is merged into the previous batch, since BatchNorm
@@ -219,6 +221,7 @@ class BatchLoader:
         seed: int = 0,
         kind: str = AUGMENT,
         balanced: bool = False,
+        device: torch.device | str | None = None,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
@@ -226,6 +229,7 @@ class BatchLoader:
         self.seed = seed
         self.kind = kind
         self.balanced = balanced
+        self.device = DEVICE if device is None else device
         self.epoch = 0
         self._labels = torch.tensor(dataset.targets, dtype=torch.int64)
 
@@ -254,11 +258,11 @@ class BatchLoader:
                 pixels = [torch.from_numpy(self.dataset.images.image(int(row)).copy()).permute(2, 0, 1) for row in rows]
                 images = self._augmented(pixels, generator)
             else:
-                images = self.dataset.crops(rows.numpy())
+                images = self.dataset.crops(rows.numpy(), self.device)
             yield images, self._labels[rows]
 
     def _augmented(self, pixels: list[Tensor], generator: torch.Generator) -> Tensor:
-        images = augment(pixels, self.dataset.size, self.kind, generator)
+        images = augment(pixels, self.dataset.size, self.kind, generator, self.device)
         normalisation = self.dataset.normalisation
         return images if normalisation is None else normalisation.replace_imagenet(images)
 

@@ -257,6 +257,7 @@ FIRST = (*MODEL, "trees", 0)
         (changed(*FIRST, "split_type", 0, value=1), "it splits by categories"),
         (changed(*FIRST, "split_indices", 0, value=2), "a feature is not one of 2"),
         (changed(*FIRST, "split_conditions", 3, value=float("inf")), "a number is not finite"),
+        (changed(*FIRST, "split_conditions", 3, value=1e300), "a number is not finite"),
         (changed(*FIRST, "split_conditions", 3, value="x"), "could not convert"),
     ],
 )

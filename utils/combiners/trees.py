@@ -249,7 +249,8 @@ def _booster(learner: Mapping[str, Any], classes: int) -> tuple[int, np.ndarray,
     _expect("num_class", int(parameters["num_class"]), classes)
     features, model = int(parameters["num_feature"]), booster["model"]
     # One number up to XGBoost 3.0, one per class from 3.1 on. This objective uses them without a transformation.
-    base = np.atleast_1d(np.array(json.loads(parameters["base_score"]), dtype=np.float32))
+    with np.errstate(over="ignore"):
+        base = np.atleast_1d(np.array(json.loads(parameters["base_score"]), dtype=np.float32))
     if base.shape not in ((1,), (classes,)) or not np.isfinite(base).all():
         raise ValueError(f"base_score is {parameters['base_score']}")
     trees, owners = model["trees"], np.array(model["tree_info"], dtype=np.int64)
@@ -261,7 +262,8 @@ def _booster(learner: Mapping[str, Any], classes: int) -> tuple[int, np.ndarray,
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
     def column(name: str, dtype: type) -> np.ndarray:
-        parts: list[np.ndarray] = [np.array(tree[name], dtype=dtype) for tree in trees]
+        with np.errstate(over="ignore"):  # checked below: a value beyond the type becomes infinite
+            parts: list[np.ndarray] = [np.array(tree[name], dtype=dtype) for tree in trees]
         if any(part.shape != (size,) for part, size in zip(parts, sizes, strict=True)):
             raise ValueError(f"{name} has not one entry for each node")
         return np.concatenate(parts)

@@ -17,7 +17,7 @@ def final(tmp_path):
     (folder / "onnx").mkdir(parents=True)
     (folder / "onnx" / "it.onnx").write_bytes(b"graph")
     digest = export_folder.file_sha256(folder / "onnx" / "it.onnx")
-    entry = {"status": "ok", "files": {"onnx/it.onnx": digest}, "source_digest": "s"}
+    entry = {"status": "ok", "files": {"onnx/it.onnx": digest}, "source_digest": "s", "size_mb": 0.1}
     export_folder.write_records(folder, {"training": {"ensemble": "it"}}, ("a", "b"), {"onnx": entry})
     return folder
 
@@ -76,6 +76,27 @@ def test_an_export_of_the_base_pipeline_is_not_replaceable(final, tmp_path):
 def test_formats_of_the_same_source_with_intact_files_are_reusable(final, digest, content, names):
     (final / "onnx" / "it.onnx").write_bytes(content)
     assert export_folder.reusable_formats(final, digest).keys() == names
+
+
+PARITY = {"max_abs_diff": 1e-7, "tolerance": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size_mb": None}, r"'onnx' / 'size_mb' is null; expected a number"),
+        ({"parity": PARITY | {"max_abs_diff": None}}, r"'parity' / 'max_abs_diff' is null; expected a number"),
+        ({"parity": PARITY | {"tolerance": None}}, r"'parity' / 'tolerance' is null; expected a number"),
+        ({"test_accuracy": {"change": None}}, r"'test_accuracy' / 'change' is null; expected a number"),
+    ],
+)
+def test_an_entry_of_written_files_has_the_numbers_that_are_shown(final, changes, words):
+    entry = export_folder.read_status(final)["onnx"]
+    write_json(final / export_folder.STATUS, {"onnx": dict(entry) | changes})
+    with pytest.raises(UserError, match=f"export_status.json: damaged, .*{words}. Export it again with --force"):
+        export_folder.read_status(final)
+    write_json(final / export_folder.STATUS, {"onnx": dict(entry) | changes | {"status": "failed"}})
+    assert export_folder.read_status(final)["onnx"]["status"] == "failed"
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../outside", "onnx/../../outside", "link/file", "a\0b"])

@@ -260,9 +260,7 @@ class Soak:
         wrong = [
             name
             for name in differences(self.workspace, fresh, OF_THE_BUILD)
-            if self.counts_as_result(name)
-            and not is_for_a_fit(name)
-            and not (is_score(name) and not (fresh / name).parent.exists())
+            if self.counts_as_result(name) and not is_for_a_fit(name) and not is_of_earlier(name, fresh)
         ]
         if wrong:
             raise ViolationError(f"a workspace from nothing differs in {wrong}")
@@ -290,9 +288,15 @@ def is_for_a_fit(name: str) -> bool:
     return name.startswith(outputs) and ("train" in name or "/val/folds." in name)
 
 
-def is_score(name: str) -> bool:
-    """Whether a file holds scores of one model, which stay when the configuration no longer asks for the model."""
-    return name.startswith("metrics_output/ensembles/") and name.count("/") > 2
+def is_of_earlier(name: str, fresh: Path) -> bool:
+    """Whether a file is of a model that was ranked once, and that the configuration no longer asks for.
+
+    Its scores stay, in a folder that the fresh workspace lacks, and so do the predictions that were scored where a
+    fuser reads the ensemble.
+    """
+    if name.startswith("metrics_output/ensembles/") and name.count("/") > 2:
+        return not (fresh / name).parent.exists()
+    return name.startswith("ensembles/models/") and "/predictions_" in name and not (fresh / name).exists()
 
 
 if __name__ == "__main__":

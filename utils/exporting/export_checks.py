@@ -95,8 +95,10 @@ def verify(workspace: Workspace, folder: Path, *, trust: bool = False) -> Result
     folder = _existing_folder(workspace, folder)
     if mismatches := export_folder.checksum_mismatches(folder):
         raise UserError(f"{folder}: changed since the export: {'; '.join(mismatches)}. {export_folder.EXPORT_AGAIN}")
-    status = _read_export_record(folder / export_folder.STATUS, export_folder.STATUS_FORM)
-    description = _read_export_record(folder / export_folder.METADATA, {"training": DESCRIPTION_FORM})["training"]
+    status = _required(folder / export_folder.STATUS, export_folder.read_status(folder))
+    metadata = folder / export_folder.METADATA
+    record = read_record(metadata, remedy=export_folder.EXPORT_AGAIN, form={"training": DESCRIPTION_FORM})
+    description = _required(metadata, record)["training"]
     exported_programs.require_runnable(workspace, folder, status, trust=trust)
     arrays = read_arrays(folder / CUSTOM / custom_format.PARITY_FILE, remedy=export_folder.EXPORT_AGAIN)
     checks: dict[str, Any] = {}
@@ -126,8 +128,8 @@ def _existing_folder(workspace: Workspace, folder: Path) -> Path:
     )
 
 
-def _read_export_record(path: Path, form: Form) -> dict[str, Any]:
-    record = read_record(path, remedy=export_folder.EXPORT_AGAIN, form=form)
+def _required(path: Path, record: dict[str, Any] | None) -> dict[str, Any]:
+    """The record of an export at `path`. Raises UserError if there is none."""
     if record is None:
         raise UserError(f"{path}: no such file, so the folder is not an export. Give the folder that export wrote")
     return record

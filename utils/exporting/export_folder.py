@@ -16,7 +16,7 @@ from utils.core.artifacts import read_json, read_record, write_json
 from utils.core.caches import Item, list_children
 from utils.core.errors import UserError, cannot_write
 from utils.core.links import require_unlinked
-from utils.core.record_forms import Each
+from utils.core.record_forms import Each, Form, problem_of
 
 STATUS, CHECKSUMS, METADATA, CLASSES = "export_status.json", "checksums.json", "metadata.json", "class_mapping.json"
 EXPORT_AGAIN = "Export it again with --force"
@@ -33,6 +33,12 @@ STATUS_FORM = Each(
         "test_accuracy?": Each(NUMBER_OR_NULL),
     }
 )
+WRITTEN_FORM: Form = {
+    "size_mb": float,
+    "parity?": {"max_abs_diff": float, "tolerance": float},
+    "test_accuracy?": Each(float),
+}
+"""Form of an entry whose status is ok, beyond that of any entry."""
 STAGED_NAME = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.partial")
 PREVIOUS_NAME = re.compile(r"\.(?P<name>.+)\.previous")
 
@@ -106,7 +112,12 @@ def is_replaceable(final: Path) -> bool:
 
 def read_status(folder: Path) -> dict[str, Any] | None:
     """`export_status.json`: {format: its entry}; None if there is none. Raises UserError if it is damaged."""
-    return read_record(folder / STATUS, remedy=EXPORT_AGAIN, form=STATUS_FORM)
+    path = folder / STATUS
+    status = read_record(path, remedy=EXPORT_AGAIN, form=STATUS_FORM)
+    for name, entry in (status or {}).items():
+        if entry["status"] == "ok" and (problem := problem_of(entry, WRITTEN_FORM, repr(name))) is not None:
+            raise UserError(f"{path}: damaged, {problem}. {EXPORT_AGAIN}")
+    return status
 
 
 def file_sha256(path: Path) -> str:

@@ -10,7 +10,8 @@ tflite. How the time grows with members and with images is the slope of its loga
 one JSON object.
 
 `--against` takes another commit's files from git and runs both pipelines in turn, each with its own configuration of
-the demo, on the same members; the recommended ensembles' test log-losses stand beside the ratio of the times.
+the demo, on the same members; the recommended ensembles' test log-losses stand beside the ratios of the times and of
+the processor seconds, which other programs change less.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -88,13 +90,23 @@ def comparison_rows(
     size: str, here: Sequence[dict[str, Any]], there: Sequence[dict[str, Any]], commit: str
 ) -> list[dict[str, Any]]:
     """Median seconds and the recommended ensembles' log-loss, beside those of the other commit."""
-    seconds, seconds_there = (statistics.median(run["seconds"] for run in runs) for runs in (here, there))
-    loss, loss_there = (statistics.median(run["log_loss"] for run in runs) for runs in (here, there))
+    (seconds, seconds_there), (cpu, cpu_there), (loss, loss_there) = (
+        [statistics.median(run[key] for run in runs) for runs in (here, there)]
+        for key in ("seconds", "cpu_seconds", "log_loss")
+    )
     ratio = seconds / seconds_there
     other = f"{loss_there:.4f} at {commit}"
     return [
         row(f"{size}: pipeline", ratio, "of the other's time", "at most 0.5", ratio <= 0.5, None),
         row(f"{size}: seconds", seconds, "s", None, None, f"{seconds_there:.1f} s at {commit}"),
+        row(
+            f"{size}: processor seconds",
+            cpu / cpu_there,
+            "of the other's",
+            None,
+            None,
+            f"{cpu:.0f} s, {cpu_there:.0f} s",
+        ),
         row("recommended ensemble, test log-loss", loss, "nats", "no higher", loss <= loss_there, other),
     ]
 
@@ -210,7 +222,7 @@ def pipeline(workspace: Path, output: Path, members: Sequence[str], *, project: 
         "import sys; import ensemble_orchestrator as program; code = program.main(sys.argv[1:]); "
         "print('torch' in sys.modules); sys.exit(code)"
     )
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), cpu_seconds_of_children()
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=clean_environment() | {"PYTHONPATH": str(project)},
@@ -219,14 +231,21 @@ def pipeline(workspace: Path, output: Path, members: Sequence[str], *, project: 
         check=False,
         cwd=project,
     )
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, cpu_seconds_of_children() - cpu_start
     if done.returncode not in (0, LEFT_OUT):
         raise SystemExit(f"pipeline with {len(members)} members ended with {done.returncode}; see the messages above")
     *_, document, torch = done.stdout.splitlines()
     results = json.loads(document)
     print(f"{len(members):3} members, {workspace.name}: {seconds:7.2f} s", file=sys.stderr, flush=True)
     stages = len([name for name in results if name != "failures"])
-    return {"seconds": seconds, "torch": torch == "True", "stages": stages, "left_out": results["failures"]}
+    facts = {"torch": torch == "True", "stages": stages, "left_out": results["failures"]}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds} | facts
+
+
+def cpu_seconds_of_children() -> float:
+    """Processor seconds of all processes that have ended and were waited for, with their own children."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

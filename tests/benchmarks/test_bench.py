@@ -192,8 +192,10 @@ def test_a_second_run_is_held_to_a_second_and_three_percent(pipeline):
 
 def test_another_commit_is_held_to_half_its_time_and_its_log_loss(pipeline):
     def verdicts(seconds, loss):
-        here = [{"seconds": value, "log_loss": loss} for value in seconds]
-        rows = pipeline.comparison_rows("2 members", here, [{"seconds": 10.0, "log_loss": 0.3}], "abc")
+        here = [{"seconds": value, "cpu_seconds": 2 * value, "log_loss": loss} for value in seconds]
+        there = [{"seconds": 10.0, "cpu_seconds": 10.0, "log_loss": 0.3}]
+        rows = pipeline.comparison_rows("2 members", here, there, "abc")
+        assert rows[2]["figure"] == pytest.approx(2 * rows[0]["figure"])
         return [(row["figure"], row["holds"]) for row in rows if row["goal"]]
 
     assert verdicts((4.0, 6.0), 0.3) == [(0.5, True), (0.3, True)]

@@ -144,6 +144,20 @@ def plotted(workspace):
     return {path.parent.name for path in (workspace / "metrics_output" / "ensembles").rglob("reliability.png")}
 
 
+def test_a_checkpoint_that_is_back_has_its_size_again(own_copy, orchestrator):
+    checkpoint = own_copy / "checkpoints" / "CustomConvNeXt_final.pth"
+    size = metrics(own_copy, "soft_voting_ensemble")["size_mb"]
+    away = checkpoint.rename(own_copy / "away.pth")
+    assert orchestrator("evaluate", "--force", *DEMO, workspace=own_copy).returncode == 0
+    without = metrics(own_copy, "soft_voting_ensemble")
+    assert without["size_mb"] is None
+    assert "missing files: CustomConvNeXt_final.pth" in without["notes"]["size_mb"]
+    assert "up to date" in orchestrator("evaluate", *DEMO, workspace=own_copy).stdout
+    away.rename(checkpoint)
+    assert orchestrator("evaluate", *DEMO, workspace=own_copy).returncode == 0
+    assert metrics(own_copy, "soft_voting_ensemble")["size_mb"] == size
+
+
 def test_conformal_sets_cover_test_rows_as_promised_over_ten_resplits(built):
     parts = []
     with np.load(built / "ensembles" / "models" / "soft_voting_ensemble" / "crossfit.npz") as arrays:

@@ -21,7 +21,7 @@ from utils.core.workspace import Workspace
 from utils.numeric import diversity
 from utils.numeric.metrics import softmax
 from utils.predictions import fold_networks, training_data, view_members
-from utils.predictions.catalog import Catalog, Member
+from utils.predictions.catalog import IMPORTED, Catalog, Member
 from utils.predictions.rows import Rows
 from utils.predictions.store import Store
 
@@ -65,7 +65,10 @@ def ranked_members(store: Store, members: Mapping[str, Member]) -> dict[str, Mem
 
 
 def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[str, Member], split: str) -> str:
-    """Return the digest of everything that a ranking depends on; no image and no checkpoint is read."""
+    """Return the digest of everything that a ranking depends on; no image and no checkpoint is read.
+
+    Checkpoints that are missing leave models without a size, so that the ranking is of other inputs once they are back.
+    """
     ensemble_digests = {name: ensemble.inputs_digest for name, ensemble in saved.items()}
     prediction_keys = {name: store.key(member, split) for name, member in members.items()}
     ranked = sorted(ranked_members(store, members))
@@ -73,7 +76,11 @@ def inputs_digest(store: Store, saved: Mapping[str, Ensemble], members: Mapping[
     settings = [config.runs.score_ensemble.optimization_metric, config.dataset.group_regex, config.seed]
     stated = training_data.stated(store.catalog, members)
     parts = [VERSION, split, ensemble_digests, prediction_keys, ranked, settings]
-    return digest_of([*parts, *([stated] if stated else [])])
+    checkpoints = [
+        entry["path"] for member in members.values() if member.source != IMPORTED for entry in member.checkpoints
+    ]
+    missing = sorted(path for path in checkpoints if not (store.workspace.base / path).is_file())
+    return digest_of([*parts, *([stated] if stated else []), *([{"missing": missing}] if missing else [])])
 
 
 def usable_ensembles(catalog: Catalog, saved: Mapping[str, Ensemble]) -> tuple[dict[str, Ensemble], dict[str, str]]:

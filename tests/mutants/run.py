@@ -142,7 +142,8 @@ def _test(copy: Path, tests: Sequence[str]) -> int:
         del os.environ[name]
     resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30,) * 2)
     os.chdir(copy)
-    sys.path = [place for place in sys.path if str(PROJECT) not in place]
+    environment = sys.prefix  # often a folder of the project, whose packages stay
+    sys.path = [folder for folder in sys.path if str(PROJECT) not in folder or folder.startswith(environment)]
     sys.dont_write_bytecode = True  # two changes within a second would share one compiled file
     options = (
         "-W",

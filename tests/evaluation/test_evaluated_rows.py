@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from given_predictions import empty_workspace, opened, take_in, write
@@ -27,6 +29,17 @@ def test_rows_are_those_that_all_members_have(store):
     rows, dropped = evaluated_rows.evaluated_rows(store, rows_of(store), "test")
     assert (rows.logits.shape, dropped) == ((3, 30, 3), 0)
     assert rows.sample_ids.tolist() == sorted(rows.sample_ids.tolist())
+
+
+@pytest.mark.parametrize(("split", "copies"), [("test", {"t1": "train/a", "t2": "val/c"}), ("val", {"d": "train/b"})])
+def test_copies_of_train_and_val_images_are_found_by_content(split, copies):
+    images = {
+        "train": SimpleNamespace(sample_ids=["a", "b"], contents=["1", "2"]),
+        "val": SimpleNamespace(sample_ids=["c", "d"], contents=["3", "2"]),
+        "test": SimpleNamespace(sample_ids=["t0", "t1", "t2", "t3"], contents=["7", "1", "3", "8"]),
+    }
+    rows = SimpleNamespace(sample_ids=images[split].sample_ids)
+    assert dict(evaluated_rows._copies(SimpleNamespace(images=images.get), rows, split)) == copies
 
 
 def test_rows_without_a_label_are_left_out(store):

@@ -63,9 +63,10 @@ def proved(
     python = {"python": tflite_conversion.python_interpreter()} if name == "tflite" else {}
     try:
         files = [staged / entry["path"]]
-        (answers,) = parity_check.run_in_subprocess(
+        with parity_check.RuntimeProcess(
             name, files, probe, network.output_names, scratch / "run", job={"threads": 1}, **python
-        )
+        ) as process:
+            (answers,) = process.outputs()
     except parity_check.FileRunError as error:
         return failed | {"reason": str(error)}
     return parity_check.compare_outputs(probe, answers) | {"latency_ms": answers.facts["latency_ms"]}

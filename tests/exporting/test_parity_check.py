@@ -12,7 +12,6 @@ from utils.exporting.parity_check import (
     RuntimeProcess,
     compare_outputs,
     make_batches,
-    run_in_subprocess,
 )
 
 
@@ -72,12 +71,17 @@ def test_rows_at_a_step_are_counted_and_left_out_of_the_end_to_end_comparison():
     )
 
 
+def outputs_of(*arguments):
+    with RuntimeProcess(*arguments) as process:
+        return process.outputs()
+
+
 def test_a_runtime_that_fails_says_why(tmp_path):
     path = tmp_path / "a.onnx"
     path.write_bytes(b"no model")
     probe = ReferenceBatches([(np.zeros((1, 3, 2, 2), dtype=np.float32),)], [np.arange(1)], np.ones((1, 1)))
     with pytest.raises(FileRunError, match=r"its runtime ended with 1: .*a.onnx: .*Protobuf"):
-        run_in_subprocess("onnx", [path], probe, ["probabilities"], tmp_path / "scratch")
+        outputs_of("onnx", [path], probe, ["probabilities"], tmp_path / "scratch")
 
 
 def test_a_runtime_that_takes_too_long_is_ended(tmp_path):
@@ -102,10 +106,10 @@ def test_the_files_of_a_format_share_a_process_and_answer_each_for_itself(tmp_pa
         save(model, files[-1])
     rows = np.array([[1, 2], [3, 4]], dtype=np.float32)
     probe = ReferenceBatches([(rows[:1],), (rows,)], [np.array([0]), np.array([0, 1])], np.ones((2, 2)))
-    same, negative = run_in_subprocess("onnx", files, probe, ["y"], tmp_path / "scratch")
+    same, negative = outputs_of("onnx", files, probe, ["y"], tmp_path / "scratch")
     assert same.outputs["y"].tolist() == [[1, 2], [1, 2], [3, 4]]
     assert negative.outputs["y"].tolist() == [[-1, -2], [-1, -2], [-3, -4]]
     assert same.facts["latency_ms"] > 0
     files[1].write_bytes(b"no model")
     with pytest.raises(FileRunError, match=r"negative.onnx: "):
-        run_in_subprocess("onnx", files, probe, ["y"], tmp_path / "scratch")
+        outputs_of("onnx", files, probe, ["y"], tmp_path / "scratch")

@@ -262,7 +262,7 @@ class _StudentTraining:
             if batch.mixing is not None:  # an image mixed with an unlabeled one has no label
                 labelled = labelled & labelled[batch.mixing.partner]
             with torch.autocast("cuda") if self.on_cuda else nullcontext():
-                logits, projected = self._forward(self._placed(images))
+                logits, projected = self._forward(images.to(self.device, memory_format=self.layout))
             loss = student_loss(
                 logits.float(),
                 labels[batch.rows],
@@ -287,10 +287,6 @@ class _StudentTraining:
             total, count = total + value * len(batch.rows), count + len(batch.rows)
             advance(1)
         return total / count
-
-    def _placed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in the memory format of the network, on its device, where the schedule has put them."""
-        return images.to(self.device, memory_format=self.layout)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits (B, C), and the projected embeddings (B, D) if they are matched."""

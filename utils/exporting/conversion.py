@@ -123,10 +123,7 @@ def check_parity(job: ConversionJob, status: Mapping[str, dict[str, Any]]) -> It
                 started = waiting.pop(0)
                 running[started] = _Check(job, started, status[started])
                 processes.enter_context(running[started].process)
-            checked = entry
-            if format_name in running:
-                checked = _checked_entry(job, running[format_name], entry)
-                del running[format_name]
+            checked = _checked_entry(job, running.pop(format_name), entry) if format_name in running else entry
             if checked["status"] == "failed":
                 export_folder.move_to_failed(job.staged, format_name)
             level = logging.INFO if checked["status"] == "ok" else logging.WARNING

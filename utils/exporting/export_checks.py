@@ -33,7 +33,7 @@ from utils.exporting.parity_check import (
     FileOutputs,
     FileRunError,
     ReferenceBatches,
-    run_in_subprocess,
+    RuntimeProcess,
 )
 from utils.exporting.reduced_precision import REDUCED
 
@@ -161,7 +161,7 @@ def _check_format(
     }
     files = [folder / file for file in export_folder.entry_files(folder, entry) if not file.endswith(".data")]
     try:
-        outputs_of_files = run_in_subprocess(
+        with RuntimeProcess(
             format_name,
             files,
             reference,
@@ -169,7 +169,8 @@ def _check_format(
             scratch / format_name,
             job=job,
             python=tflite_conversion.python_interpreter() if is_tflite else sys.executable,
-        )
+        ) as process:
+            outputs_of_files = process.outputs()
     except FileRunError as error:
         status = "failed" if format_name in STANDALONE else "skipped"
         return {"status": status, "words": str(error), "parity": None}

@@ -103,25 +103,6 @@ def named_arrays(number: int, batch: InputArrays) -> dict[str, np.ndarray]:
     return {f"{name}/{index:03d}": array for index, array in enumerate(batch)}
 
 
-def run_in_subprocess(
-    format_name: str,
-    files: Sequence[Path],
-    reference: ReferenceBatches,
-    outputs: Sequence[str],
-    scratch: Path,
-    *,
-    job: Mapping[str, Any] | None = None,
-    python: str = sys.executable,
-    seconds: float = TIMEOUT_SECONDS,
-) -> list[FileOutputs]:
-    """Run the files of one format on the reference batches in a new process; the arguments are those of RuntimeProcess.
-
-    Raises FileRunError as `RuntimeProcess.outputs` does.
-    """
-    with RuntimeProcess(format_name, files, reference, outputs, scratch, job=job, python=python) as process:
-        return process.outputs(seconds)
-
-
 class RuntimeProcess:
     """A process that runs the files of one format on the reference batches; leaving the context ends it.
 

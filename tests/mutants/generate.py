@@ -1,7 +1,8 @@
 """Mutants of a module, by small changes of its syntax: operators, comparisons, constants, conditions, statements.
 
 Each is a replacement of a few characters of the source, so that the rest of the file stays as it is. Left out are
-texts, annotations, what an error says, and imports: no test should depend on them.
+texts, annotations, what an error says, and imports: no test should depend on them. So are assertions, `assert` and the
+`strict=` of a `zip`, which only guard against mistakes of other code: with lists of equal length they change nothing.
 """
 
 from __future__ import annotations
@@ -86,9 +87,10 @@ class _Finder:
             )
             parts = value if isinstance(value, list) else [value]
             for child in parts if not is_left_out else ():
-                if isinstance(child, ast.AST) and not isinstance(
+                is_tested = isinstance(child, ast.AST) and not isinstance(
                     child, (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert)
-                ):
+                )
+                if is_tested and not _is_strictness(node, child):
                     yield child
 
     def of(self, node: ast.AST) -> Iterator[Mutant]:
@@ -176,6 +178,12 @@ def _is_log(node: ast.AST) -> bool:
     return (
         isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "logger"
     )
+
+
+def _is_strictness(node: ast.AST, child: ast.AST) -> bool:
+    """Whether the child is the argument `strict` of a call of `zip`."""
+    is_zip = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip"
+    return is_zip and isinstance(child, ast.keyword) and child.arg == "strict"
 
 
 def _is_type_checking(node: ast.expr) -> bool:

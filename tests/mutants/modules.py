@@ -14,7 +14,10 @@ MODULES: dict[str, tuple[str, ...]] = {
     "utils/predictions/training_evidence.py": ("predictions/test_training_evidence.py",),
     "utils/discovery/training_statements.py": ("discovery/test_training_statements.py",),
     "utils/evaluation/evaluated_rows.py": ("evaluation/test_evaluated_rows.py",),
-    "utils/building/selection_rule.py": ("building/test_recommendation.py",),
+    "utils/building/selection_rule.py": (
+        "building/test_selection_rule.py",
+        "building/test_recommendation.py",
+    ),
     "utils/building/recommendation.py": ("building/test_recommendation.py",),
     # alignment: rows by their ids, columns by the names of classes
     "utils/predictions/rows.py": ("predictions/test_rows.py",),
@@ -37,8 +40,12 @@ MODULES: dict[str, tuple[str, ...]] = {
         "combiners/test_weighting.py",
     ),
     # files: what is written, and what of strangers is read
-    "utils/core/artifacts.py": ("core/test_artifacts.py",),
+    "utils/core/artifacts.py": (
+        "core/test_artifacts.py",
+        "core/test_array_archives.py",
+    ),
     "utils/core/array_archives.py": (
+        "core/test_array_archives.py",
         "core/test_artifacts.py",
         "attacks/test_import_bombs.py",
         "predictions/test_prediction_files.py",

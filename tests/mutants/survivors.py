@@ -2,5 +2,38 @@
 
 from __future__ import annotations
 
-EQUIVALENT: dict[tuple[str, str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str, str], str] = {
+    (
+        "utils/building/selection_rule.py",
+        "first_new = max(self.group_of.values()) + 1",
+        "1",
+        "2",
+    ): "only which rows share an index matters, and no listed group has either index",
+    (
+        "utils/core/array_archives.py",
+        "if total > memory // 2:",
+        "memory // 2",
+        "memory / 2",
+    ): "the bytes of a machine's memory are an even number",
+    ("utils/core/artifacts.py", "BLOCK = 1 << 20", "1", "2"): "the same zeros are written in pieces of another size",
+    ("utils/core/artifacts.py", "BLOCK = 1 << 20", "20", "21"): "the same zeros are written in pieces of another size",
+    (
+        "utils/core/artifacts.py",
+        "umask = os.umask(0)",
+        "0",
+        "1",
+    ): "the mask is set back by the next line, before any file is created",
+    (
+        "utils/predictions/folds.py",
+        "VERSION = 3  # incremented whenever the assignment of the same rows changes",
+        "3",
+        "4",
+    ): "folds of another version are assigned again, with the same result",
+    (
+        "utils/predictions/training_evidence.py",
+        "highest = float(beta.ppf(1 - ALPHA / 2, errors + 1, hits)) if hits else 1.0",
+        "1.0",
+        "2.0",
+    ): "no half of an error rate is above 0.5, so that neither bound is below it",
+}
 """{(module, line of the source, old, new): why it changes nothing}"""

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest, fisher_exact, mannwhitneyu
 
-from utils.predictions.training_evidence import ALPHA, Scores, problems
+from utils.predictions.training_evidence import Scores, problems
 
 RNG = np.random.default_rng(0)
+ALPHA = 0.001  # as docs/contract.md states
 
 
 def scores(n, accuracy, mean_loss=None, seed=0):
@@ -75,3 +77,68 @@ def test_a_group_counts_as_one_row():
     assert of_groups[0].independent() == (40, 37)
     assert suspected({"test": scores(1000, 0.97)}, scores(1000, 0.80)) == ["test"]
     assert suspected({"test": replace(scores(1000, 0.97), units=40)}, scores(1000, 0.80)) == []
+
+
+def test_accuracies_are_suspected_from_the_p_value_of_fishers_test_on():
+    for other_hits in (20, 30, 40):
+        table = [(hits, [[hits, 60 - hits], [other_hits, 50 - other_hits]]) for hits in range(61)]
+        expected = {
+            hits: f"{p:.1g}"
+            for hits, counts in table
+            if (p := fisher_exact(counts, alternative="greater").pvalue) < ALPHA / 2
+        }
+        found = {}
+        for hits in range(61):
+            for problem in problems("m", {"val": Scores(60, hits), "test": Scores(50, other_hits)}):
+                if "it may have been trained on images of val" in problem.message:
+                    found[hits] = problem.message.partition("Fisher's exact p = ")[2].partition(")")[0]
+        assert found == expected
+        assert expected
+
+
+def test_losses_are_suspected_from_the_p_value_of_the_mann_whitney_test_on():
+    val, test = (np.random.default_rng(seed).gamma(1.0, 1.0, 50) for seed in (1, 2))
+    found, expected = [], []
+    for shift in np.linspace(0, 1, 41):
+        unseen = {"val": Scores(50, 30, val), "test": Scores(50, 30, test + shift)}
+        found.append(suspected(unseen) == ["val"])
+        expected.append(mannwhitneyu(val, test + shift, alternative="less").pvalue < ALPHA / 2)
+    assert found == expected
+    assert 0 < sum(expected) < 41
+
+
+def test_losses_of_a_higher_mean_are_never_suspected():
+    """Most rows have lower losses, and a few far higher ones, so that the mean is 3, or 1 as that of the others."""
+    val, test = np.linspace(0.1, 0.2, 50), np.linspace(0.3, 0.4, 50)
+    assert suspected({"val": Scores(50, 30, val), "test": Scores(50, 30, test)}) == ["val"]
+    for n, high in ((3, 50.0), (1, 50.0)):
+        few = np.where(np.arange(50) < n, high, 0.0)
+        assert suspected({"val": Scores(50, 30, few), "test": Scores(50, 30, np.ones(50))}) == []
+
+
+@pytest.mark.parametrize("missing", ["val", "test"])
+def test_losses_that_only_one_split_has_say_nothing(missing):
+    unseen = {"val": scores(60, 0.8, 0.1), "test": scores(60, 0.8, 5.0)}
+    assert suspected(unseen) == ["val"]
+    assert suspected(unseen | {missing: replace(unseen[missing], losses=None)}) == []
+
+
+def test_half_of_the_errors_are_told_by_the_ends_of_exact_intervals():
+    """The levels of both one-sided bounds are ALPHA / 2, so those of the two-sided intervals 1 - ALPHA."""
+
+    def error_interval(rows, hits):
+        return binomtest(rows - hits, rows).proportion_ci(confidence_level=1 - ALPHA, method="exact")
+
+    highest = [error_interval(60, hits).high for hits in range(61)]
+    numbers = set()
+    for other_hits in range(40):
+        found = [bool(suspected({"val": Scores(60, hits)}, Scores(40, other_hits))) for hits in range(61)]
+        lowest = error_interval(40, other_hits).low
+        assert found == [bound < lowest / 2 for bound in highest]
+        numbers.add(sum(found))
+    assert len(numbers) > 10  # the smallest number of hits depends on those of the fold networks
+
+
+@pytest.mark.parametrize("hits", [0, 990, 1000])
+def test_no_split_halves_the_errors_of_fold_networks_without_any(hits):
+    assert suspected({"test": Scores(1000, hits)}, Scores(1000, 1000)) == []

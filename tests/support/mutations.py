@@ -111,9 +111,9 @@ DEFECTS = (
     Defect(
         "an archive with overflowing sizes is accepted",
         "utils/core/array_archives.py",
-        "    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != n_bytes:",
+        "    if any(extent < 0 for extent in shape) or math.prod(shape) * max(dtype.itemsize, 1) != n_bytes:",
         "    if False:",
-        "tests/core/test_artifacts.py tests/predictions/test_prediction_files.py",
+        "tests/core/test_array_archives.py tests/predictions/test_prediction_files.py",
     ),
 )
 

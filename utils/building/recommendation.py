@@ -32,7 +32,6 @@ class Candidate:
     name: str
     kind: str
     """member or ensemble"""
-    method: str | None
     keys: tuple[Key, ...]
     losses: np.ndarray
     """Log-loss of each row in nats, (N,)"""
@@ -146,8 +145,6 @@ def _val_only_challenger(
     clear: dict[str, tuple[float, Candidate]] = {}
     for challenger in others:
         rows = sorted(set(challenger.keys) & set(winner.keys))
-        if not rows:
-            continue
         gain = _on(winner, winner.losses, rows) - _on(challenger, challenger.losses, rows)
         bounds = paired_interval(gain, units.groups_of(rows), level=1 - (1 - LEVEL) / len(others))
         if bounds is not None and bounds[0] > 0:
@@ -210,14 +207,14 @@ def recommend_among(
         probabilities = np.concatenate([softmax(np.asarray(part.logits)) for part in member_parts])
         labels = np.concatenate([np.asarray(part.labels) for part in member_parts])
         is_chosen = is_chosen_on_val(catalog, [name])
-        candidates.append(_candidate(name, None, keys, probabilities, labels, is_chosen=is_chosen))
+        candidates.append(_candidate(name, "member", keys, probabilities, labels, is_chosen=is_chosen))
     fold_of: dict[Key, int] = {}
     for ensemble, crossfit in crossfits:
         keys = crossfit.keys()
         fold_of |= zip(keys, crossfit.fold.tolist(), strict=True)
         is_chosen = is_chosen_on_val(catalog, [*ensemble.members, *ensemble.candidates])
         candidates.append(
-            _candidate(ensemble.name, ensemble, keys, crossfit.probabilities, crossfit.labels, is_chosen=is_chosen)
+            _candidate(ensemble.name, "ensemble", keys, crossfit.probabilities, crossfit.labels, is_chosen=is_chosen)
         )
     if not candidates:
         training_data.require_some_known(catalog, parts)
@@ -245,7 +242,7 @@ def _without_rows(catalog: Catalog, names: Iterable[str]) -> str:
 
 def _candidate(
     name: str,
-    ensemble: Ensemble | None,
+    kind: str,
     keys: list[Key],
     probabilities: np.ndarray,
     labels: np.ndarray,
@@ -254,5 +251,4 @@ def _candidate(
 ) -> Candidate:
     hits = probabilities.argmax(axis=1) == labels
     losses = log_loss_per_row(probabilities, labels)
-    kind, method = ("ensemble", ensemble.method) if ensemble else ("member", None)
-    return Candidate(name, kind, method, tuple(keys), losses, hits, is_chosen)
+    return Candidate(name, kind, tuple(keys), losses, hits, is_chosen)

@@ -36,9 +36,9 @@ class RowUnits:
 
         If a row has no fold, or all rows are in one fold, groups are assigned to `FOLDS` folds in turn.
         """
-        folds = np.array([self.fold_of.get(key, -1) for key in keys])
-        if folds.min() >= 0 and len(np.unique(folds)) > 1:
-            return folds
+        folds = [self.fold_of.get(key) for key in keys]
+        if None not in folds and len(set(folds)) > 1:
+            return np.array(folds)
         groups = self.groups_of(keys)
         units = np.arange(len(keys)) if groups is None else np.unique(groups, return_inverse=True)[1]
         return np.asarray(units % FOLDS)

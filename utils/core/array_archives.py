@@ -69,7 +69,7 @@ def read_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> ArrayHeader
         n_bytes = entry.file_size - header.tell()
     if dtype.hasobject:
         raise ValueError(f"{entry.filename} holds pickled objects (text goes into an array of type str)")
-    if min(shape, default=0) < 0 or math.prod(shape) * max(dtype.itemsize, 1) != n_bytes:
+    if any(extent < 0 for extent in shape) or math.prod(shape) * max(dtype.itemsize, 1) != n_bytes:
         raise ValueError(f"{entry.filename} declares {dtype} of shape {shape}; {n_bytes} bytes are there")
     return ArrayHeader(tuple(shape), dtype)
 

@@ -267,11 +267,11 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()).hexdigest()
 
 
-def _digest_or_empty(value: Any) -> str:
+def _digest_or_none(value: Any) -> str | None:
     try:
         return digest_of(value)
     except ValueError:  # NaN or a lone surrogate, which this project never writes
-        return ""
+        return None
 
 
 class FileDigests:
@@ -291,7 +291,7 @@ class FileDigests:
         }
         facts: dict[str, Any] = stored.get("facts", {})
         # Facts have many forms, so damage is detected by a digest; damaged facts are discarded.
-        is_intact = stored.get("facts_sha256") in (None, _digest_or_empty(facts))
+        is_intact = stored.get("facts_sha256") in (None, _digest_or_none(facts))
         self._facts = facts if is_intact else {}
         self._changed = not is_intact
 

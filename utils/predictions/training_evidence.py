@@ -97,6 +97,7 @@ def _halves_the_error(scores: Scores, reference: Scores) -> bool:
     from scipy.stats import beta
 
     (rows, hits), (other_rows, other_hits) = scores.independent(), reference.independent()
-    highest = 1.0 if not hits else float(beta.ppf(1 - ALPHA / 2, rows - hits + 1, hits))
-    lowest = float(beta.ppf(ALPHA / 2, other_rows - other_hits, other_hits + 1)) if other_rows > other_hits else 0.0
+    errors, other_errors = rows - hits, other_rows - other_hits
+    highest = float(beta.ppf(1 - ALPHA / 2, errors + 1, hits)) if hits else 1.0
+    lowest = float(beta.ppf(ALPHA / 2, other_errors, other_hits + 1)) if other_errors else 0.0
     return highest < lowest / 2

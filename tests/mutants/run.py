@@ -33,7 +33,7 @@ from survivors import EQUIVALENT  # noqa: E402
 
 GOAL = 0.9
 MINUTE, TIMES = 60.0, 5.0
-GIGABYTES = 16
+GIGABYTES, FILE_GIGABYTES = 16, 2
 PASSED = 0
 
 
@@ -141,6 +141,7 @@ def _test(copy: Path, tests: Sequence[str]) -> int:
     for name in [name for name in os.environ if name.startswith("DBT_")]:
         del os.environ[name]
     resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30,) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_GIGABYTES << 30,) * 2)  # a loop that writes would fill the disk
     os.chdir(copy)
     environment = sys.prefix  # often a folder of the project, whose packages stay
     sys.path = [folder for folder in sys.path if str(PROJECT) not in folder or folder.startswith(environment)]

@@ -51,6 +51,7 @@ def test_the_same_names_in_any_order_match():
         (("healthy", "Black Spot", "canker"), r"'Black Spot' is no class .*did you mean 'black_spot'\?"),
         (("healthy", "black-spot", "canker"), r"did you mean 'black_spot'\?"),
         (("healthy", "black_spot", "CANKER"), r"did you mean 'canker'\?"),
+        (("Black Spot", "Healthy", "canker"), r"'Black Spot' .* mean 'black_spot'\?; 'Healthy' .* mean 'healthy'\?\."),
         (("healthy", "black_spot", "cancer"), r"'cancer' is no class .*did you mean 'canker'\?"),
         (("healthy", "black_spot"), r"2 classes; the workspace has 3\. no output for canker"),
         (("healthy", "black_spot", "canker", "rust"), r"4 classes; the workspace has 3\. 'rust' is no class"),
@@ -62,3 +63,30 @@ def test_other_names_are_refused_with_both_lists(names, reason):
     assert f"The network's classes: {', '.join(names)}. The workspace's: black_spot, canker, healthy" in str(
         error.value
     )
+
+
+def test_of_many_names_twelve_are_shown_and_of_unknown_ones_three():
+    classes = tuple(f"class {letter}" for letter in "abcdefghijklm")
+    with pytest.raises(UserError) as error:
+        require_match(("v", "w", "x", "y"), classes, "leaf")
+    text = str(error.value)
+    assert text.startswith("leaf: 4 classes; the workspace has 13. 'v' is no class")
+    assert [f"{name!r} is no class" in text for name in "vwxy"] == [True, True, True, False]
+    assert "class k, class l and 1 more. Correct" in text
+    with pytest.raises(UserError, match=r"leaf: 12 classes; .* no output for class m\..*class k, class l\. The works"):
+        require_match(classes[:12], classes, "leaf")
+
+
+def test_the_same_number_of_other_names_is_refused_without_a_count():
+    with pytest.raises(UserError, match=r"^leaf: 'rust' is no class"):
+        require_match(("healthy", "black_spot", "rust"), CLASSES, "leaf")
+
+
+def test_a_list_with_some_placeholders_is_a_list_of_names():
+    assert class_list(["LABEL_0", "rust"], "config.json") == ("LABEL_0", "rust")
+    with pytest.raises(UserError, match=r"^config\.json: a, b occurs more than once"):
+        class_list(["b", "b", "a", "a", "c"], "config.json")
+    with pytest.raises(UserError, match="expected a list of class names"):
+        class_list(["a", ""], "config.json")
+    with pytest.raises(UserError, match=rf"^config\.json: {'a' * 60} occurs more than once"):
+        class_list(["a" * 61, "a" * 61], "config.json")

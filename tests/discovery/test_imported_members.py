@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from given_predictions import (
+    CLASSES,
     CONFIG,
     NAMES,
     arrays,
@@ -17,15 +20,22 @@ from given_predictions import (
     fewer,
     logged,
     opened,
+    shuffled,
     take_in,
     without,
     write,
 )
 
 from utils.building import build_commands
+from utils.core.artifacts import array_headers
 from utils.core.errors import UserError
+from utils.discovery import imported_members
+from utils.discovery.imported_members import agree_on_classes, match_images, to_workspace_order
 from utils.evaluation.evaluate import evaluate
-from utils.predictions import catalog
+from utils.predictions import catalog, prediction_files
+from utils.predictions.image_splits import ImageSplit
+from utils.predictions.prediction_files import Predictions
+from utils.predictions.rows import MemberRows, Samples
 
 
 @pytest.fixture
@@ -98,6 +108,144 @@ def test_one_member_and_one_class_are_told(tmp_path, workspace):
         build_commands.build_ensemble(CONFIG, workspace)
 
 
+def predictions(stem="val", change=lambda given: given):
+    """The content of a member's file."""
+    given = {"classes": None, "fold": None, "embeddings": None, "kind": "logits", **change(arrays(stem, 1))}
+    return Predictions(**given | {"classes": given["classes"] if given["classes"] is None else (*given["classes"],)})
+
+
+def images(ids, labels=None):
+    labels = np.array([CLASSES.index(name.partition("/")[0]) for name in ids]) if labels is None else labels
+    return {"val": ImageSplit("val", CLASSES, tuple(ids), labels, tuple(map(Path, ids)), tuple(ids), "")}
+
+
+def part(change=lambda given: given):
+    return {"val": to_workspace_order(predictions(change=change), "val", CLASSES)}
+
+
+IDS = sorted(arrays("val", 1)["sample_ids"].tolist())
+
+
+def test_rows_of_a_file_are_sorted_and_its_columns_named():
+    order = np.argsort(arrays("val", 1)["sample_ids"])
+    embeddings = np.arange(60.0).reshape(30, 2)
+    given = arrays("val", 1) | {"fold": np.arange(30) % 4, "embeddings": embeddings}
+    found = to_workspace_order(predictions(change=lambda _: shuffled(given, 3)), "val", CLASSES)
+    assert found.rows.sample_ids.tolist() == IDS
+    for name in ("labels", "logits"):
+        assert np.array_equal(getattr(found.rows, name), given[name][order])
+    assert np.array_equal(found.fold, given["fold"][order])
+    assert np.array_equal(found.embeddings, embeddings[order])
+    assert (found.rows.split, found.rows.out_of_sample.all()) == ("val", True)
+    in_sample = to_workspace_order(predictions("train"), "train", CLASSES).rows
+    assert (in_sample.split, in_sample.out_of_sample.any()) == ("train", False)
+
+
+def test_images_decide_rows_and_labels():
+    def extended(given):
+        more = {"fold": np.arange(30), "embeddings": np.arange(60.0).reshape(30, 2)}
+        return given | more | {"labels": np.full(30, -1)}
+
+    ids = [*IDS[:20], "cat/z.png"]
+    matched, problems = match_images("bayes", part(extended), images(ids))
+    rows = matched["val"].rows
+    assert rows.sample_ids.tolist() == IDS[:20]
+    assert rows.labels.tolist() == images(ids)["val"].labels[:20].tolist()
+    whole = part(extended)["val"]
+    for found, expected in (
+        (rows.logits, whole.rows.logits),
+        (rows.out_of_sample, whole.rows.out_of_sample),
+        (matched["val"].fold, whole.fold),
+        (matched["val"].embeddings, whole.embeddings),
+    ):
+        assert np.array_equal(found, expected[:20])
+    assert [(problem.code, problem.severity, problem.member, problem.message) for problem in problems] == [
+        ("rows_left_out", "warning", "bayes", "10 of 30 rows of val.npz are no images of val and are left out"),
+        ("rows_left_out", "warning", "bayes", "1 of 21 images of val are missing in val.npz"),
+    ]
+    assert match_images("bayes", part(), images(IDS))[1] == []
+
+
+def test_files_that_images_contradict_are_refused():
+    with pytest.raises(UserError, match=rf"nothing in common with the images of val; its first id is {IDS[0]}, the fi"):
+        match_images("bayes", part(), images(["ant/x.png"]))
+    labels = images(IDS)["val"].labels.copy()
+    labels[[4, 7]] = 2
+    first = rf"bayes: 2 label\(s\) of val.npz are not those of the class folders, first {IDS[4]}: ant instead of cat"
+    with pytest.raises(UserError, match=first):
+        match_images("bayes", part(), images(IDS, labels))
+    labels[labels == 0] = 1
+    some_unknown = part(lambda given: given | {"labels": np.where(given["labels"] == 0, -1, given["labels"])})
+    with pytest.raises(UserError, match=r"label\(s\) of val.npz are not those") as caught:
+        match_images("bayes", some_unknown, images(IDS, np.where(labels == 2, 0, labels)))
+    assert f"bayes: {int((images(IDS)['val'].labels == 2).sum())} label(s)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([("a", "b"), ("b", "a"), ("a", "c")], ("a", "b")),
+        ([("b", "c"), ("a", "c")], ("a", "c")),
+        ([None, ("b", "a")], ("a", "b")),
+        ([None, None], ("0", "1")),
+        ([tuple(map(str, range(12)))], tuple(map(str, range(12)))),
+        ([("1", "10", "9")], ("1", "10", "9")),
+    ],
+)
+def test_the_names_in_most_files_are_the_classes(monkeypatch, given, expected):
+    def of(classes):
+        width = 2 if classes is None else len(classes)
+        return Predictions(np.zeros((1, width)), np.zeros(1, int), np.array(["x"]), classes, None, None, "logits")
+
+    imports = {f"m{number}": {"val": of(classes)} for number, classes in enumerate(given)}
+    monkeypatch.setattr(imported_members, "apply_to_each", lambda names, step: None)
+    classes, problems = agree_on_classes(imports, None, has_images=False)
+    assert classes == expected
+    assert [problem.code for problem in problems] == ["classes_unnamed"] * (None in given)
+    assert agree_on_classes(imports, ("x", "y"), has_images=True) == (("x", "y"), [])
+
+
+@pytest.mark.parametrize(("count", "shown"), [(20, r"c18, c19$"), (21, r"c18, c19 and 1 more$")])
+def test_of_many_classes_twenty_are_shown(count, shown):
+    names = tuple(f"c{number}" for number in range(count))
+    with pytest.raises(UserError, match=r"has 3 columns and no `classes`; expected the \d+ classes c0, .*") as caught:
+        agree_on_classes({"m": {"val": predictions(change=without("classes"))}}, names, has_images=True)
+    assert re.search(shown, str(caught.value).removesuffix(" (nothing was imported)"))
+
+
+def rows_with(ids, *, split="val", out_of_sample=True):
+    count = len(ids)
+    return [
+        MemberRows(
+            split, CLASSES, np.array(ids), np.zeros(count, int), np.zeros((count, 3)), np.full(count, out_of_sample)
+        )
+    ]
+
+
+def test_a_member_that_shares_no_row_is_refused():
+    imported_members.require_rows_in_common("val", {"a": rows_with(["1", "2"]), "b": rows_with(["2"])})
+    imported_members.require_rows_in_common("val", {"a": rows_with(["1"])})
+    imported_members.require_rows_in_common("val", {"a": rows_with(["1"]), "b": rows_with(["2"], out_of_sample=False)})
+    with pytest.raises(
+        UserError, match=r"b: no row of val in common with the other members; its first id is 3, ano.* 1"
+    ):
+        imported_members.require_rows_in_common(
+            "val", {"a": rows_with(["1", "2"]), "b": rows_with(["3"]), "c": rows_with(["2"])}
+        )
+
+
+def test_ids_of_two_splits_are_told_where_all_labels_are_equal():
+    def found(first, second):
+        labels = {"train": {}, "val": first, "test": second}
+        samples = {split: Samples(split, tuple(ids), np.array([*ids.values()]), None) for split, ids in labels.items()}
+        return imported_members.sharing_problems({split: {} for split in samples}, samples)
+
+    (problem,) = found({"1": 0, "2": 1, "3": 2}, {"3": 2, "2": 1, "4": 0})
+    assert problem.message == "2 ids are in val and in test with equal labels, such as 2"
+    assert found({"1": 0, "2": 1}, {"1": 0, "2": 2}) == []
+    assert found({"1": 0}, {"2": 0}) == []
+
+
 # refusals -----------------------------------------------------------------------------------------------------------
 
 
@@ -161,17 +309,37 @@ def test_all_refusals_are_told_at_once(tmp_path, workspace):
 def test_folders_that_hold_no_predictions_are_told(tmp_path, workspace, caplog):
     folder = write(tmp_path / "given")
     (folder / "notes").mkdir()
+    (folder / ".cache").mkdir()
+    (folder / "README").write_text("no folder")
     shutil.copy(folder / "bayes" / "val.npz", folder / "bayes" / "vall.npz")
     with logged(caplog):
         take_in(workspace, folder)
     assert "notes is passed over: none of oof.npz, val.npz, test.npz, train.npz is in it" in caplog.text
     assert "vall.npz is passed over; did you mean 'val'?" in caplog.text
+    assert "README is passed over" not in caplog.text
+    assert ".cache is passed over" not in caplog.text
     with pytest.raises(UserError, match=r"these are one member's files, so give the folder above: --from .*given$"):
         take_in(workspace, folder / "bayes")
     with pytest.raises(UserError, match="no such folder; expected DIR/<member>"):
         take_in(workspace, folder / "none")
     with pytest.raises(UserError, match=r"neither oof\.npz nor val\.npz"):
         take_in(workspace, write(tmp_path / "test only", stems=("test",)))
+
+
+def test_all_files_together_may_need_half_of_the_memory(tmp_path, monkeypatch):
+    folder = write(tmp_path / "given", stems=("val",))
+    needed = sum(prediction_files.memory_needed(array_headers(path, remedy="")) for path in folder.glob("*/*.npz"))
+    monkeypatch.setattr(imported_members, "physical_memory", lambda: 2 * needed)
+    assert list(imported_members.read_folder(folder)) == list(NAMES)
+    monkeypatch.setattr(imported_members, "physical_memory", lambda: 2 * needed - 1)
+    with pytest.raises(UserError, match=r"the files of 3 members take 0.0 GB in memory at once, more than 0.0 GB"):
+        imported_members.read_folder(folder)
+    (folder / "bayes" / "val.npz").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"bayes/val\.npz: cannot be read"):
+        imported_members.read_folder(folder)
+    monkeypatch.setattr(prediction_files, "memory_limit", lambda: 0)
+    with pytest.raises(UserError, match=r"linear/val\.npz: .*a quarter of this machine's memory"):
+        imported_members.read_folder(folder)
 
 
 def test_names_of_ensembles_are_taken(tmp_path, workspace):

@@ -24,6 +24,18 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "1",
     ): "the mask is set back by the next line, before any file is created",
     (
+        "utils/core/strict_json.py",
+        "content = file.read(MOST_BYTES + 1)",
+        "1",
+        "2",
+    ): "one byte more than the limit shows that a file is too large, and two do",
+    (
+        "utils/discovery/imported_members.py",
+        "limit = physical_memory() // 2",
+        "physical_memory() // 2",
+        "physical_memory() / 2",
+    ): "the bytes of a machine's memory are an even number",
+    (
         "utils/predictions/folds.py",
         "VERSION = 3  # incremented whenever the assignment of the same rows changes",
         "3",

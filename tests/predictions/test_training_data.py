@@ -97,7 +97,8 @@ def test_what_is_derived_from_the_unknown_is_unknown_and_the_remedy_names_the_so
     training_data.require_some_known(listed, ["a", "leak_soup"])
     of_list = member("listed_soup", "file", source="derived", parents=("listed",))
     assert training_data.is_unknown(catalog_of(of_list), of_list)  # the list is gone with the parent
-    assert not training_data.is_unknown(catalog_of(of_list, member("listed", "file")), of_list)
+    for others in ((of_list,), ()):
+        assert not training_data.is_unknown(catalog_of(member("listed", "file"), *others), of_list)
 
 
 def test_the_remedy_for_what_outlives_its_network_names_the_network():
@@ -138,3 +139,70 @@ def test_members_without_a_split_in_common_are_refused_by_name():
         training_data.require_shared_splits(listed, {"a": [rows("val")], "wide": [rows("train")]})
     with pytest.raises(LeakageError, match=r"wide \(train\+val\) of no split.*exclude=\[wide\]"):
         training_data.require_shared_splits(listed, {"a": [rows("val")], "wide": []})
+
+
+@pytest.mark.parametrize("statement", training_data.STATEMENTS)
+def test_train_rows_are_unseen_by_full_networks_that_were_trained_on_none_of_them(store, statement):
+    each = member("m", statement)
+    opened = store(each)
+    write_arrays(
+        opened.workspace.training_data("m"), {"contents": np.array([f"train:{name}" for name in IDS["train"]])}
+    )
+    expected = statement == "none"
+    assert training_data.predicts_unseen_train_rows(opened, each) == expected
+    assert training_data.has_train_rows(opened, each) == expected
+    views = member("views", statement, source="derived", parents=("m",), views=("flip",))
+    assert training_data.predicts_unseen_train_rows(store(each, views), views) == expected
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"oof": {"rows": 3}}, True),
+        ({"oof": {"rows": 3}, "pretrained_on": "all"}, False),
+        ({"source": "imported"}, False),
+        ({"source": "derived"}, False),
+    ],
+)
+def test_train_rows_of_other_members_come_from_fold_networks_alone(store, entries, expected):
+    each = member("m", "none", **entries)
+    assert not training_data.predicts_unseen_train_rows(store(each), each)
+    assert training_data.has_train_rows(store(each), each) == expected
+
+
+@pytest.mark.parametrize(
+    ("statement", "splits"),
+    [
+        ("none", ("train", "val", "test")),
+        ("train", ("val", "test")),
+        ("train+val", ("test",)),
+        ("all", ()),
+        ("unknown", ("val", "test")),
+        ("file", ("val", "test")),
+    ],
+)
+def test_splits_are_unseen_by_what_they_were_not_stated_for(statement, splits):
+    rows = {"train": 2, "val": 0, "test": 0}
+    each = member("m", statement, training_list={"rows": rows, "digest": "", "unmatched": 0})
+    assert training_data.unseen_splits(each) == splits
+
+
+def test_a_soup_whose_parent_was_removed_keeps_its_own_statement():
+    soup = member("soup", "train", source="derived", parents=("gone",))
+    assert not training_data.is_unknown(catalog_of(soup), soup)
+    started = member("m", pretrained_on="unknown")
+    assert training_data.is_unknown(catalog_of(started), started)
+
+
+def test_the_widest_statement_is_that_on_averaged_weights():
+    order = ("none", "train", "file", "train+val", "all", "unknown")
+    for number, widest in enumerate(order):
+        assert training_data.combined(order[: number + 1][::-1]) == widest
+
+
+def test_a_parent_that_two_ways_lead_to_is_listed_once():
+    first = member("a")
+    left, right = (member(name, source="derived", parents=("a",)) for name in ("left", "right"))
+    both = member("both", source="derived", parents=("left", "right", "gone"))
+    found = training_data.lineage(catalog_of(first, left, right, both), both)
+    assert sorted(each.name for each in found) == ["a", "both", "left", "right"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def class_list(value: Any, where: str) -> tuple[str, ...] | None:
         value = [entry for _, entry in sorted(value.items(), key=lambda item: int(item[0]))]
     if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
         raise UserError(f"{where}: {str(value)[:60]!r}; expected a list of class names. Correct the file")
-    repeated = {name for name in value if value.count(name) > 1} if len(set(value)) < len(value) else set()
+    repeated = [name for name, count in Counter(value).items() if count > 1]
     if repeated:
         raise UserError(f"{where}: {_shown(sorted(repeated))} occurs more than once. Correct the file")
     return None if all(PLACEHOLDER.fullmatch(name) for name in value) else tuple(value)

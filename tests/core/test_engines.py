@@ -19,10 +19,10 @@ from conftest import PROJECT, run_python
 from given_predictions import write
 
 from utils import commands
-from utils.combiners.perceptron import PerceptronLearner
-from utils.core import engines
+from utils.combiners.gating import AttentionLearner
+from utils.core import engines, worker_processes
 from utils.core.errors import ConfigError, UserError
-from utils.numeric import nested_cv
+from utils.numeric import nested_cv, setting_paths
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'ray>=2.40,<3'")
 THREE = "runs.stacking.meta_learners=[lr,xgb,mlp]"
@@ -88,43 +88,139 @@ def with_process(shared, item):
     return shared.sum() + item, os.getpid()
 
 
-def test_jobs_that_take_long_run_in_processes_and_keep_their_order(monkeypatch):
-    monkeypatch.setattr(engines, "MIN_REMAINING_SECONDS", -1)
-    values = np.arange(400_000)  # large enough to be shared by a file
-    found = list(engines.Local().map(with_process, range(5), shared=(values,), n_processes=2, threads_per_job=1))
-    assert [value for value, _ in found] == [values.sum() + item for item in range(5)]
-    assert {process for _, process in found[:2]} == {os.getpid()}, "the first two show here how long they take"
-    assert os.getpid() not in {process for _, process in found[2:]}
+def slow_with_process(shared, item):
+    time.sleep(0.3)
+    return with_process(shared, item)
+
+
+@pytest.fixture(params=[worker_processes.FORK, worker_processes.SPAWN])
+def start_method(request, monkeypatch):
+    """Both ways to start workers."""
+    monkeypatch.setattr(worker_processes, "start_method", lambda: request.param)
+    return request.param
+
+
+@pytest.fixture
+def at_once(start_method, monkeypatch):
+    """Every set of jobs seems to be worth the start of workers."""
+    monkeypatch.setitem(worker_processes.START_SECONDS, start_method, -1)
+
+
+def test_jobs_that_take_long_run_in_processes_and_keep_their_order(start_method):
+    values = np.arange(400_000)
+    found = list(engines.Local().map(slow_with_process, range(6), shared=(values,), n_processes=2, are_long=True))
+    assert [value for value, _ in found] == [values.sum() + item for item in range(6)]
+    processes = {process for _, process in found}
+    assert os.getpid() in processes, "this process takes a part"
+    assert len(processes) == 2
 
 
 def test_jobs_that_do_not_take_long_stay_here():
-    found = list(engines.Local().map(with_process, range(5), shared=(np.zeros(1),), n_processes=2, threads_per_job=1))
+    found = list(engines.Local().map(with_process, range(5), shared=(np.zeros(1),), n_processes=2))
     assert {process for _, process in found} == {os.getpid()}
 
 
-def test_what_a_process_warns_of_and_raises_arrives_here(monkeypatch, heard):
-    monkeypatch.setattr(engines, "MIN_REMAINING_SECONDS", -1)
+def test_jobs_that_turn_out_to_take_long_are_shared():
+    found = list(engines.Local().map(slow_with_process, range(6), shared=(np.zeros(1),), n_processes=2))
+    processes = [process for _, process in found]
+    assert processes[0] == os.getpid(), "the first one shows here how long it takes"
+    assert len(set(processes)) == 2
+
+
+def with_jobs_inside(item):
+    """The processes of jobs that a job starts, and the number of threads that it gets for others."""
+    local = engines.Local()
+    processes = {process for _, process in local.map(with_process, range(3), shared=(np.zeros(1),), n_processes=2)}
+    threads = {thread for _, thread in local.map(with_thread, range(8), n_threads=8)}
+    return processes == {os.getpid()}, len(threads)
+
+
+def with_thread(item):
+    time.sleep(0.02)
+    return item, threading.get_ident()
+
+
+def test_jobs_beside_others_start_no_processes_and_share_the_cores(start_method):
+    found = list(engines.Local().map(with_jobs_inside, range(4), n_processes=2, are_long=True))
+    threads = max(1, engines.cores() // 2)
+    assert found == [(True, threads)] * 4
+    assert worker_processes.n_side_by_side() == 1
+
+
+def test_what_a_process_warns_of_and_raises_arrives_here(at_once, heard):
     assert list(engines.Local().map(warned, range(4), n_processes=2)) == [0, 1, 2, 3]
     assert [f"job {item} has something to say" in heard.text for item in range(4)] == [True] * 4
     with pytest.raises(UserError, match=r"job [23]: refused"):
         list(engines.Local().map(refused_later, range(4), n_processes=2))
 
 
-def test_jobs_go_on_here_when_a_process_dies(tmp_path, monkeypatch, heard):
-    monkeypatch.setattr(engines, "MIN_REMAINING_SECONDS", -1)
-    found = engines.Local().map(killed_once, range(4), shared=(str(tmp_path),), description="fits", n_processes=2)
+def killed_in_a_worker(folder, here, item):
+    """Jobs end their worker by SIGKILL, as running out of memory would."""
+    Path(folder, f"{item}.{os.getpid()}").touch()
+    if os.getpid() != here:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.2)
+    return item
+
+
+def test_jobs_go_on_here_when_a_process_dies(tmp_path, at_once, heard):
+    shared = (str(tmp_path), os.getpid())
+    found = engines.Local().map(killed_in_a_worker, range(4), shared=shared, description="fits", n_processes=2)
     assert list(found) == [0, 1, 2, 3]
     assert "fits: a worker process died" in heard.text
-    assert (tmp_path / f"2.{os.getpid()}").exists()
+    assert sorted(path.name for path in tmp_path.glob(f"*.{os.getpid()}")) == [f"{n}.{os.getpid()}" for n in range(4)]
 
 
-def test_fits_in_processes_give_the_bytes_of_here(monkeypatch):
+def waits_in_a_worker(folder, here, item):
+    if os.getpid() != here:
+        Path(folder, str(os.getpid())).touch()
+        time.sleep(600)
+    while not list(Path(folder).iterdir()):
+        time.sleep(0.02)
+    raise UserError("refused here")
+
+
+def test_an_error_ends_jobs_that_are_running(tmp_path, start_method):
+    shared = (str(tmp_path), os.getpid())
+    with pytest.raises(UserError, match="refused here"):
+        list(engines.Local().map(waits_in_a_worker, range(3), shared=shared, n_processes=2, are_long=True))
+    (worker,) = (int(path.name) for path in tmp_path.iterdir())
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def trained(item):
+    """The weights of a small network after a few steps."""
+    import torch
+
+    torch.manual_seed(item)
+    network = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+    optimizer = torch.optim.AdamW(network.parameters())
+    for _ in range(5):
+        optimizer.zero_grad()
+        network(torch.randn(512, 64)).square().mean().backward()
+        optimizer.step()
+    return torch.nn.utils.parameters_to_vector(network.parameters()).detach().numpy()
+
+
+def test_workers_train_after_their_parent_has_trained_on_several_threads(start_method):
+    import torch
+
+    with setting_paths.torch_threads(2):
+        torch.randn(2000, 2000) @ torch.randn(2000, 2000)
+        trained(0)
+    with setting_paths.torch_threads(1):
+        expected = [trained(item) for item in range(4)]
+        found = list(engines.Local().map(trained, range(4), n_processes=2, are_long=True))
+    assert [weights.tobytes() for weights in found] == [weights.tobytes() for weights in expected]
+
+
+def test_fits_in_processes_give_the_bytes_of_here(at_once):
     rng = np.random.default_rng(0)
     labels, folds = rng.integers(0, 3, 60), np.arange(60) % 3
     logits = rng.normal(size=(2, 60, 3)).astype(np.float32) + 2 * np.eye(3, dtype=np.float32)[labels]
-    learner = PerceptronLearner(("probabilities",), (8,), 4, 0.01, 0.1, 0)
+    learner = AttentionLearner(8, 4, 0.01, 0)
     here = nested_cv.cross_validate(learner, logits, labels, folds, n_jobs=1)
-    monkeypatch.setattr(engines, "MIN_REMAINING_SECONDS", -1)
     beside = nested_cv.cross_validate(learner, logits, labels, folds, n_jobs=2)
     for name in ("setting_losses", "nested_crossfit"):
         assert getattr(here, name).tobytes() == getattr(beside, name).tobytes(), name

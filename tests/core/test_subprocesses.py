@@ -117,8 +117,7 @@ def test_idle_workers_of_a_killed_command_end(tmp_path):
     program = """
 sys.path.insert(0, folder)
 from jobs_of_workers import marked
-engines.MIN_REMAINING_SECONDS = -1
-list(engines.Local().map(marked, range(6), shared=(folder,), n_processes=2))
+list(engines.Local().map(marked, range(6), shared=(folder,), n_processes=2, are_long=True))
 Path(folder, str(os.getpid())).unlink()  # what ran here before the workers started
 print("ready")
 time.sleep(600)

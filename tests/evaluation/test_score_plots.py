@@ -11,7 +11,7 @@ import pytest
 from conftest import PROJECT
 from given_predictions import CONFIG, empty_workspace
 
-from utils.core import engines
+from utils.core import engines, worker_processes
 from utils.core.errors import ConfigError
 from utils.evaluation import score_plots
 from utils.evaluation.class_scores import add_class_scores
@@ -81,7 +81,7 @@ def test_many_pictures_are_drawn_in_processes_with_the_same_bytes(tmp_path, monk
         return [picture.path.read_bytes() for picture in pictures]
 
     here = drawn("here")
-    monkeypatch.setattr(engines, "MIN_REMAINING_SECONDS", -1)
+    monkeypatch.setitem(worker_processes.START_SECONDS, worker_processes.FORK, -1)
     monkeypatch.setattr(engines, "cores", lambda: 2)
     assert drawn("beside") == here
 

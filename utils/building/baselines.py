@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,8 +42,30 @@ def measure(
     """Measure best single member, mean, greedy selection, convex weights and log-linear pool on logits (M, N, C).
 
     Takes labels (N,), folds (N,) and groups (N,). All baselines are cross-fitted and have temperatures, as the
-    combiners that are compared with them; the best single member of a fold is the best on the other folds.
+    combiners that are compared with them; the best single member of a fold is the best on the other folds. Equal inputs
+    are measured once per process, since the commands of a pipeline compare their combiners on the same rows.
     """
+    key = _digest(config, members, logits, labels, folds)
+    if key not in _measured:
+        _measured[key] = _measure(config, members, logits, labels, folds)
+    return replace(_measured[key], groups=groups)
+
+
+_measured: dict[str, Baselines] = {}
+"""Baselines without groups, by the digest of their inputs."""
+
+
+def _digest(config: Config, members: MemberFacts, *arrays: np.ndarray) -> str:
+    digest = hashlib.sha256(repr((config.digest("runs.score_ensemble", "seed"), members.names)).encode())
+    for array in (members.recorded_accuracy, members.latency_ms, members.size_mb, *arrays):
+        digest.update(repr((array.shape, array.dtype.str)).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _measure(
+    config: Config, members: MemberFacts, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray
+) -> Baselines:
     losses = {}
     best_single = CalibratedBestSingle.configured(config, members)
     weighted = WeightedPool.configured(config, members)
@@ -55,7 +78,7 @@ def measure(
     }
     for name, recipe in recipes.items():
         losses[name] = log_loss_per_row(fit_crossfitted(recipe, logits, labels, folds), labels)
-    return Baselines(losses, members.names[int(best_single.weights.argmax())], groups)
+    return Baselines(losses, members.names[int(best_single.weights.argmax())])
 
 
 def compare(baselines: Baselines, losses: np.ndarray) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from utils.predictions.store import IMPORT, Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 9  # incremented when the same inputs would give a different ensemble
+VERSION = 10  # incremented when the same inputs would give a different ensemble
 KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
 
 
@@ -210,12 +210,40 @@ def build(
         post_fit: Returns further entries of `ensemble.json`, given the fitted combiner over all members and its
             cross-fitted predictions.
     """
-    rows = out_of_sample.rows
     if crossfit is None:
         fitted = fit(recipe, out_of_sample, baselines=baselines)
     else:
         fitted = evaluate_fit(recipe, crossfit, out_of_sample, baselines)
-    fitted_on = Provenance(row_sets(rows) if recipe.learns else (), ())
+    return save(
+        store,
+        name,
+        method,
+        fitted,
+        members,
+        out_of_sample,
+        extra_inputs=extra_inputs,
+        prior_provenance=prior_provenance,
+        notes=notes,
+        post_fit=post_fit,
+    )
+
+
+def save(
+    store: Store,
+    name: str,
+    method: str,
+    fitted: Fitted,
+    members: Sequence[Member],
+    out_of_sample: OutOfSampleRows,
+    *,
+    extra_inputs: Any = None,
+    prior_provenance: Sequence[Provenance] = (),
+    notes: Mapping[str, Any] | None = None,
+    post_fit: Callable[[Combiner, Crossfit], Mapping[str, Any]] | None = None,
+) -> Ensemble:
+    """Save a fit on all out-of-sample rows as an ensemble of the members that it needs; see `build`."""
+    rows, combiner = out_of_sample.rows, fitted.combiner
+    fitted_on = Provenance(row_sets(rows) if combiner.learns else (), ())
     needed_members = [member for member, needed in zip(members, fitted.used, strict=True) if needed]
     # The copies of the recipe that make the cross-fitted predictions may need any of the candidates.
     unknown = training_data.unknown_names(store.catalog, rows.members)
@@ -226,7 +254,7 @@ def build(
         members=tuple(member.name for member in needed_members),
         candidates=rows.members,
         classes=rows.classes,
-        combiner=fitted.combiner.restricted(fitted.used),
+        combiner=combiner.restricted(fitted.used),
         provenance=ensembles.merge_provenance([networks, fitted_on, *prior_provenance]),
         inputs_digest=inputs_digest(store.config, store, members, method, extra_inputs=extra_inputs),
         member_digests={member.name: fold_networks.digest(member, rows.inference) for member in members},
@@ -237,10 +265,10 @@ def build(
     record: dict[str, Any] = {
         **(notes or {}),
         **fitted.entries,
-        **(post_fit(fitted.combiner, fitted.crossfit) if post_fit else {}),
+        **(post_fit(combiner, fitted.crossfit) if post_fit else {}),
         **({} if extra_inputs is None else {"depends_on": extra_inputs}),
         **({"overrides": list(recorded)} if (recorded := store.config.recorded_overrides) else {}),
-        "config_digest": store.config.digest(*recipe.settings, "dataset.group_regex", "seed"),
+        "config_digest": store.config.digest(*combiner.settings, "dataset.group_regex", "seed"),
     }
     ensembles.save(store.workspace, ensemble, fitted.crossfit, record)
     logger.info("built %s from %d of %d members", name, len(ensemble.members), len(rows.members))

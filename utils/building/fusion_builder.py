@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.building import baselines, embedding_rows, end_to_end, ensembles, fitting
+from utils.building import baselines, embedding_rows, end_to_end, ensembles, family_fits, fitting
 from utils.building.baselines import Baselines
 from utils.building.builder_protocol import Build, Builder, Session, summary_line
 from utils.building.embedding_rows import EmbeddedRows
@@ -23,6 +23,7 @@ from utils.fusion_methods import COMBINERS
 from utils.numeric.means import mean_interval
 from utils.numeric.metrics import log_loss, log_loss_per_row
 from utils.numeric.nested_cv import inner_folds
+from utils.numeric.setting_paths import FIT_THREADS, torch_threads
 from utils.predictions import fold_networks
 from utils.predictions.catalog import Member
 from utils.predictions.extraction import STREAMED_SPLITS
@@ -157,11 +158,26 @@ def _fit_all(session: Session, members: Sequence[Member], names: Sequence[str]) 
     facts = fitting.member_facts(store, members)
     requested = store.config.runs.fusion.train_embeddings
     bases, reason = _bases(store, members, facts, requested)
-    failures = {}
     for name in names:
+        logger.info("fitting %s on the embeddings of %d members", name, len(members))
+    tasks = [(name, kind) for name in names for kind in bases]
+    results = family_fits.fit_each(
+        _fit,
+        tasks,
+        shared=(store.config, facts, bases),
+        description="fusions",
+        n_logits=next(iter(bases.values())).judged.rows.logits.size,
+        are_nested=True,
+    )
+    failures: dict[str, str] = {}
+    for name in names:
+        chosen, gain = next(iter(bases)), None
         try:
-            fits = {kind: _fit(store.config, facts, name, basis) for kind, basis in bases.items()}
-            chosen, gain = next(iter(fits)), None
+            fits: dict[str, Fit] = {}
+            for kind, result in list(zip(bases, results, strict=False)):  # the next result of each kind
+                if isinstance(result, UserError):
+                    raise result
+                fits[kind] = result
             if len(fits) > 1:
                 gain = gain_of_val(fits[VAL].crossfit, fits[ALIGNED].crossfit, bases[ALIGNED].judged.groups)
                 chosen = VAL if gain.favours_val else ALIGNED
@@ -283,10 +299,14 @@ def _basis(store: Store, facts: MemberFacts, embedded: EmbeddedRows, *, in_sampl
     return Basis(fitted, judged, simple, embedded.facts)
 
 
-def _fit(config: Config, facts: MemberFacts, name: str, basis: Basis) -> Fit:
-    recipe = COMBINERS[name].configured(config, facts)
+def _fit(config: Config, facts: MemberFacts, bases: Mapping[str, Basis], name_and_kind: tuple[str, str]) -> Fit:
+    name, kind = name_and_kind
+    with torch_threads(FIT_THREADS):
+        return _fit_on(bases[kind], COMBINERS[name].configured(config, facts))
+
+
+def _fit_on(basis: Basis, recipe: Combiner) -> Fit:
     fitted, judged = basis.fitted, basis.judged
-    logger.info("fitting %s on %d rows of %d members", name, len(fitted.fold), len(facts.names))
     if judged is fitted:
         return Fit(recipe, ensembles.crossfit(recipe, fitted.rows, fitted.fold))
     rows = judged.rows

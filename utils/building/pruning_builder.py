@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from utils.building import ensembles, fitting, latency
+from utils.building import ensembles, family_fits, fitting, latency
 from utils.building.builder_protocol import LEFT_OUT, Build, Builder, Session
-from utils.combiners.protocol import MemberFacts
+from utils.building.fitting import Fitted, OutOfSampleRows
+from utils.combiners.protocol import Combiner, MemberFacts
 from utils.combiners.pruning import COMBINERS
 from utils.combiners.subset_search import BudgetError
 from utils.core.artifacts import write_json
 from utils.core.config import Config
+from utils.core.errors import UserError
 from utils.core.parsed_files import record_once
 
 logger = logging.getLogger("disease_pipeline")
@@ -61,13 +63,18 @@ class PruningBuilder(Builder):
         _warn_about_budget(config, facts)
         rows = session.rows(members, kind=config.runs.score_ensemble.fit_rows)
         extra_inputs = latency.latency_inputs(facts, records)
+        recipes = [COMBINERS[name].configured(config, facts) for name in names]
+        results = family_fits.fit_each(
+            _fit, recipes, shared=(rows,), description="prunings", n_logits=rows.rows.logits.size, are_nested=False
+        )
         reasons: dict[str, str] = {}
-        for name in names:
-            recipe = COMBINERS[name].configured(config, facts)
-            try:
-                fitting.build(store, name, name, recipe, members, rows, extra_inputs=extra_inputs)
-            except BudgetError as error:
-                reasons[name] = str(error)
+        for name, fitted in zip(names, results, strict=True):
+            if isinstance(fitted, BudgetError):
+                reasons[name] = str(fitted)
+            elif isinstance(fitted, UserError):
+                raise fitted
+            else:
+                fitting.save(store, name, name, fitted, members, rows, extra_inputs=extra_inputs)
         _note(session, names, reasons, extra_inputs)
         return Build(session, tuple(name for name in names if name not in reasons))
 
@@ -81,6 +88,10 @@ class PruningBuilder(Builder):
             measured = [f"{value:.4g} {unit}" for value, unit in costs if value is not None]
             lines.append(f"    {', '.join([members, *measured])}")
         return lines
+
+
+def _fit(rows: OutOfSampleRows, recipe: Combiner) -> Fitted:
+    return fitting.fit(recipe, rows)
 
 
 def _note(

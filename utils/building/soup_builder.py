@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from utils.building import ensembles, fitting
+from utils.building import ensembles, family_fits, fitting
 from utils.building.builder_protocol import Build, Builder, Session, summary_line
 from utils.building.ensembles import Provenance
 from utils.core.artifacts import digest_of, write_checkpoint, write_json
@@ -26,6 +25,7 @@ from utils.core.parsed_files import record_once
 from utils.discovery import discover
 from utils.networks.checkpoints import training_metadata
 from utils.numeric.paired_comparison import CANNOT_TELL, compare_losses
+from utils.predictions import extraction, streaming
 from utils.predictions.catalog import Member, preprocessing_entry
 from utils.predictions.row_groups import row_groups
 from utils.predictions.store import Store
@@ -138,20 +138,21 @@ class SoupBuilder(Builder):
         built: list[str] = []
         failed: list[str] = []
         failures = []
+        damage = {} if force else _damage(session, backbones)  # so that the user decides
+        results = _mixed_each(session.store, _methods(session), [each for each in backbones if each.name not in damage])
         for number, member in enumerate(backbones, start=1):
-            start = time.monotonic()
             try:
-                if not force:
-                    _record(session, member)  # raises if it is damaged, so that the user decides
-                session, soups = _build_backbone(session, member)
+                mixed = damage.get(member.name) or next(results)
+                if isinstance(mixed, UserError):
+                    raise mixed
+                session, soups = _save(session, member, mixed)
             except UserError as error:
                 failures.append(f"{CONFIG_KEY}: {member.name}: {error}")
                 failed += [ensemble_name(key, member) for key in _methods(session)]
                 continue
             built += soups
             if soups:
-                seconds = time.monotonic() - start
-                logger.info("[%d/%d] soups of %s: %.1f s", number, len(backbones), member.name, seconds)
+                logger.info("[%d/%d] soups of %s", number, len(backbones), member.name)
         return Build(session, tuple(built), tuple(failed), tuple(failures))
 
     def describe(self, session: Session, states: Mapping[str, str]) -> list[str]:
@@ -192,26 +193,55 @@ def _record(session: Session, member: Member) -> dict[str, Any] | None:
     return record_once(session.workspace.soup(member.name), remedy=AGAIN)
 
 
-def _build_backbone(session: Session, member: Member) -> tuple[Session, list[str]]:
-    """Build the soups of one backbone; return the session with their networks, and the names of the ensembles."""
-    require_no_symlink(session.workspace.derived_checkpoints)
+def _damage(session: Session, members: Sequence[Member]) -> dict[str, UserError]:
+    """Return {backbone: the error of reading its record} for damaged records."""
+    errors = {}
+    for member in members:
+        try:
+            _record(session, member)
+        except UserError as error:
+            errors[member.name] = error
+    return errors
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The soups of one backbone, whose checkpoints are written."""
+
+    facts: dict[str, dict[str, Any]]
+    """{method: record of its soup}"""
+    reasons: dict[str, str]
+    """{method: why it has no soup}"""
+    ingredients: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
+
+
+def _mixed_each(store: Store, methods: Sequence[str], backbones: Sequence[Member]) -> Iterator[Mixed | UserError]:
+    """Mix the checkpoints of each backbone, side by side on the CPU if every network is small enough for one thread."""
+    shared = (store, tuple(methods))
+    if streaming.resolve_device(store.config.device) == "cpu" and extraction.job_threads(store, backbones, "cpu") == 1:
+        return family_fits.run_each(_mixed, backbones, shared=shared, description="soups", are_long=True)
+    return (family_fits.result_or_error(_mixed, shared, member) for member in backbones)
+
+
+def _mixed(store: Store, methods: Sequence[str], member: Member) -> Mixed:
+    """Mix the checkpoints of one backbone by each method, and write the checkpoints of the soups."""
+    require_no_symlink(store.workspace.derived_checkpoints)
     from utils.building import soup_trials
 
-    store = session.store
     survey = soup_trials.survey_checkpoints(store, member, _entries(member))
-    mixed = {key: METHODS[key].make(survey) for key in _methods(session)}
-    soups = {key: soup for key, soup in mixed.items() if not isinstance(soup, str)}
-    session, facts = _save(session, member, soups, survey)
-    record = {
-        "inputs_digest": inputs_digest(store, member),
-        "backbone": member.name,
-        "metric": store.config.runs.score_ensemble.optimization_metric,
-        "ingredients": list(survey.ingredients),
-        "pairs": list(survey.pairs),
-        "soups": {key: facts.get(key, {"reason": soup}) for key, soup in mixed.items()},
-    }
-    write_json(session.workspace.soup(member.name), record)
-    return session, [part["ensemble"] for part in facts.values()]
+    made = {key: METHODS[key].make(survey) for key in methods}
+    soups = {key: soup for key, soup in made.items() if not isinstance(soup, str)}
+    groups = row_groups(store, [("val", sample_id) for sample_id in store.images("val").sample_ids])
+    facts = {key: _facts(soup, survey, groups) for key, soup in soups.items()}
+    for key, soup in soups.items():
+        write_checkpoint(
+            store.workspace.derived_checkpoint(member.name, METHODS[key].role),
+            survey.trials.weights(soup.mix, recompute=soup.trial.is_recomputed),
+            _explanation(store, member, METHODS[key].role, facts[key], survey),
+        )
+    reasons = {key: soup for key, soup in made.items() if isinstance(soup, str)}
+    return Mixed(facts, reasons, list(survey.ingredients), list(survey.pairs))
 
 
 # methods -------------------------------------------------------------------------------------------------------------
@@ -282,25 +312,14 @@ METHODS = {
 # saving --------------------------------------------------------------------------------------------------------------
 
 
-def _save(
-    session: Session, member: Member, soups: Mapping[str, Soup], survey: Survey
-) -> tuple[Session, dict[str, dict[str, Any]]]:
-    """Write checkpoint, member and ensemble of each soup; return the session with them, and their record entries."""
+def _save(session: Session, member: Member, mixed: Mixed) -> tuple[Session, list[str]]:
+    """Save member and ensemble of each soup; return the session with them, and the names of the ensembles."""
     store = session.store
-    val = [("val", sample_id) for sample_id in store.images("val").sample_ids]
-    groups = row_groups(store, val)
-    facts = {key: _facts(soup, survey, groups) for key, soup in soups.items()}
-    for key, soup in soups.items():
-        write_checkpoint(
-            store.workspace.derived_checkpoint(member.name, METHODS[key].role),
-            survey.trials.weights(soup.mix, recompute=soup.trial.is_recomputed),
-            _explanation(store, member, METHODS[key].role, facts[key], survey),
-        )
     train = store.images("train")
-    names = [member_name(key, member) for key in soups]
+    names = [member_name(key, member) for key in mixed.facts]
     content = discover.register_derived(store.config, store.workspace, store.digests, train, store.catalog, names)
     session = session.with_catalog(content)
-    derived = {key: content.members[member_name(key, member)] for key in soups}
+    derived = {key: content.members[member_name(key, member)] for key in mixed.facts}
     session.ensure(list(derived.values()))
     for key, network in derived.items():
         role = METHODS[key].role
@@ -313,10 +332,22 @@ def _save(
             [network],
             rows,
             prior_provenance=[Provenance((), fitting.row_sets(rows.rows))],
-            notes={"soup": facts[key] | {"ingredients": list(survey.ingredients), "pairs": list(survey.pairs)}},
+            notes={"soup": mixed.facts[key] | {"ingredients": mixed.ingredients, "pairs": mixed.pairs}},
         )
-        facts[key] |= {"ensemble": ensemble_name(key, member), "sha256": network.checkpoints[0]["sha256"]}
-    return session, facts
+    saved = {
+        key: facts | {"ensemble": ensemble_name(key, member), "sha256": derived[key].checkpoints[0]["sha256"]}
+        for key, facts in mixed.facts.items()
+    }
+    record = {
+        "inputs_digest": inputs_digest(store, member),
+        "backbone": member.name,
+        "metric": store.config.runs.score_ensemble.optimization_metric,
+        "ingredients": mixed.ingredients,
+        "pairs": mixed.pairs,
+        "soups": {**saved, **{key: {"reason": reason} for key, reason in mixed.reasons.items()}},
+    }
+    write_json(session.workspace.soup(member.name), record)
+    return session, [part["ensemble"] for part in saved.values()]
 
 
 def _facts(soup: Soup, survey: Survey, groups: np.ndarray | None) -> dict[str, Any]:

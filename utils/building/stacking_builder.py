@@ -6,10 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.building import baselines, ensembles, fitting, inference_choice
+from utils.building import baselines, ensembles, family_fits, fitting, inference_choice
 from utils.building.baselines import Baselines
 from utils.building.builder_protocol import Build, Builder, Session, run, summary_line
-from utils.building.fitting import OutOfSampleRows
+from utils.building.fitting import Fitted, OutOfSampleRows
 from utils.building.inference_choice import Measurement
 from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config, require_enabled
@@ -93,32 +93,45 @@ class StackingBuilder(Builder):
         session.ensure(members)
         facts = fitting.member_facts(store, members)
         measured = _measure_inference(session, members, facts)
-        prepared: dict[str, tuple[OutOfSampleRows, Baselines]] = {}
-        failures: dict[str, str] = {}
-        for name in names:
-            choice = inference_choice.choose(
+        choices = {
+            name: inference_choice.choose(
                 config.runs.stacking.inference_members,
                 measured,
                 lacking=[member.name for member in _lacking(members)],
                 feeds_fuser=_feeds_fuser(config, name),
             )
-            inference = choice["chosen"]
-            if inference not in prepared:
-                prepared[inference] = _prepare(session, members, facts, inference)
-            rows, simple = prepared[inference]
-            logger.info("fitting %s on %d out-of-sample rows of %d members", name, len(rows.fold), len(members))
-            recipe = COMBINERS[name].configured(config, facts)
+            for name in names
+        }
+        prepared = {
+            inference: _prepare(session, members, facts, inference)
+            for inference in dict.fromkeys(choice["chosen"] for choice in choices.values())
+        }
+        for name in names:
+            n_rows = len(prepared[choices[name]["chosen"]][0].fold)
+            logger.info("fitting %s on %d out-of-sample rows of %d members", name, n_rows, len(members))
+        tasks = [(name, choices[name]["chosen"]) for name in names]
+        results = family_fits.fit_each(
+            _fit,
+            tasks,
+            shared=(config, facts, prepared),
+            description="stackers",
+            n_logits=next(iter(prepared.values()))[0].rows.logits.size,
+            are_nested=True,
+        )
+        failures: dict[str, str] = {}
+        for (name, inference), fitted in zip(tasks, results, strict=True):
             try:
-                fitting.build(
+                if isinstance(fitted, UserError):
+                    raise fitted
+                fitting.save(
                     store,
                     name,
                     name,
-                    recipe,
+                    fitted,
                     members,
-                    rows,
+                    prepared[inference][0],
                     extra_inputs=_extra_inputs(config, members, name),
-                    baselines=simple,
-                    notes={"inference_members": choice},
+                    notes={"inference_members": choices[name]},
                 )
             except UserError as error:
                 failures[name] = f"{name}: {error}"
@@ -135,6 +148,17 @@ class StackingBuilder(Builder):
         for record in list(records.values())[:1]:
             lines += inference_choice.summary_lines(record["inference_members"])[1:]
         return lines
+
+
+def _fit(
+    config: Config,
+    facts: MemberFacts,
+    prepared: Mapping[str, tuple[OutOfSampleRows, Baselines]],
+    name_and_inference: tuple[str, str],
+) -> Fitted:
+    name, inference = name_and_inference
+    rows, simple = prepared[inference]
+    return fitting.fit(COMBINERS[name].configured(config, facts), rows, baselines=simple)
 
 
 def _measure_inference(session: Session, members: Sequence[Member], facts: MemberFacts) -> Measurement:

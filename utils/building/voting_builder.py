@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from utils.building import ensembles, fitting
+from utils.building import ensembles, family_fits, fitting
 from utils.building.builder_protocol import Build, Builder, Session
+from utils.building.fitting import Fitted, OutOfSampleRows
+from utils.combiners.protocol import Combiner
 from utils.core.errors import UserError
 
 METHOD_OF = {name: method for method, name in ensembles.NAMES.items()}
@@ -50,8 +52,21 @@ class VotingBuilder(Builder):
         config, store, members = session.config, session.store, session.members
         session.ensure(members)
         facts = fitting.member_facts(store, members)
-        for name in names:
-            recipe = ensembles.COMBINERS[METHOD_OF[name]].configured(config, facts)
-            kind = config.runs.score_ensemble.fit_rows if recipe.learns else "honest"
-            fitting.build(store, name, METHOD_OF[name], recipe, members, session.rows(members, kind=kind))
+        recipes = [ensembles.COMBINERS[METHOD_OF[name]].configured(config, facts) for name in names]
+        kinds = [config.runs.score_ensemble.fit_rows if recipe.learns else "honest" for recipe in recipes]
+        rows = {kind: session.rows(members, kind=kind) for kind in dict.fromkeys(kinds)}
+        tasks = list(zip(recipes, kinds, strict=True))
+        n_logits = max(each.rows.logits.size for each in rows.values())
+        results = family_fits.fit_each(
+            _fit, tasks, shared=(rows,), description="combinations", n_logits=n_logits, are_nested=False
+        )
+        for name, kind, fitted in zip(names, kinds, results, strict=True):
+            if isinstance(fitted, UserError):
+                raise fitted
+            fitting.save(store, name, METHOD_OF[name], fitted, members, rows[kind])
         return Build(session, tuple(names))
+
+
+def _fit(rows: Mapping[str, OutOfSampleRows], recipe_and_kind: tuple[Combiner, str]) -> Fitted:
+    recipe, kind = recipe_and_kind
+    return fitting.fit(recipe, rows[kind])

@@ -12,25 +12,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils.core import subprocesses
+from utils.core import worker_processes
 from utils.core.errors import ConfigError, UserError
+from utils.core.worker_processes import JobWarning, limited, log_warnings, run_recorded
 
 logger = logging.getLogger("disease_pipeline")
 
 RETRIES = 3  # for a job whose worker died
 STORE_BYTES = 200_000_000  # shared memory of a cluster that is started here; larger objects are spilled to disk
-MIN_REMAINING_SECONDS = 10.0  # minimum remaining work for using processes, whose start takes up to four seconds
-MAX_PROCESSES = 8  # about 400 MB each
 PROGRESS_SECONDS = 1.0  # minimum time between two progress lines
 INSTALL = "Install it: pip install 'ray>=2.40,<3'; or leave --engine ray out"
 
-JobWarning = tuple[int, str]
-"""Level and text of a message that a job logged in another process."""
 ThreadLimit = tuple[int | None, bool]
 """Number of intra-op threads of a job, and whether the limit applies to torch only."""
 
@@ -52,6 +49,7 @@ class Engine(Protocol):
         n_threads: int = 1,
         n_processes: int = 1,
         threads_per_job: int | None = None,
+        are_long: bool = False,
         gpu: float = 0.0,
     ) -> Iterator[Any]:
         """`function(*shared, item)` for each item, in order; the caller must consume all results.
@@ -60,8 +58,10 @@ class Engine(Protocol):
             shared: arguments of every job; a job must not modify them.
             description: name of the jobs in progress messages.
             n_threads: number of jobs that run concurrently in threads of this process (a cluster ignores it).
-            n_processes: maximum number of further processes, used if they save time (a cluster ignores it).
+            n_processes: maximum number of processes, used if they save time; their jobs use one thread (a cluster
+                ignores it).
             threads_per_job: number of intra-op threads of a job; None: torch's number in this process.
+            are_long: whether jobs are known to take seconds, so that processes start at once.
             gpu: fraction of a GPU that a job needs.
 
         An exception of a job is raised here. Raises UserError if workers die repeatedly.
@@ -90,14 +90,27 @@ class Local:
         n_threads: int = 1,
         n_processes: int = 1,
         threads_per_job: int | None = None,
+        are_long: bool = False,
         gpu: float = 0.0,
     ) -> Iterator[Any]:
-        """`Engine.map`; with one thread and one process, a job starts after the previous result has been consumed."""
-        if n_processes > 1:
-            jobs = list(items)
-            yield from _map_in_processes(function, jobs, shared, description or "jobs", n_processes, threads_per_job)
+        """`Engine.map`; with one thread and one process, a job starts after the previous result has been consumed.
+
+        Within a job that runs beside others, no further processes are used, and at most its share of the cores.
+        """
+        beside = worker_processes.n_side_by_side()
+        if n_processes > 1 and beside == 1:
+            yield from worker_processes.run_jobs(
+                function,
+                list(items),
+                shared,
+                description=description or "jobs",
+                n_processes=n_processes,
+                are_long=are_long,
+            )
             return
-        with _limited(threads_per_job):
+        if beside > 1:
+            n_threads = max(1, min(n_threads, cores() // beside))
+        with limited(threads_per_job):
             if n_threads == 1:
                 for item in items:
                     yield function(*shared, item)
@@ -114,56 +127,6 @@ class Local:
 
     def close(self) -> None:
         """Do nothing."""
-
-
-def _map_in_processes(
-    function: Callable[..., Any],
-    jobs: Sequence[Any],
-    shared: Sequence[Any],
-    description: str,
-    n_processes: int,
-    threads_per_job: int | None,
-) -> Iterator[Any]:
-    """Run two jobs here; run the others in processes if they would take long, or here if a process dies."""
-    done = 0
-    seconds: list[float] = []
-
-    def run_here(stop: int) -> Iterator[Any]:
-        nonlocal done
-        for job in jobs[done:stop]:
-            start = time.monotonic()
-            with _limited(threads_per_job):
-                result = function(*shared, job)
-            seconds.append(time.monotonic() - start)
-            done += 1
-            yield result
-
-    yield from run_here(2)  # two, since the first one may include import time
-    remaining = len(jobs) - done
-    if remaining > 1 and min(seconds) * remaining > MIN_REMAINING_SECONDS:
-        from joblib import Parallel, delayed
-        from joblib.externals.loky.process_executor import TerminatedWorkerError
-
-        calls = [delayed(_run_job)((threads_per_job, False), function, job, *shared) for job in jobs[done:]]
-        workers = min(n_processes, remaining, MAX_PROCESSES)
-        try:
-            pool = Parallel(
-                workers,
-                "loky",
-                return_as="generator",
-                initializer=subprocesses.end_with,  # idle processes would outlive a killed command by five minutes
-                initargs=(os.getpid(),),
-            )
-            for result, warnings in pool(calls):
-                _log_warnings(warnings)
-                done += 1
-                yield result
-        except TerminatedWorkerError:
-            logger.warning(
-                "%s: a worker process died, perhaps for lack of memory; the remaining jobs run in this process",
-                description,
-            )
-    yield from run_here(len(jobs))
 
 
 class Ray:
@@ -190,6 +153,7 @@ class Ray:
         n_threads: int = 1,
         n_processes: int = 1,
         threads_per_job: int | None = None,
+        are_long: bool = False,
         gpu: float = 0.0,
     ) -> Iterator[Any]:
         """`Engine.map`; a job whose worker died is run again, up to `RETRIES` times."""
@@ -279,30 +243,14 @@ def using(name: str, address: str | None = None) -> Iterator[None]:
 
 
 def _run_job(limit: ThreadLimit, function: Callable[..., Any], item: Any, *shared: Any) -> tuple[Any, list[JobWarning]]:
-    """Run one job in a worker; returns its result and the warnings that it logged."""
+    """Run one job in a worker of the cluster; returns its result and the warnings that it logged."""
     threads, torch_only = limit
-    recorder = _WarningRecorder()
-    logger.addHandler(recorder)
-    try:
-        if torch_only and threads is not None:
-            import torch
+    if torch_only and threads is not None:
+        import torch
 
-            torch.set_num_threads(threads)
-        with nullcontext() if torch_only else _limited(threads):
-            return function(*shared, item), recorder.warnings
-    finally:
-        logger.removeHandler(recorder)
-
-
-class _WarningRecorder(logging.Handler):
-    """Collects warnings and errors."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.warnings: list[JobWarning] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.warnings.append((record.levelno, record.getMessage()))
+        torch.set_num_threads(threads)
+    with nullcontext() if torch_only else limited(threads):
+        return run_recorded(function, *shared, item)
 
 
 def _in_order(ray: Any, references: Sequence[Any], description: str | None) -> Iterator[Any]:
@@ -319,17 +267,11 @@ def _in_order(ray: Any, references: Sequence[Any], description: str | None) -> I
                     logger.info("[%d/%d] %s; about %.0f s left", done, len(references), description, seconds_left)
                     last_message = now
             result, warnings = _result(ray, reference, description or "a job")
-            _log_warnings(warnings)
+            log_warnings(warnings)
             yield result
     finally:
         for reference in pending:  # an existing cluster would continue to compute results that are no longer needed
             ray.cancel(reference)
-
-
-def _log_warnings(warnings: Sequence[JobWarning]) -> None:
-    """Log the warnings of a job that ran in another process."""
-    for level, text in warnings:
-        logger.log(level, "%s", text)
 
 
 def _result(ray: Any, reference: Any, description: str) -> tuple[Any, list[JobWarning]]:
@@ -344,14 +286,6 @@ def _result(ray: Any, reference: Any, description: str) -> tuple[Any, list[JobWa
             f"{description}: its worker died {RETRIES + 1} times ({reason}). Each worker needs enough memory for one "
             "job: free some, run fewer at a time by a higher OMP_NUM_THREADS, or use --engine local"
         ) from error
-
-
-def _limited(threads: int | None) -> AbstractContextManager[Any]:
-    if threads is None:
-        return nullcontext()
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(limits=threads)
 
 
 def _torch_threads() -> int:

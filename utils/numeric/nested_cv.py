@@ -269,7 +269,8 @@ def _all_fits(
         held_out_sets,
         shared=(learner, logits, labels),
         description=f"fits of {type(learner).__name__.removesuffix('Learner').lower()}",
-        **{"n_threads" if learner.thread_safe else "n_processes": n_jobs},
+        n_threads=n_jobs if learner.thread_safe else 1,
+        n_processes=1 if learner.thread_safe else n_jobs,
         threads_per_job=FIT_THREADS,
     )
     return list(fits)

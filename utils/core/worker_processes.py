@@ -1,0 +1,231 @@
+"""Runs independent jobs in this process and in worker processes beside it.
+
+On Linux without a GPU, workers are forked, as those of torch's `DataLoader` are: they start in milliseconds and share
+the arguments of the jobs. Jobs use one thread, since a forked process has none of its parent's thread pools. Elsewhere
+workers are new interpreters, which take seconds to start and receive a copy of the arguments.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from utils.core import subprocesses
+
+logger = logging.getLogger("disease_pipeline")
+
+FORK, SPAWN = "fork", "spawn"
+START_SECONDS = {FORK: 0.2, SPAWN: 4.0}
+"""Time to start a worker, by the way it starts."""
+MAX_PROCESSES = 8  # a worker that fits heads takes up to 400 MB
+
+JobWarning = tuple[int, str]
+"""Level and text of a message that a job logged in another process."""
+
+_n_side_by_side = 1
+"""Number of jobs that run at a time while this process, or worker, runs one of them."""
+_run: Callable[[int], Any]
+"""In a worker: runs the job with this index."""
+_handlers_of_parent: list[logging.Handler] = []
+"""In a forked worker: handlers that write into the files of its parent, which are neither used nor closed."""
+
+
+def n_side_by_side() -> int:
+    """Return the number of jobs that share the cores with the running one, itself included; 1 outside jobs."""
+    return _n_side_by_side
+
+
+def run_jobs(
+    function: Callable[..., Any],
+    jobs: Sequence[Any],
+    shared: Sequence[Any],
+    *,
+    description: str,
+    n_processes: int,
+    are_long: bool,
+) -> Iterator[Any]:
+    """Return `function(*shared, job)` for each job, in order, by this process and at most `n_processes - 1` workers.
+
+    Workers start if the jobs `are_long`, or if the remaining jobs will take twice as long as the start of a worker. If
+    a worker dies, its jobs run here. Every job uses one thread.
+    """
+    run, method, seconds = _Jobs(function, jobs, shared), start_method(), 0.0
+    for done in range(len(jobs)):
+        remaining = len(jobs) - done
+        expected = seconds / max(1, done) * remaining
+        if remaining > 1 and (are_long or expected > 2 * START_SECONDS[method]):
+            n_workers = min(n_processes, remaining, MAX_PROCESSES) - 1
+            yield from _run_side_by_side(run, range(done, len(jobs)), n_workers, method, description)
+            return
+        start = time.monotonic()
+        result = run(done)
+        seconds += time.monotonic() - start
+        yield result
+
+
+def start_method() -> str:
+    """Return how workers start: `fork` on Linux unless torch has a GPU, whose state no fork can use; else `spawn`."""
+    torch = sys.modules.get("torch")
+    return SPAWN if sys.platform != "linux" or (torch is not None and torch.cuda.is_available()) else FORK
+
+
+def run_recorded(function: Callable[..., Any], *arguments: Any) -> tuple[Any, list[JobWarning]]:
+    """Run one job in another process; return its result and the warnings that it logged."""
+    recorder = _WarningRecorder()
+    logger.addHandler(recorder)
+    try:
+        return function(*arguments), recorder.warnings
+    finally:
+        logger.removeHandler(recorder)
+
+
+def log_warnings(job_warnings: Sequence[JobWarning]) -> None:
+    """Log the warnings of a job that ran in another process."""
+    for level, text in job_warnings:
+        logger.log(level, "%s", text)
+
+
+def limited(threads: int | None) -> AbstractContextManager[Any]:
+    """Limit the threads of every loaded library within a block; None: no limit."""
+    if threads is None:
+        return nullcontext()
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(limits=threads)
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """The jobs of one set; a call with an index runs one of them on one thread."""
+
+    function: Callable[..., Any]
+    jobs: Sequence[Any]
+    shared: Sequence[Any]
+
+    def __call__(self, number: int) -> Any:
+        with limited(1):
+            return self.function(*self.shared, self.jobs[number])
+
+
+class _WarningRecorder(logging.Handler):
+    """Collects warnings and errors."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.warnings: list[JobWarning] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warnings.append((record.levelno, record.getMessage()))
+
+
+def _run_side_by_side(run: _Jobs, numbers: range, n_workers: int, method: str, description: str) -> Iterator[Any]:
+    """Return the results of the jobs with these indices, in order; every process takes the next job when it is free."""
+    waiting = deque(numbers)
+    futures: dict[int, Future[Any]] = {}
+    results: dict[int, Any] = {}
+    lock = threading.Lock()
+    is_broken = False
+
+    def submit_next(finished: Future[Any] | None = None) -> None:
+        if finished is not None and isinstance(finished.exception(), BrokenProcessPool):
+            return
+        with lock:
+            if not waiting:
+                return
+            number = waiting.popleft()
+            future = futures[number] = pool.submit(_run_in_worker, number)
+        future.add_done_callback(submit_next)
+
+    def run_here(number: int) -> Any:
+        with _beside(n_workers + 1):
+            return run(number)
+
+    with _pool(run, n_workers, method) as pool:
+        for _ in range(n_workers):
+            submit_next()
+        for number in numbers:
+            while number not in results:
+                with lock:
+                    future = futures.get(number)
+                    taken = waiting.popleft() if waiting and not (future and future.done()) else None
+                if taken is not None:
+                    results[taken] = run_here(taken)
+                    continue
+                assert future is not None, "a job is waiting, submitted or done"
+                try:
+                    results[number], job_warnings = future.result()
+                    log_warnings(job_warnings)
+                except BrokenProcessPool:
+                    if not is_broken:
+                        logger.warning(
+                            "%s: a worker process died, perhaps for lack of memory; the remaining jobs run in this "
+                            "process",
+                            description,
+                        )
+                    is_broken = True
+                    results[number] = run_here(number)
+            yield results.pop(number)
+
+
+@contextmanager
+def _pool(run: _Jobs, n_workers: int, method: str) -> Iterator[ProcessPoolExecutor]:
+    """A pool of workers within a block; an exception that leaves the block ends jobs that are running."""
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        n_workers,
+        multiprocessing.get_context(method),
+        initializer=_start_worker,
+        initargs=(run, n_workers + 1, os.getpid()),  # a fork inherits them as they are
+    )
+    try:
+        with warnings.catch_warnings():
+            # A fork of a process with other threads, none of which holds a lock that jobs need.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
+            yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+            process.join()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _start_worker(run: Callable[[int], Any], n_processes: int, parent: int) -> None:
+    global _run, _n_side_by_side
+    subprocesses.end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for each in (logger, logging.getLogger()):
+        _handlers_of_parent.extend(each.handlers)
+        each.handlers = []
+    _run, _n_side_by_side = run, n_processes
+
+
+def _run_in_worker(number: int) -> tuple[Any, list[JobWarning]]:
+    return run_recorded(_run, number)
+
+
+@contextmanager
+def _beside(number: int) -> Iterator[None]:
+    """Let jobs that start within the block know how many run side by side."""
+    global _n_side_by_side
+    before, _n_side_by_side = _n_side_by_side, number
+    try:
+        yield
+    finally:
+        _n_side_by_side = before

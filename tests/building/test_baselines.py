@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +40,25 @@ def test_the_five_simple_combinations_are_measured_on_unseen_rows(measured):
     vote = fit_crossfitted(CalibratedSoftVoting(), logits, labels, folds)
     assert found.losses["soft_voting"].mean() == pytest.approx(log_loss(vote, labels), abs=1e-6)
     assert found.losses["soft_voting"].mean() < log_loss(softmax(logits).mean(axis=0), labels) - 0.01
+
+
+@pytest.mark.parametrize("changed", ["logits", "labels", "folds", "members", "config"])
+def test_equal_inputs_are_measured_once_and_others_anew(measured, monkeypatch, changed):
+    found, logits, labels = measured
+    folds = np.arange(N) % 5
+    inputs = {"config": Config(), "members": FACTS, "logits": logits, "labels": labels, "folds": folds}
+    groups = np.arange(N) // 2
+    again = baselines.measure(**{name: deepcopy(value) for name, value in inputs.items()}, groups=groups)
+    assert again.losses is found.losses
+    assert (found.groups is None, again.groups is groups) == (True, True)
+    other = {
+        "logits": logits[:, ::-1],
+        "labels": labels[::-1],
+        "folds": folds[::-1],
+        "members": replace(FACTS, recorded_accuracy=np.array([0.6, 0.5])),
+        "config": Config(seed=1),
+    }
+    assert baselines.measure(**inputs | {changed: other[changed]}).losses is not found.losses
 
 
 def test_a_clear_gain_beats_and_a_hair_does_not(measured):

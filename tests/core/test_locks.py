@@ -149,6 +149,24 @@ def test_of_two_who_see_the_same_dead_owner_one_wins(lock, monkeypatch, meanwhil
     assert json.loads(lock.read_text())["command"] == "evaluate"
 
 
+def test_a_dead_owner_s_file_is_held_for_writing_meanwhile(lock, monkeypatch):
+    """On some network file systems, an exclusive lock needs a file that is open for writing."""
+    held = []
+    monkeypatch.setattr(
+        fcntl, "flock", lambda file, kind: held.append((fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE, kind))
+    )
+    leave(lock, started=1)
+    take(lock)
+    assert held == [(os.O_RDWR, fcntl.LOCK_EX)]
+
+
+def test_the_owner_is_on_the_disk_before_the_lock_is_there(lock, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda number: sizes.append((os.fstat(number).st_size, lock.exists())))
+    with locks.writer_lock(lock, "discover"):
+        assert sizes == [(lock.stat().st_size, False)]
+
+
 def test_where_there_are_no_hard_links_the_lock_still_excludes(lock, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -189,6 +207,14 @@ def test_what_is_no_file_is_named_and_blocks_nobody(lock, make):
         locks.owner_of(lock)
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_folder_is_removed_and_of_a_link_to_one_the_link(lock, is_link):
+    lock.parent.mkdir()
+    lock.symlink_to(lock.parent) if is_link else lock.mkdir()
+    with pytest.raises(UserError, match=rf": {'rm' if is_link else 'rm -r'} {lock}$"):
+        take(lock)
+
+
 @pytest.mark.parametrize(
     "changed",
     [{"pid": "1"}, {"pid": True}, {"pid": None}, {"started": 1.5}, {"host": 3}, {"since": None}, {"boot": []}],
@@ -227,3 +253,93 @@ def test_a_workspace_that_cannot_be_written_is_named_with_the_option_to_add(tmp_
     (tmp_path / "ensembles").write_text("a file")
     with pytest.raises(UserError, match=rf"{tmp_path}/ensembles/.lock: cannot be written .*--output DIR"):
         take(tmp_path / "ensembles" / ".lock")
+
+
+@pytest.fixture
+def without_proc(tmp_path, monkeypatch):
+    """A system without /proc."""
+    monkeypatch.setattr(locks, "Path", lambda name: tmp_path / "none" / name.lstrip("/"))
+    monkeypatch.setattr(os, "readlink", lambda path: os.stat(tmp_path / "none"))
+
+
+def test_without_proc_a_lock_is_dead_only_when_its_process_is_gone(lock, without_proc, monkeypatch):
+    owner = locks.this_process("stack")
+    assert (owner.boot, owner.pid_space, owner.started) == (None, None, 0)
+    assert not locks.is_dead(owner, lock)
+    assert locks.is_dead(replace(owner, pid=2**22 + 1), lock)
+    assert not locks.is_dead(replace(owner, boot="another"), lock)  # the file system is unknown
+    monkeypatch.setattr(os, "kill", refuse_signals)
+    assert not locks.is_dead(owner, lock)  # another user's process
+
+
+def refuse_signals(pid, number):
+    assert number == 0
+    raise PermissionError
+
+
+MOUNTS = """\
+21 1 8:1 / / rw - ext4 /dev/sda1 rw
+22 21 0:5 / /home rw shared:1 - nfs4 server:/home rw
+23 22 8:2 / /home/with\\040space rw - xfs /dev/sdb1 rw
+24 21 0:6 / /data rw - ext4 /dev/sdc1 rw
+25 24 0:7 / /data rw - cifs //server/data rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "is_local"),
+    [
+        ("/", True),
+        ("/homes", True),
+        ("/home", False),
+        ("/home/x", False),
+        ("/home/with space/x", True),
+        ("/data", False),
+    ],
+)
+def test_the_file_system_is_that_of_the_nearest_mount(tmp_path, monkeypatch, folder, is_local):
+    (tmp_path / "mountinfo").write_text(MOUNTS)
+    monkeypatch.setattr(locks, "Path", lambda name: {"/proc/self/mountinfo": tmp_path / "mountinfo"}[name])
+    assert locks._is_local(Path(folder, ".lock")) == is_local
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
+def test_a_lock_that_cannot_be_linked_is_an_error_of_writing(lock, monkeypatch, error):
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(UserError, match="cannot be written"):
+        take(lock)
+    assert list(lock.parent.iterdir()) == []
+
+
+def test_other_users_may_read_who_writes(lock):
+    before = os.umask(0o027)
+    try:
+        with locks.writer_lock(lock, "discover"):
+            assert lock.stat().st_mode & 0o777 == 0o640
+    finally:
+        assert os.umask(before) == 0o027
+
+
+def test_a_record_is_read_up_to_its_limit(lock):
+    leave(lock, host="elsewhere", command="x" * 60_000)
+    assert locks.owner_of(lock).command == "x" * 60_000
+    leave(lock, host="elsewhere", command="x" * 70_000)
+    with pytest.raises(UserError, match="damaged"):
+        locks.owner_of(lock)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"host": "a"}', "[" * 60_000])
+def test_a_record_of_something_else_is_damaged(lock, text):
+    lock.parent.mkdir()
+    lock.write_text(text)
+    with pytest.raises(UserError, match=rf"{lock}: damaged"):
+        locks.owner_of(lock)
+
+
+def test_no_lock_has_no_owner(lock):
+    assert locks.owner_of(lock) is None
+    lock.parent.write_text("a file")
+    assert locks.owner_of(lock) is None

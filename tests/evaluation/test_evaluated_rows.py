@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from given_predictions import empty_workspace, opened, take_in, write
+from given_predictions import empty_workspace, logged, opened, take_in, write
 
 from utils.building.ensembles import RowSet
 from utils.core.errors import UserError
@@ -42,12 +42,32 @@ def test_copies_of_train_and_val_images_are_found_by_content(split, copies):
     assert dict(evaluated_rows._copies(SimpleNamespace(images=images.get), rows, split)) == copies
 
 
-def test_rows_without_a_label_are_left_out(store):
+@pytest.mark.parametrize("count", [0, 1, 7, 30])
+def test_copies_are_left_out_and_told(store, monkeypatch, caplog, count):
+    parts = rows_of(store)
+    ids = sorted(parts["bayes"].sample_ids.tolist())
+    monkeypatch.setattr(evaluated_rows, "_copies", lambda *_: [(name, f"train/of {name}") for name in ids[:count]])
+    with_images = SimpleNamespace(catalog=SimpleNamespace(classes=store.catalog.classes, has_images=True))
+    if count == 30:
+        with pytest.raises(UserError, match=r"^test: every image is also a train or val image"):
+            evaluated_rows.evaluated_rows(with_images, parts, "test")
+        return
+    with logged(caplog):
+        rows, dropped = evaluated_rows.evaluated_rows(with_images, parts, "test")
+    assert (rows.sample_ids.tolist(), dropped) == (ids[count:], count)
+    named = [f"evaluate: test/{name} is the same image as train/of {name} and is left out" for name in ids[:count]]
+    summary = [f"evaluate: {count} row(s) left out for every member and ensemble"] * (count > 0)
+    assert list(dict.fromkeys(caplog.messages)) == named[:5] + summary
+
+
+def test_rows_without_a_label_are_left_out(store, caplog):
     parts = rows_of(store)
     for part in parts.values():
         object.__setattr__(part, "labels", np.where(np.arange(30) < 4, UNKNOWN, part.labels))
-    rows, _ = evaluated_rows.evaluated_rows(store, parts, "test")
+    with logged(caplog):
+        rows, _ = evaluated_rows.evaluated_rows(store, parts, "test")
     assert len(rows.labels) == 26
+    assert set(caplog.messages) == {"evaluate: 4 of 30 row(s) of test are left out: no label"}
     for part in parts.values():
         object.__setattr__(part, "labels", np.full(30, UNKNOWN))
     with pytest.raises(UserError, match=r"^test: no row has a label"):

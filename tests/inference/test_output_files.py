@@ -104,6 +104,15 @@ def test_a_file_is_not_replaced_unasked(tmp_path, form):
     assert [row["path"] for row in read(path, form)] == ["other.jpg"]
 
 
+def test_a_file_has_the_permissions_of_any_other_and_no_more(tmp_path, form):
+    umask = os.umask(0)
+    try:
+        written(tmp_path / "a", form)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666
+
+
 def test_a_file_has_one_writer(tmp_path, form):
     """Also where the writer has replaced it to remove records with errors; afterwards it is free."""
     path = tmp_path / "a"

@@ -3,6 +3,7 @@
 Each is a replacement of a few characters of the source, so that the rest of the file stays as it is. Left out are
 texts, annotations, what an error says, and imports: no test should depend on them. So are assertions, `assert` and the
 `strict=` of a `zip`, which only guard against mistakes of other code: with lists of equal length they change nothing.
+Nothing is returned in place of `False` or None, which no condition tells apart and the type checker refuses.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class _Finder:
             yield self.replaced(node, self.text_of(node.operand), "operator")
         if isinstance(node, REMOVED) and not _is_text(node) and not _is_log(node):
             yield self.replaced(node, "pass", "statement")
-        elif isinstance(node, ast.Return) and node.value is not None and not _is_none(node.value):
+        elif isinstance(node, ast.Return) and node.value is not None and not _is_none_or_false(node.value):
             yield self.replaced(node.value, "None", "returned")
 
     def constant(self, node: ast.Constant) -> Iterator[Mutant]:
@@ -190,5 +191,5 @@ def _is_type_checking(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "TYPE_CHECKING"
 
 
-def _is_none(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is None
+def _is_none_or_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and (node.value is None or node.value is False)

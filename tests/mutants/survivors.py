@@ -24,6 +24,18 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "1",
     ): "the mask is set back by the next line, before any file is created",
     (
+        "utils/core/locks.py",
+        'resolved, kind, longest = os.path.realpath(path.parent), "", -1',
+        "-1",
+        "1",
+    ): "no mount point is shorter than one character",
+    (
+        "utils/core/locks.py",
+        'resolved, kind, longest = os.path.realpath(path.parent), "", -1',
+        "1",
+        "2",
+    ): "no mount point is shorter than one character",
+    (
         "utils/core/strict_json.py",
         "content = file.read(MOST_BYTES + 1)",
         "1",

@@ -156,6 +156,12 @@ def test_macro_averages_leave_out_a_class_without_rows_and_say_so():
     assert losses.mean() == pytest.approx(1 - found["f1_macro"])
 
 
+@pytest.mark.parametrize(("absent", "shown"), [(5, "b, c, d, e, f"), (6, "b, c, d, e, f and 1 more")])
+def test_of_classes_without_rows_five_are_named(absent, shown):
+    found = metrics.point_metrics(np.eye(absent + 2)[:2], np.array([0, absent + 1]), "abcdefg"[: absent + 1] + "z")
+    assert found["notes"]["f1_macro"] == f"average over 2 of {absent + 2} classes; without rows: {shown}"
+
+
 def test_calibration_errors_of_hand_computed_rows():
     """Five rows of three bins.
 

@@ -22,7 +22,7 @@ def member(seed, ids=tuple(f"ant/{n}.png" for n in range(20)), split="val"):
 
 def shuffled(rows, seed):
     order = np.random.default_rng(seed).permutation(len(rows.labels))
-    return replace(rows, sample_ids=rows.sample_ids[order], labels=rows.labels[order], logits=rows.logits[order])
+    return rows.take(order)
 
 
 def permuted_classes(rows, order):
@@ -104,6 +104,24 @@ def test_a_label_that_one_member_does_not_know_comes_from_another():
     wrong = replace(member(3), labels=(member(3).labels + 1) % 3)
     with pytest.raises(UserError, match=r"members a and c: 1 label\(s\) disagree, first ant/0.png"):
         align(parts | {"c": [replace(wrong, labels=np.where(np.arange(20) < 1, wrong.labels, UNKNOWN))]}, CLASSES)
+
+
+def test_a_row_is_out_of_sample_where_it_is_for_every_member():
+    first, second = member(1), member(2)
+    first.out_of_sample[:3], second.out_of_sample[2:5] = False, False
+    rows = align({"a": [first], "b": [shuffled(second, 3)], "c": [member(3)]}, CLASSES)
+    seen = {sample_id for sample_id, unseen in zip(rows.sample_ids, rows.out_of_sample, strict=True) if not unseen}
+    assert seen == {f"ant/{n}.png" for n in range(5)}
+
+
+def test_the_id_that_occurs_twice_is_named_and_minus_one_is_no_label():
+    ids = ("ant/0.png", "ant/1.png", "ant/2.png", "ant/1.png")
+    with pytest.raises(UserError, match=r"member a: the sample id val/ant/1\.png occurs twice"):
+        align({"a": [member(1, ids=ids)]}, CLASSES)
+    known = member(1)
+    unknown = replace(member(2), labels=np.full(20, -1))
+    alone, both = align({"b": [known]}, CLASSES), align({"a": [unknown], "b": [known]}, CLASSES)
+    assert np.array_equal(both.labels, alone.labels)
 
 
 def test_samples_are_gathered_from_whoever_has_them():

@@ -29,6 +29,8 @@ def changes(source):
         ("a = True", [("constant", "True", "False")]),
         ("a = b if c else d", [("condition", "c", "(not (c))")]),
         ("def f():\n    return a", [("returned", "a", "None")]),
+        ("def f():\n    return False", [("constant", "False", "True")]),
+        ("def f():\n    return None", []),
         ("def f():\n    g()", [("statement", "g()", "pass")]),
         ("a += b", [("statement", "a += b", "pass")]),
         ("a = zip(b, c, strict=True)", []),

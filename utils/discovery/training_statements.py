@@ -141,8 +141,8 @@ def of_unknown_origin(members: Mapping[str, Member]) -> list[str]:
 
 
 def _same_weights(member: Member, before: Member) -> bool:
-    weights = [each.checkpoints[0]["sha256"] if each.checkpoints else None for each in (member, before)]
-    return weights[0] is not None and weights[0] == weights[1]
+    now, then = (each.checkpoints[0]["sha256"] if each.checkpoints else None for each in (member, before))
+    return now is not None and now == then
 
 
 def _of_parents(member: Member, members: Mapping[str, Member], previous: Mapping[str, Member]) -> Member:

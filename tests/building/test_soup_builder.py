@@ -14,7 +14,7 @@ from soup_runs import DEMO, ROLES, SETTINGS, brew, config
 from soup_zoo import NAME, one_backbone
 from stored_predictions import workspace_at
 
-from utils.building import builder_protocol, ensembles, soup_builder
+from utils.building import builder_protocol, ensembles, soup_mixing
 from utils.building.builder_protocol import Session
 from utils.building.soup_builder import SoupBuilder
 from utils.core.errors import UserError
@@ -301,7 +301,7 @@ def test_late_epochs_alone_are_looked_at(brewed):
     ]
     entries = tuple({"path": stage, "stage": stage, "sha256": stage} for stage in stages)
     object.__setattr__(member, "checkpoints", entries)
-    found = [entry["stage"] for entry in soup_builder._entries(member)]
+    found = [entry["stage"] for entry in soup_mixing.usable_checkpoints(member)]
     assert found == ["final", "finetune_epoch5", "finetune_epoch9", "fold0"]
 
 

@@ -13,7 +13,7 @@ from given_predictions import content, write
 from in_process import run
 from named_members import VOTES, imported, stored
 
-from utils.building import ensembles, meta_builder, snapshot_builder, soup_builder
+from utils.building import ensembles, meta_builder, snapshot_builder, soup_mixing
 from utils.discovery.member_names import RESERVED
 from utils.distillation import students
 
@@ -137,8 +137,8 @@ def test_a_declaration_refuses_them_as_well(own_copy, tmp_path, name):
 
 def test_every_name_that_a_method_takes_is_reserved():
     taken = [*ensembles.NAMES.values(), *ensembles.COMBINERS, meta_builder.NAME, snapshot_builder.NAME]
-    taken += [f"{method.role}_leaf" for method in soup_builder.METHODS.values()]
-    taken += [f"leaf_{method.role}" for method in soup_builder.METHODS.values()]
+    taken += [f"{method.role}_leaf" for method in soup_mixing.METHODS.values()]
+    taken += [f"leaf_{method.role}" for method in soup_mixing.METHODS.values()]
     taken += [students.ensemble_name("CustomMobileOne"), f"leaf_{students.ROLE}"]
     assert [name for name in taken if not RESERVED.fullmatch(name)] == []
 

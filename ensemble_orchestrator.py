@@ -251,7 +251,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
     if command.sandboxed:
         base_back.leave_workspace_unchanged()
     base_back.bind(common["--base-back"], folder)
-    chosen = _choose_config(common, builds=command.builds, tells="--set" not in command.pass_through)
+    chosen = _choose_config(common, builds=command.builds, logs_differences="--set" not in command.pass_through)
     config = chosen.config
     base_back.load_bundled("threads").prepare_environment(config.dataset.num_threads)  # before torch is imported
     if config.dataset.group_regex is not None:
@@ -282,7 +282,7 @@ def _prepared_call(name: str, common: dict[str, Any], options: dict[str, Any]) -
             raise errors.UserError(errors.describe_os_error(error, workspace.root)) from error
 
 
-def _choose_config(common: dict[str, Any], *, builds: bool, tells: bool) -> Choice:
+def _choose_config(common: dict[str, Any], *, builds: bool, logs_differences: bool) -> Choice:
     """The configuration of a command: the file that is named, what the workspace remembers, or the default."""
     from utils.core import remembered
     from utils.core.workspace import remembered_config
@@ -296,7 +296,7 @@ def _choose_config(common: dict[str, Any], *, builds: bool, tells: bool) -> Choi
         project=PROJECT,
         names={"runs.score_ensemble.methods": tuple(COMBINERS)},
         builds=builds,
-        tells=tells,
+        logs_differences=logs_differences,
     )
 
 

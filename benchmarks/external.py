@@ -125,7 +125,7 @@ def cost_rows(what: str, folder: Path, config_file: Path, images: Path, count: i
         timed(embeddings.EmbeddingExtractor, "__call__", "forward", spent),
         timed(evaluate_external, "read_labelled_images", "list and hash", spent),
         timed(external_inputs, "unreadable_images", "decode", spent),
-        timed(external_inputs, "gather_own", "own test split", spent),
+        timed(external_inputs, "evaluation_on_test", "own test split", spent),
         timed(external_inputs, "gather_external", "predictions", spent),
         timed(evaluate_external, "_scored", "scores", spent),
         timed(report_page, "write", "report", spent),

@@ -63,12 +63,12 @@ def choose(
     project: Path,
     names: Names,
     builds: bool,
-    tells: bool = True,
+    logs_differences: bool = True,
 ) -> Choice:
     """Determine the configuration of a command in a workspace that stores its configuration at `path`.
 
-    `file` and `overrides` are those of the command line; `device` applies only to this command. With `tells`,
-    differences are logged. Raises ConfigError that lists all problems.
+    `file` and `overrides` are those of the command line; `device` applies only to this command. Differences are
+    logged if `logs_differences`. Raises ConfigError that lists all problems.
     """
     before = _read(path, names, is_used=file is None)
     from_file = find_config(file or DEFAULT, project) if file is not None or before is None else path
@@ -87,10 +87,10 @@ def choose(
     else:
         plain = load_config(from_file, names=names)
         stored, unremembered = (plain if differences(before, plain) else before), sets
-    if tells:
-        _tell(before, requested, stored, file, sets, builds=builds)
-    if tells and file is None:
-        _tell_of_changed_file(path, project)
+    if logs_differences:
+        _log_differences(before, requested, stored, file, sets, builds=builds)
+    if logs_differences and file is None:
+        _log_changed_file(path, project)
     configuration = of_workspace(
         config,
         overrides=unremembered,
@@ -201,7 +201,7 @@ def _read(path: Path, names: Names, *, is_used: bool) -> Config | None:
         return None
 
 
-def _tell(
+def _log_differences(
     before: Config, requested: Config, stored: Config, file: str | None, sets: Sequence[str], *, builds: bool
 ) -> None:
     """Log in one line the differences from the stored configuration."""
@@ -221,7 +221,7 @@ def _tell(
     logger.info("configuration: %s (%s)", how, differences_text)
 
 
-def _tell_of_changed_file(path: Path, project: Path) -> None:
+def _log_changed_file(path: Path, project: Path) -> None:
     """Log that the file from which the stored configuration came has changed."""
     origin = origin_of(path)
     if origin is None:

@@ -36,7 +36,7 @@ class ImportContext:
     """{split: images}; None if the samples come only from imported members"""
     staying: Catalog | None
     """The catalog without the members to import; None if there is no catalog"""
-    held: dict[str, dict[str, list[MemberRows]]]
+    existing_rows: dict[str, dict[str, list[MemberRows]]]
     """{split: {member: rows}} of the other imported members; empty if there are images"""
 
 
@@ -51,17 +51,17 @@ def import_predictions(config: Config, workspace: Workspace, *, folder: str, for
     predictions = imported_members.read_folder(source)
     earlier = _earlier(workspace)
     _require_free_names(workspace, earlier, sorted(predictions))
-    ground = _ground(config, workspace, earlier, predictions.keys())
-    arrivals, listed = _matched(workspace, ground, predictions)
-    if ground.staying is not None:
-        listed = with_imported(config, workspace, listed, ground.staying)
+    context = _import_context(config, workspace, earlier, predictions.keys())
+    arrivals, listed = _matched(workspace, context, predictions)
+    if context.staying is not None:
+        listed = with_imported(config, workspace, listed, context.staying)
     store = Store(config, workspace, listed)
     states = {name: _state(store, earlier, arrival, force=force) for name, arrival in arrivals.items()}
     written = [name for name, state in states.items() if state != UP_TO_DATE]
     for name in written:
         store.require_own_files(name)  # checked before the catalog is written without them
     if earlier is not None and earlier.imported().keys() & set(written):
-        _save_without(config, workspace, ground)
+        _save_without(config, workspace, context)
     for name in written:
         _store(store, arrivals[name])
     if earlier != listed or written:
@@ -104,7 +104,7 @@ def _require_free_names(workspace: Workspace, earlier: Catalog | None, names: Se
     apply_to_each(names, check)
 
 
-def _ground(config: Config, workspace: Workspace, earlier: Catalog | None, arriving: Set[str]) -> ImportContext:
+def _import_context(config: Config, workspace: Workspace, earlier: Catalog | None, arriving: Set[str]) -> ImportContext:
     staying = None
     if earlier is not None:
         members = {name: member for name, member in earlier.members.items() if name not in arriving}
@@ -120,18 +120,18 @@ def _ground(config: Config, workspace: Workspace, earlier: Catalog | None, arriv
         images = {split: image_splits.list_images(workspace.split_dir, split, digests) for split in SPLITS}
         digests.save()
         return ImportContext(images, staying, {})
-    held = Store(config, workspace, staying).imported_rows if staying is not None else lambda _: {}
-    return ImportContext(None, staying, {split: held(split) for split in SPLITS})
+    read_rows = Store(config, workspace, staying).imported_rows if staying is not None else lambda _: {}
+    return ImportContext(None, staying, {split: read_rows(split) for split in SPLITS})
 
 
 # the files -------------------------------------------------------------------------------------------------------
 
 
 def _matched(
-    workspace: Workspace, ground: ImportContext, predictions: Mapping[str, Mapping[str, Predictions]]
+    workspace: Workspace, context: ImportContext, predictions: Mapping[str, Mapping[str, Predictions]]
 ) -> tuple[dict[str, CheckedMember], Catalog]:
     """The imported members, matched and checked, and a catalog of them and of the remaining members."""
-    images, staying = ground.images, ground.staying
+    images, staying = context.images, context.staying
     classes_of_workspace = staying.classes if staying and staying.members else None
     classes_of_workspace = images["train"].classes if images else classes_of_workspace
     classes, problems = imported_members.agree_on_classes(
@@ -144,7 +144,7 @@ def _matched(
     if images:
         fitted = apply_to_each(parts, lambda name: imported_members.match_images(name, parts[name], images))
     else:
-        samples = apply_to_each(SPLITS, lambda split: collect_samples(split, classes, _rows(ground, parts, split)))
+        samples = apply_to_each(SPLITS, lambda split: collect_samples(split, classes, _rows(context, parts, split)))
         fitted = apply_to_each(parts, lambda name: imported_members.match_samples(name, parts[name], samples))
     oof_paths = {name: workspace.relative(workspace.oof(name)) for name in fitted}
     arrivals = apply_to_each(fitted, lambda name: import_checks.check_member(name, fitted[name][0], oof_paths[name]))
@@ -157,7 +157,7 @@ def _matched(
             problems = [*(p for p in staying.problems if p.member not in staying.imported()), *problems]
     else:
         kept = {name: arrival.parts for name, arrival in arrivals.items()}
-        splits, found_in_rows = _splits_of_rows(ground, classes, kept)
+        splits, found_in_rows = _splits_of_rows(context, classes, kept)
         problems += found_in_rows
     return arrivals, Catalog(
         catalog.mounted_base_back(), classes, splits, dict(sorted(members.items())), tuple(problems)
@@ -165,10 +165,10 @@ def _matched(
 
 
 def _splits_of_rows(
-    ground: ImportContext, classes: tuple[str, ...], parts: Mapping[str, Mapping[str, ImportedPart]]
+    context: ImportContext, classes: tuple[str, ...], parts: Mapping[str, Mapping[str, ImportedPart]]
 ) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
     """The splits from the rows of all imported members, and the problems with rows that are not shared."""
-    rows_of_splits = {split: _rows(ground, parts, split) for split in SPLITS}
+    rows_of_splits = {split: _rows(context, parts, split) for split in SPLITS}
     for split in SPLITS:
         imported_members.require_rows_in_common(split, rows_of_splits[split])
     samples = {split: collect_samples(split, classes, rows) for split, rows in rows_of_splits.items()}
@@ -177,13 +177,13 @@ def _splits_of_rows(
 
 
 def _rows(
-    ground: ImportContext, parts: Mapping[str, Mapping[str, ImportedPart]], split: str
+    context: ImportContext, parts: Mapping[str, Mapping[str, ImportedPart]], split: str
 ) -> dict[str, list[MemberRows]]:
     """{member: its rows of a split} for existing and new members."""
     arriving = {
         name: [part.rows for stem, part in files.items() if SPLIT_OF[stem] == split] for name, files in parts.items()
     }
-    return ground.held[split] | arriving
+    return context.existing_rows[split] | arriving
 
 
 # writing ----------------------------------------------------------------------------------------------------
@@ -199,13 +199,13 @@ def _state(store: Store, earlier: Catalog | None, arrival: CheckedMember, *, for
     return UP_TO_DATE if is_current and not force else REPLACED
 
 
-def _save_without(config: Config, workspace: Workspace, ground: ImportContext) -> None:
+def _save_without(config: Config, workspace: Workspace, context: ImportContext) -> None:
     """Write the catalog without the members to replace, so that it never lists a partially written member."""
-    staying = ground.staying
+    staying = context.staying
     if staying is None or not staying.members:
         workspace.catalog.unlink()
         return
-    if ground.images is None:
+    if context.images is None:
         staying = replace(staying, splits=Store(config, workspace, staying).splits())
     catalog.save(workspace, staying)
 

@@ -78,7 +78,7 @@ def evaluate_external(
     listed = read_labelled_images(request.source, store.digests)
     match = _matched(store, listed, request, settings.model_name)  # before any network runs
     file = None if request.export is None else ExportedFile(request.export, store.catalog.classes)
-    evaluation = external_inputs.gather_own(store, settings)
+    evaluation = external_inputs.evaluation_on_test(store, settings)
     if file is None:
         prepared, inputs, test_inputs = _of_models(evaluation, listed, match, request.name, settings)
     else:

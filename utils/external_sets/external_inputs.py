@@ -57,7 +57,7 @@ class OwnEvaluation:
         return [member.image_preprocessing for member in self.members.values()]
 
 
-def gather_own(store: Store, settings: EvaluationSettings) -> OwnEvaluation:
+def evaluation_on_test(store: Store, settings: EvaluationSettings) -> OwnEvaluation:
     """Read the models and their test rows; missing predictions on test are computed.
 
     Raises UserError if no network remains, for an unknown model, and for one that cannot be evaluated.

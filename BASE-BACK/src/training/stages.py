@@ -214,7 +214,7 @@ class _Outcomes:
             remove_surplus_snapshots(unit)
         if unit.kind == "verify":
             smoke_checker.log_check(unit.recipe.backbone, "PASS", f"{outcome.result['num_params']} parameters")
-        self.progress.tell(unit, outcome, seconds)
+        self.progress.log(unit, outcome, seconds)
 
     def failed(self, unit: Unit, reason: str) -> None:
         """Record a failed unit."""
@@ -236,7 +236,7 @@ class _Progress:
         self.weight = 0
         self.number = 0
 
-    def tell(self, unit: Unit, outcome: Outcome, seconds: float) -> None:
+    def log(self, unit: Unit, outcome: Outcome, seconds: float) -> None:
         self.number += 1
         self.weight += _weight(unit)
         elapsed = time.monotonic() - self.start

@@ -186,9 +186,9 @@ class _Comparison:
         count = min(TIMED_ROWS, len(images.sample_ids))
         rows = np.linspace(0, len(images.sample_ids) - 1, count).astype(int)  # sorted by class, so spread over all
         device = streaming.resolve_device(store.config.device)
-        watch = Stopwatch(store, self.members, images.take(rows), device)
-        latencies = {name: watch.of_combiner(combiner) for name, combiner in combiners.items()}
-        latencies["best_single"] = watch.of_member(best)
+        with Stopwatch(store, self.members, images.take(rows), device) as watch:
+            latencies = {name: watch.of_combiner(combiner) for name, combiner in combiners.items()}
+            latencies["best_single"] = watch.of_member(best)
         return latencies, {"split": "val", "rows": count, "batch": store.config.dataset.batch_size, "device": device}
 
 

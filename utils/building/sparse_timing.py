@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from utils.combiners.routing import SparseCombiner, run_sparse
+from utils.networks.construction import NetworkSpec
 from utils.networks.preprocessing import Preprocessing
 from utils.predictions import image_splits, streaming
 from utils.predictions.catalog import Member
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST, ENOUGH = 5, 0.5  # timing ends after 5 runs or 0.5 s
+KEPT_BYTES = 256 * 2**20  # of checkpoints, whose networks stay open between runs; of others one is open at a time
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Stopwatch:
     """Run members' networks on some images of a split and measure forward passes and routing.
 
     Opening networks, decoding and a warm-up with one image are not counted, since a service keeps its networks in
-    memory. Pixels are on the device before the timing starts.
+    memory. Pixels are on the device before the timing starts. Use as a context: small networks stay open within it.
     """
 
     store: Store
@@ -36,6 +38,16 @@ class Stopwatch:
     images: ImageSplit
     device: str
     uncounted: float = field(default=0.0, init=False)
+    _kept: dict[int, Any] = field(default_factory=dict, init=False)
+    """{member: (forward, place) of its open network}"""
+    _kept_bytes: int = field(default=0, init=False)
+    _networks: ExitStack = field(default_factory=ExitStack, init=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._networks.close()
 
     def of_combiner(self, combiner: SparseCombiner) -> float:
         """Return the milliseconds per image of a combiner, in batches of `dataset.batch_size` per member."""
@@ -54,7 +66,7 @@ class Stopwatch:
         with ExitStack() as stack:
             with self._pause():
                 pixels = self._pixels(spec.preprocessing)
-                network, placed = stack.enter_context(streaming.network_on_device(spec, self.device))
+                network, placed = self._open(member, spec, stack)
                 network(placed(_normalised(pixels, rows[:1], spec.preprocessing))).cpu()
             for part in np.array_split(rows, -(-len(rows) // size)):
                 with self._pause():
@@ -63,6 +75,16 @@ class Stopwatch:
             with self._pause():
                 stack.close()
         return np.concatenate(logits)[:, _columns(self.store, entry)]
+
+    def _open(self, member: int, spec: NetworkSpec, stack: ExitStack) -> Any:
+        """Return (forward, place) of a network, which stays open or is closed with `stack`."""
+        if member not in self._kept:
+            n_bytes = spec.checkpoint.stat().st_size
+            if self._kept_bytes + n_bytes > KEPT_BYTES:
+                return stack.enter_context(streaming.network_on_device(spec, self.device))
+            self._kept_bytes += n_bytes
+            self._kept[member] = self._networks.enter_context(streaming.network_on_device(spec, self.device))
+        return self._kept[member]
 
     @contextmanager
     def _pause(self) -> Iterator[None]:

@@ -154,8 +154,11 @@ def _run_side_by_side(run: _Jobs, numbers: range, n_workers: int, method: str, d
             return run(number)
 
     with _pool(run, n_workers, method) as pool:
-        for _ in range(n_workers):
-            submit_next()
+        with warnings.catch_warnings():
+            # Python warns of forks of a process with other threads; none of them holds a lock that jobs need.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
+            for _ in range(n_workers):
+                submit_next()
         for number in numbers:
             while number not in results:
                 with lock:
@@ -191,10 +194,7 @@ def _pool(run: _Jobs, n_workers: int, method: str) -> Iterator[ProcessPoolExecut
         initargs=(run, n_workers + 1, os.getpid()),  # a fork inherits them as they are
     )
     try:
-        with warnings.catch_warnings():
-            # A fork of a process with other threads, none of which holds a lock that jobs need.
-            warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
-            yield pool
+        yield pool
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - before:

@@ -221,14 +221,13 @@ def check_recommendation(workspace: SimulatedWorkspace, random: np.random.Genera
         groups = {} if drawn.groups is None else dict(zip(keys, drawn.groups.tolist(), strict=True))
         units = RowUnits({}, groups)
         candidates = [
-            Candidate(f"{kind}{index}", kind, method, keys, losses[index], hits[index])
-            for index, (kind, method) in enumerate([("member", None)] * 3 + [("ensemble", "weighted")] * 3)
+            Candidate(f"{kind}{index}", kind, keys, losses[index], hits[index])
+            for index, kind in enumerate(["member"] * 3 + ["ensemble"] * 3)
         ]
         challengers = [
             Candidate(
                 f"challenger{index}",
                 "ensemble",
-                "fusion_concat_mlp",
                 tuple(key for key in keys if key[0] == "val"),
                 losses[index][is_val],
                 hits[index][is_val],

@@ -128,13 +128,13 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> Outcome:
     unknown = np.full(len(names), np.nan)
     keys = tuple(zip(arrays["split"].tolist(), arrays["sample_ids"].tolist(), strict=True))
 
-    def candidate(name: str, kind: str, method: str | None, probabilities: np.ndarray) -> Candidate:
+    def candidate(name: str, kind: str, probabilities: np.ndarray) -> Candidate:
         hits = probabilities.argmax(axis=1) == labels
-        return Candidate(name, kind, method, keys, log_loss_per_row(probabilities, labels), hits)
+        return Candidate(name, kind, keys, log_loss_per_row(probabilities, labels), hits)
 
     candidates, losses = [], {}
     for name, own, answers in zip(names, softmax(logits), softmax(test), strict=True):
-        candidates.append(candidate(name, "member", None, own))
+        candidates.append(candidate(name, "member", own))
         losses[name] = log_loss(answers, truth)
     facts = MemberFacts(names, unknown, unknown, unknown)
     offered, beside = _recipes(config, facts)
@@ -144,7 +144,7 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> Outcome:
         nested = fit_nested(recipe, logits, labels, folds)
         losses[name] = log_loss(recipe.predict_proba(test), truth)
         if name in offered:
-            candidates.append(candidate(name, "ensemble", name, nested.crossfit))
+            candidates.append(candidate(name, "ensemble", nested.crossfit))
             inputs.append(FuserInput(name, recipe, np.arange(len(names)), nested))
         print(f"  {name}: {time.process_time() - start:.1f} s of CPU", file=sys.stderr, flush=True)
     without_fuser = recommend(candidates)
@@ -153,7 +153,7 @@ def outcome(arrays: Mapping[str, np.ndarray]) -> Outcome:
         unseen = fit_nested(fuser, logits, labels, folds).crossfit
         losses[name] = log_loss(fuser.predict_proba(test), truth)
         if kind == "convex":
-            candidates.append(candidate(name, "ensemble", "meta_fuser", unseen))
+            candidates.append(candidate(name, "ensemble", unseen))
     chosen = recommend(candidates)
     losses = {
         "recommended": losses[chosen["name"]],

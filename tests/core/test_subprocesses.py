@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import PROJECT
 
-from utils.core import subprocesses
+from utils.core import subprocesses, worker_processes
 
 SECONDS_LEFT = 5.0  # that a process may outlive the killed one that started it
 START = 30.0  # seconds within which a busy machine starts Python and imports what the programs below need
@@ -113,17 +113,28 @@ WAITS = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], str(os.getpid(
 
 
 @needs_proc
-def test_idle_workers_of_a_killed_command_end(tmp_path):
-    program = """
+@pytest.mark.parametrize("method", [worker_processes.FORK, worker_processes.SPAWN])
+def test_workers_of_a_killed_command_end_in_the_middle_of_a_job(tmp_path, method):
+    program = f"""
 sys.path.insert(0, folder)
 from jobs_of_workers import marked
-list(engines.Local().map(marked, range(6), shared=(folder,), n_processes=2, are_long=True))
-Path(folder, str(os.getpid())).unlink()  # what ran here before the workers started
-print("ready")
-time.sleep(600)
+from utils.core import worker_processes
+worker_processes.start_method = lambda: {method!r}
+list(engines.Local().map(marked, range(2), shared=(folder, os.getpid()), n_processes=2, are_long=True))
 """
-    jobs = "import os, time\nfrom pathlib import Path\ndef marked(folder, item):\n"
-    jobs += "    Path(folder, str(os.getpid())).touch()\n    time.sleep(0.2)\n"
+    jobs = """
+import os, time
+from pathlib import Path
+
+def marked(folder, command, item):
+    if os.getpid() != command:
+        Path(folder, str(os.getpid())).touch()
+    while not [path for path in Path(folder).iterdir() if path.name.isdecimal()]:
+        time.sleep(0.02)
+    if os.getpid() == command:
+        print("ready")
+    time.sleep(600)
+"""
     (tmp_path / "jobs_of_workers.py").write_text(jobs)
     assert killed_with_its_processes(tmp_path, program) == []
 

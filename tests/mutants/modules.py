@@ -53,7 +53,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "utils/core/locks.py": ("core/test_locks.py",),
     "utils/core/strict_json.py": ("core/test_strict_json.py",),
     "utils/core/record_forms.py": ("core/test_record_forms.py",),
-    "utils/core/links.py": ("core/test_links.py",),
+    "utils/core/links.py": ("core/test_unlinked_paths.py",),
     "utils/inference/output_files.py": ("inference/test_output_files.py",),
 }
 """{module: tests below `tests`}"""

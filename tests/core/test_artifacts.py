@@ -85,12 +85,12 @@ def test_room_that_is_not_there_is_an_error(tmp_path, monkeypatch):
 
 
 def test_written_files_have_the_permissions_of_any_other_file(tmp_path):
-    before = os.umask(0o027)
+    before = os.umask(0o026)
     try:
         artifacts.write_text(tmp_path / "ours", "x")
         assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == 0o640
     finally:
-        assert os.umask(before) == 0o027
+        assert os.umask(before) == 0o026
 
 
 def test_a_file_is_on_the_disk_before_it_gets_its_name_and_leaves_nothing_open(tmp_path, monkeypatch):

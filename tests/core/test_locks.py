@@ -315,12 +315,12 @@ def test_a_lock_that_cannot_be_linked_is_an_error_of_writing(lock, monkeypatch, 
 
 
 def test_other_users_may_read_who_writes(lock):
-    before = os.umask(0o027)
+    before = os.umask(0o026)
     try:
         with locks.writer_lock(lock, "discover"):
             assert lock.stat().st_mode & 0o777 == 0o640
     finally:
-        assert os.umask(before) == 0o027
+        assert os.umask(before) == 0o026
 
 
 def test_a_record_is_read_up_to_its_limit(lock):

@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 from utils.core.errors import UserError
 from utils.numeric import proportions
@@ -74,6 +74,16 @@ def test_the_interval_of_a_difference_holds_it_as_often_as_it_says(count):
     assert low < same.mean() - other.mean() < high
     assert proportions.count_differing(same, other) == 6
     assert proportions.difference_interval(same, other, np.arange(count) // 2) is None  # three groups
+
+
+def test_half_a_row_is_added_to_each_count_of_a_difference():
+    counts = (30, 9, 3, 18)  # rows that both, the first alone, the second alone and neither get right
+    hits, others = (np.repeat(right, counts) for right in ([1, 1, 0, 0], [1, 0, 1, 0]))
+    first, second = 9.5 / 62, 3.5 / 62
+    half = norm.ppf(0.975) * np.sqrt((first + second - (first - second) ** 2) / 62)
+    assert proportions.difference_interval(hits, others) == pytest.approx(
+        (first - second - half, first - second + half)
+    )
 
 
 def test_a_null_difference_in_groups_is_rarely_significant():

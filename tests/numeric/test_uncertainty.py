@@ -203,3 +203,18 @@ def test_rows_like_the_reference_are_beyond_it_as_often_as_stated(count):
 def test_no_row_is_covered_by_its_rank_unless_that_is_said():
     assert uncertainty.coverage_interval(99, 50) == uncertainty.coverage_interval(99, 50, covered_by_rank=0)
     assert uncertainty.coverage_interval(99, 50) < uncertainty.coverage_interval(99, 50, covered_by_rank=1)
+
+
+@pytest.mark.parametrize(("calibrated", "rows"), [(99, 1), (99, 5), (19, 40), (60, 200)])
+def test_the_interval_of_the_coverage_is_that_of_the_beta_binomial_distribution(calibrated, rows):
+    below = math.ceil((calibrated + 1) * 0.9)
+    expected = betabinom.ppf([0.025, 0.975], rows, below, calibrated + 1 - below) / rows
+    assert uncertainty.coverage_interval(calibrated, rows) == pytest.approx(expected)
+
+
+def test_a_score_that_equals_the_reference_is_not_beyond_it():
+    reference = uncertainty.ood_scores(np.random.default_rng(5).normal(size=(99, 3)))
+    bounds = np.sort(reference, axis=1)[:, 94]  # the 95th of 99 scores
+    found = uncertainty.ood_summary(np.stack([bounds, bounds + 1e-6], axis=1), reference)
+    assert [found[name]["beyond"] for name in ("energy", "max_logit")] == [0.5, 0.5]
+    assert [found["energy"]["reference"], -found["max_logit"]["reference"]] == bounds.tolist()

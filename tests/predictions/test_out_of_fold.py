@@ -123,9 +123,10 @@ def test_logits_above_one_are_compared_relatively(largest, scale):
 )
 def test_probabilities_are_equal_up_to_rounding_above_the_floor(kind, rounding, floor):
     def count(second, difference, tolerance=1e-5):
-        """Of one row of 100 classes in any order, whose second probability is this, and all others far below."""
-        logits = np.array([[math.log1p(-second), math.log(second), *[-60.0] * 98]])
-        stored = logits + np.array([0, difference, *[9.0] * 98])
+        """Of one row of 100 classes in any order; 97 of them just above the floor, and one far below it."""
+        others = floor * np.linspace(1.05, 2.5, 97)
+        logits = np.array([[math.log(1 - second - others.sum()), math.log(second), *np.log(others), -60.0]])
+        stored = logits + np.array([0, difference, *[0.0] * 97, 9.0])
         rng = np.random.default_rng(0)
         (found,) = {
             out_of_fold.count_equal_rows(kind, stored[:, order], logits[:, order], tolerance=tolerance)

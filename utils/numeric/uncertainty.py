@@ -44,7 +44,7 @@ def aps_scores(probabilities: Floats, uniforms: Floats | None = None) -> Floats:
     order = np.argsort(-probabilities, axis=1, kind="stable")
     ordered = np.take_along_axis(probabilities, order, axis=1)
     sums = np.minimum(np.cumsum(ordered, axis=1), 1.0)
-    for column in range(ordered.shape[1] - 2, -1, -1):  # include later classes of equal probability
+    for column in reversed(range(ordered.shape[1] - 1)):  # include later classes of equal probability
         is_equal = ordered[:, column] == ordered[:, column + 1]
         sums[is_equal, column] = sums[is_equal, column + 1]
     scores = np.empty_like(sums)

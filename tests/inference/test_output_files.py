@@ -70,6 +70,14 @@ def test_every_name_comes_back(tmp_path, form):
         assert rows[0]["abstain"] is False
 
 
+def test_cells_are_quoted_where_they_must_be(tmp_path):
+    form = RecordFormat("csv", ("ant", "bee"))
+    assert form.header == "path,class,probability,set,abstain,disagreement,model,error,p:ant,p:bee\n"
+    plain = record("a.jpg") | {"set": None, "probabilities": [0.5, 0.25]}
+    assert form.format_record(plain) == "a.jpg,ant,0.5,,false,,m@1,,0.5,0.25\n"
+    assert form.format_record(plain | {"path": "a\rb"}).startswith('"a\rb","ant","0.5","",')
+
+
 def test_wherever_it_was_cut_it_goes_on_to_the_same_bytes(tmp_path, form):
     path = tmp_path / "a"
     written(path, form)

@@ -175,6 +175,12 @@ def test_calibration_errors_of_hand_computed_rows():
     _assert_close(metrics.mce(probabilities, labels), 0.55)
 
 
+def test_with_a_row_per_bin_the_adaptive_error_is_the_mean_gap_of_the_rows():
+    confidence, hit = np.linspace(0.55, 0.95, 15), np.arange(15) % 3 > 0
+    found = metrics.ece_adaptive(np.stack([confidence, 1 - confidence], axis=1), np.where(hit, 0, 1))
+    assert found == pytest.approx(np.abs(hit - confidence).mean())
+
+
 def test_confidence_of_exactly_one_belongs_to_the_last_bin():
     certain, labels = np.tile([1.0, 0.0], (4, 1)), np.array([0, 0, 0, 1])
     _assert_close(metrics.ece(certain, labels), 0.25)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from utils.numeric import means
 
@@ -62,6 +63,13 @@ def test_intervals_of_paired_differences_hold_0_where_two_models_are_equal():
     assert held["paired"] / 400 >= 0.93
     assert held["skewed"] / 400 < 0.9
     assert means.paired_interval(np.arange(90.0), np.arange(90) % 9) is None
+
+
+@pytest.mark.parametrize("interval", [means.mean_interval, means.paired_interval])
+def test_without_skewness_the_interval_is_students(interval):
+    values = 1 + np.array([-3.0, -2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2, 3])
+    expected = student.interval(0.95, 9, values.mean(), values.std(ddof=1) / np.sqrt(10))
+    assert interval(values) == pytest.approx(expected)
 
 
 def test_too_few_rows_or_groups_have_no_interval():

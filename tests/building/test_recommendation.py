@@ -310,6 +310,13 @@ def test_of_clearly_better_ones_on_val_the_best_is_recommended_and_an_equal_one_
     assert recommend([winner, on_val("e", BASE[100:] + 0.2), elsewhere])["name"] == "a"
 
 
+@pytest.mark.parametrize(("kind", "best_single"), [("member", "c"), ("ensemble", "m")])
+def test_a_member_that_is_clearly_better_on_val_is_the_best_single(kind, best_single):
+    clear = replace(on_val("c", BASE[100:] + 0.1), kind=kind)
+    chosen = recommend([candidate("a", BASE + 0.2), candidate("m", BASE + 0.3, kind="member"), clear])
+    assert (chosen["name"], chosen["best_single"]) == ("c", best_single)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A workspace of three members, which err together on eight rows of each file, and their ensembles."""

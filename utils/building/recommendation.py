@@ -111,7 +111,7 @@ def recommend(
             "evidence": None if fast is None else _scores(losses[fast], hits[fast], groups),
             "latency_ms": None if fast is None else measured[names[fast]],
         },
-        "best_single": min(singles, key=lambda name: (means.get(name, np.inf), name)) if singles else None,
+        "best_single": min(singles, key=lambda name: (losses[names.index(name)].mean(), name)) if singles else None,
         "not_compared": {
             candidate.name: _why_not_compared(candidate) for candidate in candidates if candidate.name not in names
         },

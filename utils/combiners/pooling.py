@@ -192,7 +192,7 @@ def _tried(
         for fold_weights in zip(*paths, strict=True)
     ]
     means = np.array([pooled_losses(crossfit, labels, metric).mean() for _, crossfit in candidates])
-    best = int(np.flatnonzero(means <= means.min() * (1 + 1e-9))[0])
+    best = int(np.flatnonzero(means <= means.min() + 1e-9 * abs(means.min()))[0])
     if metric in PIECEWISE_CONSTANT and _hits_more(candidates[0][1], candidates[best][1], labels, metric):
         best = 0
     return paths, candidates, best

@@ -24,6 +24,9 @@ PIECEWISE_CONSTANT = ("accuracy", "f1_macro")
 MAX_TUNING_ROWS = 10_000
 """Most rows of the selection of a strength, and of a bootstrap sample; with more rows they are sampled, so that only
 fits with the selected strength scale with the number of rows."""
+MAX_TUNING_SCORES = 20_000_000
+"""Most scores (members x rows x classes) of the selection of a strength, as far as `MIN_TUNING_ROWS` are left."""
+MIN_TUNING_ROWS = 500
 BAGS = 5  # bootstrap samples
 VOTES = 20  # weight of the pool, to which members are added with weight 1
 ADDITIONS = 10  # most members that are added
@@ -78,7 +81,7 @@ def tuned_weights(
     """
     calibrate = calibrate and not pool.scales
     parts = pool.parts(scores)
-    sample = _tuning_rows(labels, folds)
+    sample = _tuning_rows(labels, folds, scores.shape[0] * scores.shape[2])
     paths, candidates, best = _tried(pool, parts[:, sample], labels[sample], folds[sample], metric, calibrate=calibrate)
     strength, fold_weights, held_out = STRENGTHS[best], tuple(path[best] for path in paths), candidates[best]
     mean_weights = np.mean(fold_weights, axis=0)
@@ -169,11 +172,12 @@ def _is_clear(gains: Floats) -> bool:
     return bool(gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains)))
 
 
-def _tuning_rows(labels: NDArray[Any], folds: NDArray[Any]) -> Any:
-    """Return a slice of all rows, or indices of at most `MAX_TUNING_ROWS`, evenly spaced within each fold and class."""
-    if len(labels) <= MAX_TUNING_ROWS:
+def _tuning_rows(labels: NDArray[Any], folds: NDArray[Any], scores_per_row: int) -> Any:
+    """Return a slice of all rows, or indices of the rows that select a strength, evenly spaced in folds and classes."""
+    most = min(MAX_TUNING_ROWS, max(MIN_TUNING_ROWS, MAX_TUNING_SCORES // scores_per_row))
+    if len(labels) <= most:
         return slice(None)
-    return np.sort(np.lexsort((labels, folds))[:: -(-len(labels) // MAX_TUNING_ROWS)])
+    return np.sort(np.lexsort((labels, folds))[:: -(-len(labels) // most)])
 
 
 def _tried(

@@ -1,6 +1,6 @@
 """What a busy machine costs: the demo quiet and beside two busy programs, and the student's epoch by number of threads.
 
-    python benchmarks/loaded.py            `make demo QUICK=1` twice, in temporary folders; half an hour and more
+    python benchmarks/loaded.py            `make demo QUICK=1 DATA=digits` twice, in temporary folders; ten minutes
     python benchmarks/loaded.py --quick    the same on 160 of the digits, three epochs of the student: the proxy
     python benchmarks/loaded.py --epochs   the student's epochs alone, a minute
 
@@ -96,7 +96,7 @@ def demo_rows(n_busy: int, n_digits: int) -> list[dict]:
     quiet, quiet_cpu = demo_seconds(n_digits)
     with busy(n_busy):
         loaded, loaded_cpu = demo_seconds(n_digits)
-    what = "make demo QUICK=1" if n_digits == DIGITS else f"its proxy on {n_digits} digits"
+    what = "make demo QUICK=1 DATA=digits" if n_digits == DIGITS else f"its proxy on {n_digits} digits"
     beside = f"{loaded:.0f} s / {quiet:.0f} s; CPU {loaded_cpu:.0f} s / {quiet_cpu:.0f} s"
     ratio = loaded / quiet
     return [

@@ -21,6 +21,7 @@ from given_predictions import write
 from utils import commands
 from utils.combiners.gating import AttentionLearner
 from utils.core import engines, worker_processes
+from utils.core.artifacts import replacing
 from utils.core.errors import ConfigError, UserError
 from utils.numeric import nested_cv, setting_paths
 
@@ -173,9 +174,10 @@ def test_jobs_go_on_here_when_a_process_dies(tmp_path, at_once, heard):
 
 def waits_in_a_worker(folder, here, item):
     if os.getpid() != here:
-        Path(folder, str(os.getpid())).touch()
-        time.sleep(600)
-    while not list(Path(folder).iterdir()):
+        with replacing(Path(folder, "result")):
+            Path(folder, str(os.getpid())).touch()
+            time.sleep(600)
+    while not any(path.name.isdecimal() for path in Path(folder).iterdir()):
         time.sleep(0.02)
     raise UserError("refused here")
 
@@ -184,7 +186,7 @@ def test_an_error_ends_jobs_that_are_running(tmp_path, start_method):
     shared = (str(tmp_path), os.getpid())
     with pytest.raises(UserError, match="refused here"):
         list(engines.Local().map(waits_in_a_worker, range(3), shared=shared, n_processes=2, are_long=True))
-    (worker,) = (int(path.name) for path in tmp_path.iterdir())
+    (worker,) = (int(path.name) for path in tmp_path.iterdir())  # without what it was writing
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
 

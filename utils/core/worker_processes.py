@@ -30,6 +30,7 @@ logger = logging.getLogger("disease_pipeline")
 FORK, SPAWN = "fork", "spawn"
 START_SECONDS = {FORK: 0.2, SPAWN: 4.0}
 """Time to start a worker, by the way it starts."""
+STOP_SECONDS = 5.0  # that a job may take to stop; then its worker is killed
 MAX_PROCESSES = 8  # a worker that fits heads takes up to 400 MB
 
 JobWarning = tuple[int, str]
@@ -197,7 +198,12 @@ def _pool(run: _Jobs, n_workers: int, method: str) -> Iterator[ProcessPoolExecut
         yield pool
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - before:
+        workers = set(multiprocessing.active_children()) - before
+        for process in workers:
+            process.terminate()  # so that its job removes the file that it is writing
+        end = time.monotonic() + STOP_SECONDS
+        for process in workers:
+            process.join(max(0.0, end - time.monotonic()))
             process.kill()
             process.join()
         raise
@@ -209,11 +215,15 @@ def _start_worker(run: Callable[[int], Any], n_processes: int, parent: int) -> N
     global _run, _n_side_by_side
     subprocesses.end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _stop)
     for each in (logger, logging.getLogger()):
         _handlers_of_parent.extend(each.handlers)
         each.handlers = []
     _run, _n_side_by_side = run, n_processes
+
+
+def _stop(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _run_in_worker(number: int) -> tuple[Any, list[JobWarning]]:

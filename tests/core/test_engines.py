@@ -182,13 +182,14 @@ def waits_in_a_worker(folder, here, item):
     raise UserError("refused here")
 
 
-def test_an_error_ends_jobs_that_are_running(tmp_path, start_method):
+def test_an_error_ends_jobs_that_are_running(tmp_path, start_method, caplog):
     shared = (str(tmp_path), os.getpid())
     with pytest.raises(UserError, match="refused here"):
         list(engines.Local().map(waits_in_a_worker, range(3), shared=shared, n_processes=2, are_long=True))
     (worker,) = (int(path.name) for path in tmp_path.iterdir())  # without what it was writing
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+    assert [record.getMessage() for record in caplog.records if record.name == "concurrent.futures"] == []
 
 
 def trained(item):

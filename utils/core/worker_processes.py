@@ -141,13 +141,18 @@ def _run_side_by_side(run: _Jobs, numbers: range, n_workers: int, method: str, d
     is_broken = False
 
     def submit_next(finished: Future[Any] | None = None) -> None:
-        if finished is not None and isinstance(finished.exception(), BrokenProcessPool):
+        # A pool that breaks or stops calls this while it holds the lock that submitting needs.
+        if finished is not None and (finished.cancelled() or isinstance(finished.exception(), BrokenProcessPool)):
             return
         with lock:
             if not waiting:
                 return
             number = waiting.popleft()
-            future = futures[number] = pool.submit(_run_in_worker, number)
+            try:
+                future = futures[number] = pool.submit(_run_in_worker, number)
+            except RuntimeError:  # the pool is broken, so that the job runs here, or it has stopped
+                waiting.appendleft(number)
+                return
         future.add_done_callback(submit_next)
 
     def run_here(number: int) -> Any:

@@ -45,7 +45,9 @@ class Votes(Builder):
                 session.config, fitting.member_facts(session.store, members)
             )
             rows = session.rows(members)
-            fitting.build(session.store, name, "soft_voting", recipe, members, rows, extra_inputs=self.setting)
+            fitting.save(
+                session.store, name, "soft_voting", fitting.fit(recipe, rows), members, rows, extra_inputs=self.setting
+            )
         failed = tuple(name for name in names if name in self.broken)
         built = tuple(name for name in names if name not in failed)
         return Build(session, built, failed, tuple(f"{name}: broken" for name in failed))

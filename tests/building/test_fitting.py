@@ -69,7 +69,16 @@ def test_build_saves_what_fit_computed_and_the_digest_of_its_inputs(tmp_path):
     rows = fitting.out_of_sample_rows(store, members(store))
     facts = fitting.member_facts(store, members(store))
     combiner = COMBINERS["soft_voting"].configured(CONFIG, facts)
-    fitting.build(store, "one", "soft_voting", combiner, members(store), rows, extra_inputs={"k": 1}, notes={"note": 2})
+    fitting.save(
+        store,
+        "one",
+        "soft_voting",
+        fitting.fit(combiner, rows),
+        members(store),
+        rows,
+        extra_inputs={"k": 1},
+        notes={"note": 2},
+    )
     record = json.loads((store.workspace.ensemble("one") / "ensemble.json").read_text())
     assert (record["note"], record["depends_on"]) == (2, {"k": 1})
     expected = fitting.inputs_digest(CONFIG, store, members(store), "soft_voting", extra_inputs={"k": 1})

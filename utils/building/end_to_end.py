@@ -136,17 +136,20 @@ def build(session: Session, members: Sequence[Member], name: str, force: bool) -
     rows = val.rows
     assert isinstance(rows.outputs, MemberOutputs), "rows with embeddings"
     probabilities = recipe.retrained(tuned.heads, rows.outputs, rows.labels, val.fold)
-    fitting.build(
+    fitting.save(
         store,
         name,
         name,
-        recipe,
+        fitting.evaluate_fit(
+            recipe,
+            Crossfit(probabilities.astype(np.float32), rows.labels, rows.sample_ids, rows.split, val.fold),
+            val,
+            baselines.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold, judged.groups),
+        ),
         derived,
         val,
         extra_inputs=inputs_key,
-        baselines=baselines.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold, judged.groups),
         notes={"train_embeddings": _source(), "end_to_end": _facts(derived, tuned)},
-        crossfit=Crossfit(probabilities.astype(np.float32), rows.labels, rows.sample_ids, rows.split, val.fold),
     )
     shutil.rmtree(folder)
     return session

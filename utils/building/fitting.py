@@ -166,7 +166,7 @@ class Fitted:
 
 
 def fit(recipe: Combiner, out_of_sample: OutOfSampleRows, *, baselines: Baselines | None = None) -> Fitted:
-    """Cross-fit an unfitted combiner and fit it on all rows; no file is read or written."""
+    """Cross-fit an unfitted combiner and fit it on all rows, compared with baselines; no file is read or written."""
     return evaluate_fit(
         recipe, ensembles.crossfit(recipe, out_of_sample.rows, out_of_sample.fold), out_of_sample, baselines
     )
@@ -183,51 +183,6 @@ def evaluate_fit(
     return Fitted(combiner, crossfit, combiner.used(len(names)), entries)
 
 
-def build(
-    store: Store,
-    name: str,
-    method: str,
-    recipe: Combiner,
-    members: Sequence[Member],
-    out_of_sample: OutOfSampleRows,
-    *,
-    extra_inputs: Any = None,
-    prior_provenance: Sequence[Provenance] = (),
-    baselines: Baselines | None = None,
-    notes: Mapping[str, Any] | None = None,
-    crossfit: Crossfit | None = None,
-    post_fit: Callable[[Combiner, Crossfit], Mapping[str, Any]] | None = None,
-) -> Ensemble:
-    """Cross-fit an unfitted combiner, fit it on all out-of-sample rows, keep the members that it needs, and save it.
-
-    Args:
-        recipe: An unfitted combiner over `members`, which are sorted by name.
-        extra_inputs: Inputs of the ensemble besides members, images and settings, as JSON values for the record.
-        prior_provenance: Rows that parts of the recipe, or its selection, were fitted or selected on before.
-        baselines: Losses of simple combinations on the same rows, which a learned combiner is compared with.
-        notes: Further entries of `ensemble.json`.
-        crossfit: Predictions on out-of-sample rows. If they are given, `recipe` is already fitted.
-        post_fit: Returns further entries of `ensemble.json`, given the fitted combiner over all members and its
-            cross-fitted predictions.
-    """
-    if crossfit is None:
-        fitted = fit(recipe, out_of_sample, baselines=baselines)
-    else:
-        fitted = evaluate_fit(recipe, crossfit, out_of_sample, baselines)
-    return save(
-        store,
-        name,
-        method,
-        fitted,
-        members,
-        out_of_sample,
-        extra_inputs=extra_inputs,
-        prior_provenance=prior_provenance,
-        notes=notes,
-        post_fit=post_fit,
-    )
-
-
 def save(
     store: Store,
     name: str,
@@ -241,7 +196,16 @@ def save(
     notes: Mapping[str, Any] | None = None,
     post_fit: Callable[[Combiner, Crossfit], Mapping[str, Any]] | None = None,
 ) -> Ensemble:
-    """Save a fit on all out-of-sample rows as an ensemble of the members that it needs; see `build`."""
+    """Save a fit on all out-of-sample rows as an ensemble of the members that it needs.
+
+    Args:
+        fitted: A combiner over `members`, which are sorted by name.
+        extra_inputs: Inputs of the ensemble besides members, images and settings, as JSON values for the record.
+        prior_provenance: Rows that parts of the combiner, or its selection, were fitted or selected on before.
+        notes: Further entries of `ensemble.json`.
+        post_fit: Returns further entries of `ensemble.json`, given the fitted combiner over all members and its
+            cross-fitted predictions.
+    """
     rows, combiner = out_of_sample.rows, fitted.combiner
     fitted_on = Provenance(row_sets(rows) if combiner.learns else (), ())
     needed_members = [member for member, needed in zip(members, fitted.used, strict=True) if needed]

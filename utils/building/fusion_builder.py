@@ -339,16 +339,14 @@ def _save(
 ) -> None:
     # The rows of a left-out fold select when the training on the others stops.
     prior_provenance = [Provenance((), fitting.row_sets(basis.fitted.rows))]
-    fitting.build(
+    fitting.save(
         store,
         name,
         name,
-        fit.recipe,
+        fitting.evaluate_fit(fit.recipe, fit.crossfit, basis.fitted, basis.simple),
         members,
         basis.fitted,
         extra_inputs=_fold_inputs(members),
         prior_provenance=prior_provenance,
-        baselines=basis.simple,
         notes={"train_embeddings": source},
-        crossfit=fit.crossfit,
     )

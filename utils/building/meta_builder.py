@@ -112,16 +112,15 @@ class MetaBuilder(Builder):
         simple = baselines.measure(config, facts, rows.rows.logits, rows.rows.labels, rows.fold, rows.groups)
         recipe = MetaFuserCombiner.over(config, facts, parts)
         logger.info("fitting %s (%s) on %s", NAME, config.runs.meta_fuser.fuser_type, ", ".join(inputs))
-        fitting.build(
+        fitting.save(
             store,
             NAME,
             METHOD,
-            recipe,
+            fitting.fit(recipe, rows, baselines=simple),
             members,
             rows,
             extra_inputs=depends_on(config, records),
             prior_provenance=[ensemble.provenance for ensemble in inputs.values()],
-            baselines=simple,
             notes={"inputs_left_out": selected.left_out},
         )
         return Build(session, (NAME,))

@@ -78,15 +78,14 @@ class SparseBuilder(Builder):
         recipe = COMBINERS[self.name].configured(store.config, facts)
         comparison = _Comparison(store, members, facts, out_of_sample, simple)
         logger.info("fitting %s on %d out-of-sample rows of %d members", self.name, len(fold), len(members))
-        fitting.build(
+        fitting.save(
             store,
             self.name,
             self.name,
-            recipe,
+            fitting.fit(recipe, out_of_sample, baselines=simple),
             members,
             out_of_sample,
             extra_inputs=latency.latency_inputs(facts, records),
-            baselines=simple,
             post_fit=comparison.entries,
         )
         return Build(session, (self.name,))

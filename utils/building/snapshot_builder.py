@@ -94,7 +94,8 @@ class SnapshotBuilder(Builder):
             session.ensure(usable)
             facts = fitting.member_facts(session.store, usable)
             recipe = ensembles.COMBINERS[METHOD].configured(session.config, facts)
-            fitting.build(session.store, NAME, METHOD, recipe, usable, session.rows(usable))
+            rows = session.rows(usable)
+            fitting.save(session.store, NAME, METHOD, fitting.fit(recipe, rows), usable, rows)
         return Build(session, (NAME,) if is_built else (), failures=tuple(failures))
 
     def describe_one(self, session: Session, name: str, state: str) -> list[str]:

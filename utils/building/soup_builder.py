@@ -175,11 +175,14 @@ def _save(session: Session, member: Member, mixed: Mixed) -> tuple[Session, list
     for key, network in derived.items():
         role = METHODS[key].role
         rows = session.rows([network])
-        fitting.build(
+        fitting.save(
             session.store,
             ensemble_name(key, member),
             role,
-            ensembles.COMBINERS[role].configured(session.config, fitting.member_facts(session.store, [network])),
+            fitting.fit(
+                ensembles.COMBINERS[role].configured(session.config, fitting.member_facts(session.store, [network])),
+                rows,
+            ),
             [network],
             rows,
             prior_provenance=[Provenance((), fitting.row_sets(rows.rows))],

@@ -103,11 +103,11 @@ class ViewBuilder(Builder):
         session.ensure(members)
         rows = session.rows(members)
         recipe = ensembles.COMBINERS[METHOD].configured(session.config, fitting.member_facts(session.store, members))
-        fitting.build(
+        fitting.save(
             session.store,
             NAME,
             METHOD,
-            recipe,
+            fitting.fit(recipe, rows),
             members,
             rows,
             extra_inputs=keys,

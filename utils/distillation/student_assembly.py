@@ -187,11 +187,13 @@ def _build_ensemble(
     """
     extraction.ensure(store, [derived], STREAMED_SPLITS)
     val_rows = fitting.out_of_sample_rows(store, [derived])
-    fitting.build(
+    fitting.save(
         store,
         student.ensemble,
         METHOD,
-        ensembles.COMBINERS[METHOD].configured(store.config, fitting.member_facts(store, [derived])),
+        fitting.fit(
+            ensembles.COMBINERS[METHOD].configured(store.config, fitting.member_facts(store, [derived])), val_rows
+        ),
         [derived],
         val_rows,
         extra_inputs=digest,

@@ -50,6 +50,29 @@ def test_a_pool_that_grows_is_scored_exactly(metric, rows):
         assert growing.loss() == pytest.approx(expected[member], abs=1e-13)
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "f1_macro"])
+@pytest.mark.parametrize("has_start", [False, True])
+def test_rows_in_which_few_or_hundreds_of_classes_can_win(metric, has_start, monkeypatch):
+    monkeypatch.setattr("utils.numeric.vote_losses.CHUNK", 2000)
+    rng = np.random.default_rng(7)
+    labels = rng.integers(0, 300, 400)
+    logits = rng.normal(size=(5, 400, 300)) * np.linspace(0.001, 4, 400)[:, None]
+    logits[:, np.arange(400), labels] += np.linspace(0, 8, 400)
+    logits[:, :40] = np.round(logits[0, :40])  # equal members and equal classes
+    probabilities = softmax(logits).astype(np.float32)
+    scorer = make_scorer(probabilities, labels, metric)
+    total, size = np.zeros((400, 300)), 0.0
+    if has_start:
+        total, size = 20 * softmax(rng.normal(size=(400, 300)) + 4 * np.eye(300)[labels]), 20.0
+        scorer.reset(total, size)
+    for member in (3, 1, 1, 4, 0):
+        expected = literal(total, size, probabilities, labels, metric)
+        np.testing.assert_allclose(scorer.losses(), expected, rtol=0, atol=1e-13)
+        scorer.add(member)
+        total, size = total + probabilities[member], size + 1
+        assert scorer.loss() == pytest.approx(expected[member], abs=1e-13)
+
+
 @pytest.mark.parametrize("metric", RULES)
 def test_candidates_join_a_mixture_that_is_none_of_theirs(metric, rows):
     probabilities, labels = rows
@@ -77,7 +100,7 @@ def test_a_memory_map_does_not_stay_in_memory(metric, tmp_path, monkeypatch):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("RssFile:")) / 1000
 
-    monkeypatch.setattr("utils.numeric.candidate_losses.MAX_MAPPED_BYTES", 2**20)
+    monkeypatch.setattr("utils.numeric.member_blocks.MAX_MAPPED_BYTES", 2**20)
     np.save(tmp_path / "probabilities.npy", np.full((40, 20_000, 10), 0.1, dtype=np.float32))
     mapped = np.load(tmp_path / "probabilities.npy", mmap_mode="r")
     before = of_files()
@@ -103,7 +126,8 @@ def test_a_scorer_can_begin_anew(metric, rows):
 @pytest.mark.parametrize("metric", RULES)
 def test_many_members_are_scored_in_blocks(metric, rows, monkeypatch):
     whole = make_scorer(*rows, metric).losses()
-    monkeypatch.setattr("utils.numeric.candidate_losses.BLOCK", 200)
+    for module in ("member_blocks", "candidate_losses"):
+        monkeypatch.setattr(f"utils.numeric.{module}.BLOCK", 200)
     np.testing.assert_allclose(make_scorer(*rows, metric).losses(), whole, rtol=0, atol=1e-15)
 
 

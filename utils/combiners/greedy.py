@@ -92,14 +92,23 @@ class GreedySelection(PooledMembers):
         )
 
     def _tried(self, probabilities: NDArray[np.float32], labels: np.ndarray, folds: np.ndarray, *, bags: int) -> _Tried:
-        by_size = np.empty((STEPS, *probabilities.shape[1:]), dtype=np.float32)
-        for fold in np.unique(folds):
-            inside = folds == fold
-            shares = self._select(probabilities[:, ~inside], labels[~inside], bags=bags).weights_by_size()
-            by_size[:, inside] = np.tensordot(shares.astype(np.float32), probabilities[:, inside], axes=1)
-        losses = np.stack([row_losses(mixture, labels, self.metric) for mixture in by_size])
+        held_out = [folds == fold for fold in np.unique(folds)]
+        shares = [
+            self._select(probabilities[:, ~inside], labels[~inside], bags=bags).weights_by_size().astype(np.float32)
+            for inside in held_out
+        ]
+
+        unseen = [probabilities[:, inside] for inside in held_out]
+
+        def mixture(size: int) -> NDArray[np.float32]:  # one at a time: all sizes together are large
+            mixed = np.empty(probabilities.shape[1:], dtype=np.float32)
+            for inside, weights, values in zip(held_out, shares, unseen, strict=True):
+                mixed[inside] = np.tensordot(weights[size - 1], values, axes=1)
+            return mixed
+
+        losses = np.stack([row_losses(mixture(size), labels, self.metric) for size in range(1, STEPS + 1)])
         size = fewest_within_one_error(losses)
-        return _Tried(bags, losses.mean(axis=1), size, by_size[size - 1].astype(np.float64))
+        return _Tried(bags, losses.mean(axis=1), size, mixture(size).astype(np.float64))
 
     def _keep(
         self, selection: Selection, size: int, crossfit: Floats | None, logits: np.ndarray, labels: np.ndarray

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.numeric import pools
-from utils.numeric.candidate_losses import accuracy_loss, f1_loss
 from utils.numeric.metrics import SMALLEST_PROBABILITY
+from utils.numeric.vote_losses import accuracy_loss, f1_loss
 
 N_FACTORS = 16  # probabilities multiplied before each logarithm; the product of the smallest ones does not underflow
 BLOCK = 2**18  # numbers that are processed at a time

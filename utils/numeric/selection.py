@@ -158,6 +158,7 @@ class _Pools:
         self.scorers, self.total, self.size = scorers, total, size
         self._current: list[MemberIndices | None] = [None] * len(scorers)
         self._losses: dict[MemberIndices, Floats] = {}
+        self._own_losses: dict[MemberIndices, float] = {}
 
     def scorer(self, members: MemberIndices, index: int = 0) -> Scorer:
         """Return the scorer at `index` with the pool of the start and these members."""
@@ -169,6 +170,12 @@ class _Pools:
             scorer.add(member)
         self._current[index] = members
         return scorer
+
+    def loss(self, members: MemberIndices) -> float:
+        """Return the loss of the pool of the start and these members."""
+        if members not in self._own_losses:
+            self._own_losses[members] = self.scorer(members).loss()
+        return self._own_losses[members]
 
     def losses(self, members: MemberIndices) -> Floats:
         """Return losses (M,) with each member added to the pool."""
@@ -191,11 +198,11 @@ def _greedy_path(
     """Select from the allowed members, bool (M,), beginning with the members in `first`."""
     members: MemberIndices = ()
     losses: list[float] = []
-    lowest, size = pools.scorer(()).loss() if pools.size else np.inf, 0
+    lowest, size = pools.loss(()) if pools.size else np.inf, 0
     while len(members) < steps:
         if len(members) < len(first):
             members = first[: len(members) + 1]
-            losses.append(pools.scorer(members).loss())
+            losses.append(pools.loss(members))
         else:
             candidate_losses = np.where(allowed, pools.losses(members), np.inf)
             best = pools.best(members, candidate_losses, random)
@@ -214,7 +221,7 @@ def _best_together(pools: _Pools, single_losses: Floats, max_size: int) -> Membe
     for _ in range(min(max_size, np.isfinite(single_losses).sum())):
         members = (*members, int(np.flatnonzero(remaining <= remaining.min() + TIE_TOLERANCE)[0]))
         remaining[members[-1]] = np.inf
-        loss = pools.scorer(members).loss()
+        loss = pools.loss(members)
         if loss < lowest - TIE_TOLERANCE:
             lowest, size = loss, len(members)
     return members[:size]

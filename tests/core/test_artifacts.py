@@ -106,6 +106,19 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name_and_leaves_nothing_open(t
     assert not existed
 
 
+def test_a_signal_that_arrives_as_the_temporary_file_is_created_leaves_none(tmp_path, monkeypatch):
+    create = os.open
+
+    def created(*arguments, **options):
+        os.close(create(*arguments, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "open", created)
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.write_json(tmp_path / "r.json", {})
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_error_about_another_file_is_not_one_of_writing(tmp_path):
     def read_another():
         with artifacts.replacing(tmp_path / "x.txt"):

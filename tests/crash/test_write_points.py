@@ -11,7 +11,6 @@ import errno
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,14 +47,14 @@ def in_child(work: Callable[[], int]) -> int:
 def dying(way: str, number: int) -> None:
     """From now on this process ends, or its disk is full, at its write `number`."""
     left = iter(range(number))
-    make, fsync, replace = tempfile.mkstemp, os.fsync, pathlib.Path.replace
+    make, fsync, replace = os.open, os.fsync, pathlib.Path.replace
 
     def is_due() -> bool:
         return next(left, None) is None
 
-    def made(*arguments, **options):
-        found = make(*arguments, **options)
-        if way == WAYS[0] and is_due():
+    def made(path, *arguments, **options):
+        found = make(path, *arguments, **options)
+        if way == WAYS[0] and ".partial" in str(path) and is_due():
             os._exit(GONE)
         return found
 
@@ -71,7 +70,7 @@ def dying(way: str, number: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return replace(self, target)
 
-    tempfile.mkstemp, os.fsync, pathlib.Path.replace = made, synced, replaced
+    os.open, os.fsync, pathlib.Path.replace = made, synced, replaced
 
 
 @pytest.fixture(scope="module")

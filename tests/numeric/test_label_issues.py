@@ -78,3 +78,14 @@ def test_names_of_files_survive_the_table():
     first = lines[0]
     assert float(first["p_label"]) - float(first["p_suggested"]) == pytest.approx(float(first["margin"]), abs=1e-5)
     assert {first["label"], first["suggested"]} == {"<b>", "c,d"}
+
+
+def test_the_confident_joint_of_more_than_a_thousand_classes_is_left_out():
+    classes = 1001
+    labels = np.repeat(np.arange(classes), 2)
+    probabilities = np.full((2 * classes, classes), 0.1 / (classes - 1))
+    probabilities[np.arange(2 * classes), labels] = 0.9
+    probabilities[14, [7, 8]] = probabilities[14, [8, 7]]  # labelled 7, looks like 8
+    found = label_issues.find_label_issues(probabilities, labels)
+    assert (found.rows.tolist(), found.suggested.tolist()) == ([14], [8])
+    assert found.counts is None

@@ -10,8 +10,8 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import threading
 import tokenize
 import zipfile
@@ -49,17 +49,16 @@ def replacing(path: Path) -> Iterator[Path]:
     require_unlinked(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The suffix stays last, since NumPy appends its own if it is missing.
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    # The suffix stays last, since NumPy appends its own if it is missing.
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    try:  # which removes the file, since a signal may arrive as soon as it exists
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp creates files that only their owner can read
+        temporary.chmod(0o666 & ~umask)  # until now only its owner can read it
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)

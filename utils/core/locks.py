@@ -15,9 +15,9 @@ import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -111,16 +111,12 @@ def is_dead(owner: LockOwner, lock: Path) -> bool:
 
 def _take(lock: Path, record: str) -> None:
     """Create the lock file, or take over a dead owner's."""
-    handle, name = tempfile.mkstemp(prefix=".lock.", suffix=".partial", dir=lock.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+    temporary = lock.with_name(f".lock.{secrets.token_hex(4)}.partial")
+    try:  # a signal may arrive as soon as the file exists
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(record)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # so that other users can read the owner
         while not (_is_placed(temporary, lock, record) or _is_taken_over(temporary, lock)):
             pass  # the owner released the lock between the two calls
     finally:

@@ -100,5 +100,6 @@ def label_issue_table(inputs: EvaluationInputs, name: str) -> LabelIssueTable:
     text = label_issues.issues_csv(issues, predictions.probabilities, predictions.labels, splits, ids, paths, classes)
     summary = {"model": name, "n": len(ids), "in_doubt": len(issues.rows)}
     thresholds = [None if np.isnan(value) else float(value) for value in issues.thresholds]
-    detail = {"classes": list(classes), "thresholds": thresholds, "confident_joint": issues.counts.tolist()}
+    counts = None if issues.counts is None else issues.counts.tolist()
+    detail = {"classes": list(classes), "thresholds": thresholds, "confident_joint": counts}
     return LabelIssueTable(text, summary | detail, summary)

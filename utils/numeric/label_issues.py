@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.numeric.metrics import ROUNDING, check_probabilities
+from utils.numeric.metrics import MAX_LISTED_CLASSES, ROUNDING, check_probabilities
 
 COLUMNS = ("rank", "split", "sample_id", "image", "label", "suggested", "p_label", "p_suggested", "margin")
 
@@ -31,8 +31,9 @@ class LabelIssues:
     """(n,): probability of the label minus that of the suggested class"""
     thresholds: NDArray[np.float64]
     """(C,): mean probability of a class over the rows with this label; NaN for a class without rows"""
-    counts: NDArray[np.int64]
-    """(C, C), the confident joint: number of rows with label i that are assigned to class j"""
+    counts: NDArray[np.int64] | None
+    """(C, C), the confident joint: number of rows with label i that are assigned to class j; None for more than
+    `MAX_LISTED_CLASSES` classes"""
 
 
 def find_label_issues(probabilities: ArrayLike, labels: ArrayLike) -> LabelIssues:
@@ -48,8 +49,10 @@ def find_label_issues(probabilities: ArrayLike, labels: ArrayLike) -> LabelIssue
     is_reached = scores >= np.where(support > 0, thresholds, np.inf) - ROUNDING
     assigned = np.where(is_reached, scores, -1).argmax(axis=1)
     is_assigned = is_reached.any(axis=1)
-    pairs = truth[is_assigned] * classes + assigned[is_assigned]
-    counts = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    counts = None
+    if classes <= MAX_LISTED_CLASSES:
+        pairs = truth[is_assigned] * classes + assigned[is_assigned]
+        counts = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
     rows = np.flatnonzero(is_assigned & (assigned != truth))
     margins = scores[rows, truth[rows]] - scores[rows, assigned[rows]]
     order = np.argsort(margins, kind="stable")

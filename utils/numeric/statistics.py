@@ -113,14 +113,13 @@ class _RowStatistics:
 
     def metrics(self, counts: NDArray[np.float32]) -> dict[str, Floats]:
         """Return {metric: values (b,)} on the bootstrap samples with counts (b, N)."""
-        classes = self.classes
-        boundaries = np.cumsum([classes, classes, classes, BINS, BINS])
-        sums = np.zeros((len(counts), boundaries[-1] + self.means.shape[1]))
+        support, predicted, hits = (self._per_class(counts, *rows) for rows in self._class_rows())
+        sums = np.zeros((len(counts), 2 * BINS + self.means.shape[1]))
         step = max(1, BLOCK // sums.shape[1])
         for first in range(0, counts.shape[1], step):
             rows = slice(first, first + step)
             sums += counts[:, rows] @ self._columns(rows)
-        support, predicted, hits, in_bin, gaps, means = np.split(sums, boundaries, axis=1)
+        in_bin, gaps, means = np.split(sums, [BINS, 2 * BINS], axis=1)
         n_drawn = support.sum(axis=1)
         means /= n_drawn[:, None]
         by_class = {
@@ -141,16 +140,28 @@ class _RowStatistics:
         distances = (means[:, 4] * n_drawn, means[:, 5] * n_drawn)
         return values | chance_corrected(support, predicted, hits.sum(axis=1), distances)
 
+    def _class_rows(self) -> Sequence[tuple[Integers, Integers]]:
+        """Return (rows, their classes) that make up support, predictions and hits."""
+        all_rows, hits = np.arange(len(self.truth)), np.flatnonzero(self.truth == self.winner)
+        return (all_rows, self.truth), (all_rows, self.winner), (hits, self.truth[hits])
+
+    def _per_class(self, counts: NDArray[np.float32], rows: Integers, classes: Integers) -> Floats:
+        """Return the sums (b, C) of the counts (b, N) of rows (n,) of the given classes (n,)."""
+        from scipy.sparse import csr_array
+
+        indicator = csr_array(
+            (np.ones(len(rows), dtype=np.float32), (classes, rows)), shape=(self.classes, counts.shape[1])
+        )
+        sums: NDArray[np.float32] = indicator @ counts.T
+        return sums.T.astype(np.float64)
+
     def _columns(self, rows: slice) -> NDArray[np.float32]:
-        """Return the statistics (n, columns) of rows, to be summed: class and bin indicators, gaps and losses."""
-        truth, winner, bins = self.truth[rows], self.winner[rows], self.bins[rows]
-        all_rows, classes = np.arange(len(truth)), self.classes
-        columns = np.zeros((len(truth), 3 * classes + 2 * BINS + self.means.shape[1]), dtype=np.float32)
-        columns[all_rows, truth] = 1
-        columns[all_rows, classes + winner] = 1
-        columns[all_rows, 2 * classes + truth] = truth == winner
-        columns[all_rows, 3 * classes + bins] = 1
-        columns[all_rows, 3 * classes + BINS + bins] = self.gaps[rows]
+        """Return the statistics (n, columns) of rows, to be summed: indicators of bins, gaps and losses."""
+        bins = self.bins[rows]
+        all_rows = np.arange(len(bins))
+        columns = np.zeros((len(bins), 2 * BINS + self.means.shape[1]), dtype=np.float32)
+        columns[all_rows, bins] = 1
+        columns[all_rows, BINS + bins] = self.gaps[rows]
         columns[:, -self.means.shape[1] :] = self.means[rows]
         return columns
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import LeakageError, UserError
 from utils.distillation import soft_targets, teachers
+from utils.distillation.epoch_predictions import epoch_predictions
 from utils.distillation.soft_targets import Targets
 from utils.distillation.teachers import Teacher
 from utils.networks.preprocessing import Preprocessing
@@ -54,17 +56,15 @@ class StudentTargets:
     kind: str
     batch_schedule: BatchSchedule
     """Batch schedule of the first seed."""
-    predict: Callable[[BatchSchedule, int], Targets]
-    """(batch schedule, epoch) -> the teacher's predictions for the views of that epoch."""
+    of_epochs: Callable[[BatchSchedule, int], AbstractContextManager[EpochTargets]]
+    """(batch schedule, number of epochs) -> a block with the teacher's predictions for the views of each epoch."""
     digest: str | None
     """Digest of the stored targets; None if the teacher predicts in every epoch."""
 
-    def of_seed(self, seed: int) -> tuple[BatchSchedule, EpochTargets]:
-        """Batches of a seed and the teacher's predictions for them; recurring views are those of the first seed."""
+    def of_seed(self, seed: int) -> BatchSchedule:
+        """Batches of a seed; recurring views are those of the first seed."""
         schedule = self.batch_schedule
-        if seed != schedule.seed:
-            schedule = replace(schedule, seed=seed, views_seed=schedule.seed)
-        return schedule, partial(self.predict, schedule)
+        return schedule if seed == schedule.seed else replace(schedule, seed=seed, views_seed=schedule.seed)
 
 
 def resolve_kind(store: Store, teacher: Teacher, train: ImageSplit, student: tuple[int, int]) -> tuple[str, np.ndarray]:
@@ -186,7 +186,7 @@ def prepare(
         device=streaming.resolve_device(store.config.device),
     )
     if kind == CONSISTENT:
-        return StudentTargets(kind, batch_schedule, partial(_predict_epoch, store, teacher), None)
+        return StudentTargets(kind, batch_schedule, partial(epoch_predictions, store, teacher), None)
     if batch_schedule.n_views and (note := recurrence_note(settings.epochs, batch_schedule.n_views)):
         logger.warning("%s", note)
     path = store.workspace.distillation(ensemble) / "targets.npz"
@@ -208,8 +208,8 @@ def prepare(
         soft_targets.save(path, key, arrays)
     table, digest = soft_targets.unpack(arrays), soft_targets.content_digest(arrays)
 
-    def stored(schedule: BatchSchedule, epoch: int) -> Targets:
-        return Targets(table[schedule.view_numbers(epoch), np.arange(count)])
+    def stored(schedule: BatchSchedule, epochs: int) -> AbstractContextManager[EpochTargets]:
+        return nullcontext(lambda epoch: Targets(table[schedule.view_numbers(epoch), np.arange(count)]))
 
     return StudentTargets(kind, batch_schedule, stored, digest)
 
@@ -268,16 +268,3 @@ def all_views(
             indices = number * len(source) + rows
             row_views = None if views is None else views.take(indices)
             yield indices, source.load(rows, preprocessing, row_views, batch_schedule.device)
-
-
-def _predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epoch: int) -> Targets:
-    """The teacher's predictions for the student's training views in an epoch (Beyer et al. 2022)."""
-
-    def batches(preprocessing: Preprocessing) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch, images in batch_schedule.loader(epoch, preprocessing):
-            yield batch.rows, images
-
-    matches_embeddings = store.config.distillation.feature_weight != 0
-    return teachers.predict_views(
-        store, teacher, len(batch_schedule.image_source), batches, embeddings=matches_embeddings
-    )

@@ -116,16 +116,17 @@ class PairTraining:
         return TrainedPair(student, alone, {STUDENT: student_probabilities, ALONE: alone_probabilities})
 
     def _student(self, number: int, feature_weight: float) -> tuple[StudentTrainingResult, dict[str, np.ndarray]]:
-        schedule, epoch_targets = self.targets.of_seed(self._seed(number))
+        schedule = self.targets.of_seed(self._seed(number))
         name = f"{STUDENT}_features" if feature_weight else STUDENT
         settings = replace(self._settings(number), feature_weight=feature_weight)
-        return self._trained(name, number, settings, schedule, epoch_targets)
+        with self.targets.of_epochs(schedule, settings.epochs) as epoch_targets:
+            return self._trained(name, number, settings, schedule, epoch_targets)
 
     def _alone(self, number: int) -> tuple[StudentTrainingResult, dict[str, np.ndarray]]:
         from utils.training.batch_schedule import NEVER, BatchSchedule
 
         settings = self.images.store.config.distillation
-        of_student, _ = self.targets.of_seed(self._seed(number))
+        of_student = self.targets.of_seed(self._seed(number))
         source = self.images.source(self.images.store.images("train"))
         schedule = BatchSchedule(
             source,

@@ -1,0 +1,86 @@
+"""The teacher's passes run ahead of the student in other processes, with equal bytes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+
+import numpy as np
+import pytest
+from stored_predictions import workspace_at
+from student_runs import SMALL, store_of
+
+from utils.core import engines, worker_processes
+from utils.distillation import epoch_predictions, teachers
+from utils.training.batch_schedule import NEVER, BatchSchedule
+from utils.training.image_source import ImageSource
+
+EPOCHS = 4
+forks = pytest.mark.skipif(worker_processes.start_method() != "fork", reason="passes run ahead in forks only")
+
+
+@pytest.fixture
+def passes(built, monkeypatch):
+    """A function that opens the block of predictions on a number of cores."""
+    store = store_of(workspace_at(built), SMALL)
+    teacher = teachers.resolve(store, "soft_voting", excluded_member="x")
+    train = store.images("train")
+    preprocessing = store.catalog.members["CustomConvNeXt"].image_preprocessing
+    source = ImageSource(train, preprocessing, "full", image_cache=store.workspace.image_cache, threads=1)
+
+    def opened(cores):
+        monkeypatch.setattr(engines, "cores", lambda: cores)
+        schedule = BatchSchedule(source, 32, 5, np.full(len(source), NEVER), mix="both", is_shared=True)
+        return epoch_predictions.epoch_predictions(store, teacher, schedule, EPOCHS)
+
+    return opened
+
+
+def workers(expected):
+    """The number of workers, once it is the expected one; a pool notices the end of its workers in another thread."""
+    end = time.monotonic() + 5
+    while True:
+        count = sum(process.name.startswith("ForkProcess") for process in multiprocessing.active_children())
+        if count == expected or time.monotonic() > end:
+            return count
+        time.sleep(0.01)
+
+
+@forks
+def test_passes_in_other_processes_have_the_bytes_of_passes_here(passes):
+    with passes(1) as predict:
+        expected = [predict(epoch).log_probabilities for epoch in range(EPOCHS)]
+        assert workers(0) == 0
+    with passes(2) as predict:
+        found = [predict(epoch).log_probabilities for epoch in range(EPOCHS)]
+        assert workers(1) == 1
+    assert workers(0) == 0
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert not np.array_equal(found[0], found[1])
+    with passes(2) as predict:  # a training that resumes
+        assert np.array_equal(predict(2).log_probabilities, expected[2])
+
+
+@forks
+def test_a_training_that_fails_leaves_no_worker(passes):
+    def train():
+        with passes(2) as predict:
+            predict(0)
+            assert workers(1) == 1
+            raise RuntimeError("diverged")
+
+    with pytest.raises(RuntimeError, match="diverged"):
+        train()
+    assert workers(0) == 0
+
+
+@forks
+@pytest.mark.parametrize(
+    ("name", "value"), [("MAX_BYTES", 1000), ("BYTES_PER_PARAMETER", 1e-6)], ids=["memory", "networks of two threads"]
+)
+def test_passes_stay_here_where_they_would_take_memory_or_threads(passes, monkeypatch, name, value):
+    monkeypatch.setenv("DBT_NUM_THREADS", "0")  # the number of threads is that of the table
+    monkeypatch.setattr(epoch_predictions, name, value)
+    with passes(2) as predict:
+        predict(0)
+        assert workers(0) == 0

@@ -32,16 +32,16 @@ def store(tmp_path):
 
 @pytest.fixture
 def member(store):
-    """A function that makes a member with a checkpoint of timm's smallest network."""
+    """A function that makes a member with a checkpoint of timm's smallest network; those of other `pixels` differ."""
     import timm
 
-    def make(name, digest=None):
+    def make(name, digest=None, pixels=32):
         path = store.workspace.base / f"{name}.pth"
         torch.manual_seed(0)
         torch.save(timm.create_model(MODEL, num_classes=3).state_dict(), path)
         checkpoint = {"path": path.name, "stage": "final", "sha256": store.digests.of(path)}
         return Member(
-            name, f"timm:{MODEL}", "full", 32, ("x", "y", "z"), (checkpoint,), (), None, None, 0.9, digest or name
+            name, f"timm:{MODEL}", "full", pixels, ("x", "y", "z"), (checkpoint,), (), None, None, 0.9, digest or name
         )
 
     return make
@@ -57,7 +57,7 @@ def opened(monkeypatch):
 
 
 def test_a_network_is_measured_once_and_its_times_are_kept(store, member, opened):
-    members = [member("b"), member("a")]
+    members = [member("b"), member("a", pixels=48)]
     found = measure(store, members)
     assert list(found) == opened == ["b", "a"]
     for record in found.values():
@@ -92,10 +92,19 @@ def test_other_weights_threads_and_devices_are_measured_for_themselves(store, me
 
 
 def test_members_of_one_content_share_a_measurement(store, member, opened):
-    found = measure(store, [member("a", "same"), member("b", "other")], batches=[1])
+    found = measure(store, [member("a", "same"), member("b", "other", pixels=48)], batches=[1])
     again = measure(store, [member("copy", "same")], batches=[1])
     assert again["copy"] == found["a"]
     assert opened == ["a", "b"]
+
+
+def test_a_backbone_and_its_soup_share_a_measurement(store, member, opened):
+    backbone = measure(store, [member("a")], batches=[1])["a"]
+    found = measure(store, [member("a"), member("a_soup"), member("larger", pixels=48)])
+    assert found["a_soup"] == found["a"]
+    assert found["a"].batches[1] == backbone.batches[1]
+    assert opened == ["a", "a", "larger"]  # for one image, then for 32
+    assert measure(store, [member("a_soup")]) == {"a_soup": found["a"]}
 
 
 def test_the_record_is_sorted_json_that_names_device_threads_and_member(store, member):
@@ -216,7 +225,7 @@ def test_one_network_is_in_memory_at_a_time_and_none_is_left(store, member, monk
         return alive[-1]
 
     monkeypatch.setattr(streaming, "open_network", watched)
-    measure(store, [member("a"), member("b")], batches=[1])
+    measure(store, [member("a"), member("b", pixels=48)], batches=[1])
     assert [sum(tensor.numel() for tensor in model.parameters()) for model in alive] == [0, 0]
 
 
@@ -233,7 +242,8 @@ def test_the_network_that_is_measured_answers_as_the_one_that_is_streamed(store,
 def test_equal_networks_are_timed_on_equal_images(store, member, monkeypatch):
     seen = []
     monkeypatch.setattr(latency, "timing_of", lambda answer, images: (seen.append(images), Timing(1.0, 1.0, 1))[1])
-    measure(store, [member("a"), member("b")], batches=[2])
+    for name in ("a", "b"):
+        measure(store, [member(name)], batches=[2])
     assert [tuple(images.shape) for images in seen] == [(2, 3, 32, 32)] * 2
     assert torch.equal(*seen)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from utils.core.artifacts import write_json
 from utils.core.other_programs import OtherPrograms
 from utils.core.parsed_files import record_once
 from utils.core.workspace import Workspace
+from utils.networks.construction import NetworkSpec
 from utils.networks.memory import out_of_memory
 from utils.predictions import catalog, streaming
 from utils.predictions.catalog import Member
@@ -66,8 +68,9 @@ class Record:
 def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] = BATCHES) -> dict[str, Record]:
     """Return {member: latency of its network}, measured if none is stored, with one network in memory at a time.
 
-    A member without a network (predictions only) is left out. Batch sizes that run out of memory are missing. Raises
-    UserError for a checkpoint that is gone, has changed since discovery, or does not run.
+    Networks that differ in their weights only, such as a backbone and its soups, are measured once. A member without a
+    network (predictions only) is left out. Batch sizes that run out of memory are missing. Raises UserError for a
+    checkpoint that is gone, has changed since discovery, or does not run.
     """
     networks = [member for member in members if member.checkpoints]
     if not networks:
@@ -77,27 +80,47 @@ def measure(store: Store, members: Sequence[Member], *, batches: Sequence[int] =
     device = streaming.resolve_device(store.config.device)
     hardware, threads = _named(device), torch.get_num_threads()
     records = stored(store.workspace, networks, hardware, threads)
-    gaps = {
-        member.name: [
-            size for size in batches if member.name not in records or size not in records[member.name].batches
-        ]
-        for member in networks
-    }
-    missing = [member for member in networks if gaps[member.name]]
-    for number, member in enumerate(missing, start=1):
-        catalog.check_current(store.workspace, member, store.digests)
-        others = OtherPrograms()
-        timings = _measured(member, store.workspace, device, gaps[member.name])
-        before = records.get(member.name) or Record(hardware, threads, {})
-        now = Record(hardware, threads, before.batches | timings, others.in_the_way(_working(device, threads)))
-        records[member.name] = replace(now, busy=highest_busy([before, now]))
-        _add(store.workspace, "networks", member.digest, records[member.name], {"member": member.name})
-        message = ", ".join(f"{timing.p50:.3g} ms for {size}" for size, timing in timings.items())
-        logger.info(
-            "[%d/%d] measured %s on %s (threads: %d): %s", number, len(missing), member.name, hardware, threads, message
-        )
-    _warn_when_busy(store.workspace, [records[member.name] for member in missing])
+    alike: dict[NetworkSpec, list[Member]] = {}
+    for member in networks:
+        alike.setdefault(_structure(member, store.workspace), []).append(member)
+    missing = [group for group in alike.values() if any(_gaps(records.get(member.name), batches) for member in group)]
+    for number, group in enumerate(missing, start=1):
+        for member in group:
+            catalog.check_current(store.workspace, member, store.digests)
+        known = _merged(hardware, threads, [records[member.name] for member in group if member.name in records])
+        if unknown := _gaps(known, batches):
+            others = OtherPrograms()
+            timings = _measured(group[0], store.workspace, device, unknown)
+            busy = others.in_the_way(_working(device, threads))
+            known = _merged(hardware, threads, [known, Record(hardware, threads, timings, busy)])
+            logger.info(
+                "[%d/%d] measured %s on %s (threads: %d): %s",
+                *(number, len(missing), ", ".join(member.name for member in group), hardware, threads),
+                ", ".join(f"{timing.p50:.3g} ms for {size}" for size, timing in timings.items()),
+            )
+        for member in group:
+            before = records.get(member.name)
+            if _gaps(before, batches):
+                records[member.name] = _merged(hardware, threads, [known, *([before] if before else [])])
+                _add(store.workspace, "networks", member.digest, records[member.name], {"member": member.name})
+    _warn_when_busy(store.workspace, [records[member.name] for group in missing for member in group])
     return {member.name: records[member.name] for member in networks}
+
+
+def _structure(member: Member, workspace: Workspace) -> NetworkSpec:
+    """Return the specification of a member's network without its weights."""
+    return replace(member.network(workspace), checkpoint=Path())
+
+
+def _gaps(record: Record | None, batches: Sequence[int]) -> list[int]:
+    """Return the batch sizes without a timing."""
+    return [size for size in batches if record is None or size not in record.batches]
+
+
+def _merged(device: str, threads: int, records: Sequence[Record]) -> Record:
+    """Return all timings of records on one device; of a batch size in several, that of the last."""
+    batches = {size: timing for record in records for size, timing in record.batches.items()}
+    return Record(device, threads, batches, highest_busy(records))
 
 
 def stored(workspace: Workspace, members: Sequence[Member], device: str, threads: int) -> dict[str, Record]:

@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import minimize
 
 from utils.numeric import pools, weight_search
+from utils.numeric.metrics import log_softmax
 
 
 def members_of(members, rows, classes, *, seed=0, skill=1.5, sharpness=1.0):
@@ -307,3 +308,18 @@ def test_the_weight_of_one_member_is_the_least_of_a_grid_from_any_start(scale, s
     assert solution.weights[0] == pytest.approx(grid[int(np.argmin(losses))], rel=2e-3)
     assert solution.gap <= weight_search.TOLERANCE
     assert solution.steps <= 12
+
+
+def test_many_classes_are_summed_along_themselves_to_the_same_derivatives(monkeypatch):
+    rng = np.random.default_rng(3)
+    scores, labels = rng.normal(size=(4, 50, pools.MANY_CLASSES)), rng.integers(0, pools.MANY_CLASSES, 50)
+    weights = np.array([0.1, 0.7, 0.0, 0.4])
+    many = pools.LogLinearLogLoss(scores, labels)
+    monkeypatch.setattr(pools, "MANY_CLASSES", pools.MANY_CLASSES + 1)
+    few = pools.LogLinearLogLoss(scores, labels)
+    assert (many.axis, few.axis) == (1, 0)
+    assert many.value(weights) == pytest.approx(few.value(weights), abs=1e-13)
+    for found, expected in zip(many.derivatives(weights), few.derivatives(weights), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
+    log_probabilities = log_softmax(np.tensordot(weights, scores, axes=1))[np.arange(50), labels]
+    assert many.value(weights) == pytest.approx(-log_probabilities.mean(), abs=1e-12)

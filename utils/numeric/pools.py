@@ -24,7 +24,8 @@ from utils.numeric.weight_search import TOLERANCE, Floats, Solution, minimise
 SUM_BOUNDS = (0.05, 20.0)
 """Bounds of the sum of log-linear weights, whatever the scale of the scores."""
 BLOCK = 4096  # numbers per member that are processed at a time, so that they stay in the cache
-MIN_BLOCK_ROWS = 16  # also with thousands of classes: a Python iteration per row would cost more than its arithmetic
+MIN_BLOCK_ROWS = 16  # a Python iteration per row would cost more than its arithmetic
+MANY_CLASSES = 256  # from which sums over classes are faster along contiguous classes than along contiguous rows
 
 
 class LinearLogLoss:
@@ -79,9 +80,11 @@ class LogLinearLogLoss:
 
     def __init__(self, scores: NDArray[Any], labels: NDArray[Any]) -> None:
         self.members, self.rows, classes = scores.shape
-        length = max(MIN_BLOCK_ROWS, BLOCK // classes)
+        self.axis = 1 if classes >= MANY_CLASSES else 0
+        """Axis of the classes in a block of one member"""
+        length = max(1 if self.axis else MIN_BLOCK_ROWS, BLOCK // classes)
         self.blocks = [
-            _margins(scores[:, start : start + length], labels[start : start + length])
+            _margins(scores[:, start : start + length], labels[start : start + length], self.axis)
             for start in range(0, self.rows, length)
         ]
         self.duplicate_of = first_duplicates(self.blocks)
@@ -95,20 +98,20 @@ class LogLinearLogLoss:
         value, gradient, hessian = 0.0, np.zeros(self.members), np.zeros((self.members, self.members))
         for margins, losses, probabilities in self._pooled(weights):
             value += float(losses.sum())
-            means = (margins * probabilities).sum(axis=1)
-            gradient += means.sum(axis=1)
+            means = (margins * probabilities).sum(axis=1 + self.axis, keepdims=True)
+            gradient += means.reshape(self.members, -1).sum(axis=1)
             # Centred before squaring: the difference of two sums may be negative where the softmax is saturated.
-            spread = ((margins - means[:, None]) * np.sqrt(probabilities)).reshape(self.members, -1)
+            spread = ((margins - means) * np.sqrt(probabilities)).reshape(self.members, -1)
             hessian += spread @ spread.T
         return value / self.rows, gradient / self.rows, hessian / self.rows
 
     def _pooled(self, weights: Floats) -> Iterator[tuple[Floats, Floats, Floats]]:
-        """Yield margins (M, C, n), losses (n,) and probabilities (C, n) of each block."""
+        """Yield margins (M, C, n), losses (1, n), probabilities (C, n) of a block; with many classes n comes first."""
         for margins in self.blocks:
             pooled = (weights @ margins.reshape(self.members, -1)).reshape(margins.shape[1:])
-            largest = pooled.max(axis=0)
+            largest = pooled.max(axis=self.axis, keepdims=True)
             exponentials = np.exp(pooled - largest)
-            sums = exponentials.sum(axis=0)
+            sums = exponentials.sum(axis=self.axis, keepdims=True)
             yield margins, np.log(sums) + largest, exponentials / sums
 
 
@@ -180,11 +183,11 @@ def scale_prior(total: float, rows: int) -> tuple[float, float, float]:
     return (total - math.log(total) - 1) / rows, (1 - 1 / total) / rows, 1 / (rows * total**2)
 
 
-def _margins(scores: NDArray[Any], labels: NDArray[Any]) -> Floats:
-    """Return scores (M, n, C) minus that of the true class, as (M, C, n), so that rows are contiguous in memory."""
+def _margins(scores: NDArray[Any], labels: NDArray[Any], axis: int) -> Floats:
+    """Return scores (M, n, C) minus that of the true class, as (M, C, n) for `axis` 0, else as (M, n, C)."""
     values = np.asarray(scores, dtype=np.float64)
     differences = values - values[:, np.arange(len(labels)), labels][:, :, None]
-    return np.ascontiguousarray(differences.transpose(0, 2, 1))
+    return differences if axis else np.ascontiguousarray(differences.transpose(0, 2, 1))
 
 
 def first_duplicates(blocks: Sequence[NDArray[Any]]) -> NDArray[np.int64]:

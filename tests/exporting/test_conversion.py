@@ -132,6 +132,34 @@ def test_formats_are_checked_side_by_side_where_cores_and_memory_allow(
     assert processes.running == []
 
 
+def test_formats_of_weights_share_a_process_and_are_run_alone_where_it_fails(job, processes, monkeypatch):
+    monkeypatch.setattr(engines, "cores", lambda: 1)
+    status = entries(job, "state_dict", "onnx", "checkpoint")
+    for name, entry in status.items():
+        entry["files"] = {f"{name}/it.bin": "digest"}
+    started = []
+
+    class Runtime(processes):
+        def __init__(self, format_name, files, *_, **__):
+            super().__init__(format_name)
+            self.files = files
+            started.append([path.parent.name for path in files])
+
+        def outputs(self):
+            self.running.remove(self.name)
+            if len(self.files) > 1:
+                raise FileRunError("one of them was not run")
+            raise FileRunError(f"{self.files[0].parent.name} was not run")
+
+    monkeypatch.setattr(conversion, "RuntimeProcess", Runtime)
+    checked = dict(conversion.check_parity(job, status))
+    assert {name: entry["reason"] for name, entry in checked.items()} == {
+        name: f"{name} was not run" for name in status
+    }
+    assert started == [["state_dict", "checkpoint"], ["state_dict"], ["onnx"], ["checkpoint"]]
+    assert max(processes.most) == 1
+
+
 def test_processes_end_with_the_check(job, processes, monkeypatch):
     monkeypatch.setattr(engines, "cores", lambda: 2)
     monkeypatch.setattr(processes, "error", KeyboardInterrupt())

@@ -26,7 +26,7 @@ from utils.exporting import (
 )
 from utils.exporting.export_formats import PACKAGED, TENSORRT, TFLITE
 from utils.exporting.exported_network import UINT8_NHWC, ExportSignature, ExportSource
-from utils.exporting.parity_check import FileRunError, InputArrays, RuntimeProcess
+from utils.exporting.parity_check import FileOutputs, FileRunError, InputArrays, RuntimeProcess
 from utils.exporting.parity_rows import ParitySample
 from utils.exporting.reduced_precision import REDUCED
 from utils.predictions.store import Store
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("disease_pipeline")
 
+WEIGHTS = ("state_dict", "checkpoint")
+"""Formats of weights only, which the runtime loads into rebuilt networks"""
 LARGE_FILE_MB = 500.0  # a runtime holds its file once more in memory
 
 
@@ -111,19 +113,24 @@ def write_reduced_files(job: ConversionJob, onnx_file: Path, formats: Sequence[s
 def check_parity(job: ConversionJob, status: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (format, entry) with the parity of the format's files, in the order of `status`.
 
-    Each format runs in a new process, several at a time where cores and memory allow. Files that fail the check are
-    moved to `failed/`, and their entry says so.
+    Each format runs in a new process, several at a time where cores and memory allow; formats of weights only share
+    one, which rebuilds the networks. Files that fail the check are moved to `failed/`, and their entry says so.
     """
     n_processes = _number_of_processes(job, status)
-    waiting = [name for name, entry in status.items() if entry["status"] == "ok"]
+    groups: dict[str, list[str]] = {}
+    for name, entry in status.items():
+        if entry["status"] == "ok":
+            groups.setdefault(WEIGHTS[0] if name in WEIGHTS else name, []).append(name)
+    waiting = list(groups.values())
     running: dict[str, _Check] = {}
     with ExitStack() as processes:
         for format_name, entry in status.items():
-            while waiting and len(running) < n_processes:
-                started = waiting.pop(0)
-                running[started] = _Check(job, started, status[started])
-                processes.enter_context(running[started].process)
-            checked = _checked_entry(job, running.pop(format_name), entry) if format_name in running else entry
+            while waiting and len({check for check in running.values() if check.is_running}) < n_processes:
+                check = _Check(job, waiting.pop(0), status, processes)
+                running |= dict.fromkeys(check.files, check)
+            checked = entry
+            if format_name in running:
+                checked = _checked_entry(job, running.pop(format_name), format_name, entry)
             if checked["status"] == "failed":
                 export_folder.move_to_failed(job.staged, format_name)
             level = logging.INFO if checked["status"] == "ok" else logging.WARNING
@@ -133,22 +140,61 @@ def check_parity(job: ConversionJob, status: Mapping[str, dict[str, Any]]) -> It
 
 
 class _Check:
-    """The files of one format, which a process runs."""
+    """The files of one or several formats, which a process runs."""
 
-    def __init__(self, job: ConversionJob, format_name: str, entry: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        job: ConversionJob,
+        format_names: Sequence[str],
+        status: Mapping[str, Mapping[str, Any]],
+        processes: ExitStack,
+    ) -> None:
+        """Start the process, which ends with the block of `processes`."""
         self.start = time.perf_counter()
-        self.format_name, is_tflite = format_name, format_name == TFLITE
+        self.job, self.processes = job, processes
+        is_tflite = format_names[0] == TFLITE
         self.reference = job.sample.reference_batches(fixed=is_tflite, takes_uint8=job.signature.input == UINT8_NHWC)
-        self.files = [job.staged / file for file in entry["files"] if not file.endswith(".data")]
-        self.process = RuntimeProcess(
-            format_name,
-            self.files,
+        self.files = {
+            name: [job.staged / file for file in status[name]["files"] if not file.endswith(".data")]
+            for name in format_names
+        }
+        self._process: RuntimeProcess | None = self._started(format_names)
+        self._outputs: dict[Path, FileOutputs] = {}
+
+    @property
+    def is_running(self) -> bool:
+        """Whether nobody has waited for the process yet."""
+        return self._process is not None
+
+    def outputs(self, format_name: str) -> list[FileOutputs]:
+        """Wait for the outputs of the format's files, in order; FileRunError if one of them does not run."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            try:
+                self._outputs = self._of_files(list(self.files), process)
+            except FileRunError:
+                if len(self.files) == 1:
+                    raise
+        if self.files[format_name][0] not in self._outputs:  # a file of another format may be the one that failed
+            self._outputs |= self._of_files([format_name], self._started([format_name]))
+        return [self._outputs[path] for path in self.files[format_name]]
+
+    def _of_files(self, format_names: Sequence[str], process: RuntimeProcess) -> dict[Path, FileOutputs]:
+        files = [path for name in format_names for path in self.files[name]]
+        return dict(zip(files, process.outputs(), strict=True))
+
+    def _started(self, format_names: Sequence[str]) -> RuntimeProcess:
+        name, job = format_names[0], self.job
+        process = RuntimeProcess(
+            name,
+            [path for name in format_names for path in self.files[name]],
             self.reference,
             job.description["outputs"],
-            job.scratch / format_name,
+            job.scratch / name,
             job=_runtime_job(job),
-            python=tflite_conversion.python_interpreter() if is_tflite else sys.executable,
+            python=tflite_conversion.python_interpreter() if name == TFLITE else sys.executable,
         )
+        return self.processes.enter_context(process)
 
 
 def _number_of_processes(job: ConversionJob, status: Mapping[str, Mapping[str, Any]]) -> int:
@@ -173,16 +219,16 @@ def _fixed_size_network(job: ConversionJob, network: ExportNetwork) -> tuple[Exp
     return network, tuple(map(torch.from_numpy, reference.batches[0]))
 
 
-def _checked_entry(job: ConversionJob, check: _Check, entry: dict[str, Any]) -> dict[str, Any]:
-    is_reduced = check.format_name in REDUCED
-    tolerance = reduced_precision.tolerance_of(check.format_name) if is_reduced else parity_check.TOLERANCE
+def _checked_entry(job: ConversionJob, check: _Check, format_name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    is_reduced = format_name in REDUCED
+    tolerance = reduced_precision.tolerance_of(format_name) if is_reduced else parity_check.TOLERANCE
     parity, facts, reasons = None, {}, []
     try:
-        outputs_of_files = check.process.outputs()
+        outputs_of_files = check.outputs(format_name)
     except FileRunError as error:
         reasons.append(str(error))
     else:
-        for file, file_outputs in zip(check.files, outputs_of_files, strict=True):
+        for file, file_outputs in zip(check.files[format_name], outputs_of_files, strict=True):
             outcome = parity_check.compare_outputs(check.reference, file_outputs, tolerance)
             if parity is None or not outcome["passed"]:
                 parity, facts = outcome["parity"], file_outputs.facts

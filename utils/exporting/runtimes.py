@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def open_weights(path: Path, job: dict[str, Any]) -> tuple[RunFunction, dict[str
     """Open a state dict or a checkpoint: build the catalog's networks and load all weights from the file."""
     import torch
 
-    network = _build_network(job)
+    rebuilt = {name: job[name] for name in ("name", "signature", "environment", "project")}
+    network = _build_network(json.dumps(rebuilt, sort_keys=True))
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -120,7 +122,10 @@ def _run_function(network: Any) -> RunFunction:
     return run
 
 
-def _build_network(job: dict[str, Any]) -> Any:
+@cache
+def _build_network(job_text: str) -> Any:
+    """Build the networks of a job once; each file's weights replace all of them."""
+    job = json.loads(job_text)
     os.environ |= job["environment"]
     sys.path.insert(0, job["project"])
     from utils import base_back

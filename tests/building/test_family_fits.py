@@ -10,6 +10,8 @@ from equality import differences
 from given_predictions import empty_workspace, take_in, write
 
 from utils.building import build_commands, family_fits, stacking_builder
+from utils.combiners.fit_demand import FitDemand
+from utils.combiners.logistic import LogisticLearner
 from utils.core import engines, worker_processes
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
@@ -86,3 +88,15 @@ def test_fits_that_run_at_a_time_have_half_of_the_memory(on_cores, monkeypatch, 
     monkeypatch.setattr(engines.Local, "map", lambda *_, n_processes, **__: numbers.append(n_processes) or iter(()))
     family_fits.fit_each(process_or_refusal, range(4), shared=(10,), description="x", n_logits=5, are_nested=True)
     assert numbers == [expected]
+
+
+def test_a_stacker_that_would_take_all_memory_is_refused_and_the_others_are_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(LogisticLearner, "demand", lambda *_: FitDemand(1e15, 0.0))
+    workspace = empty_workspace(tmp_path / "w")
+    take_in(workspace, write(tmp_path / "given"))
+    result = stacking_builder.stack(CONFIG, workspace)
+    assert sorted(result.document["built"]) == ["stacking_mlp", "stacking_xgb"]
+    (failure,) = result.failures
+    assert failure.startswith("stacking_lr: with ")
+    assert "a fit needs about 1000000 GB of memory" in failure
+    assert failure.endswith("Leave it out: --set runs.stacking.meta_learners=[xgb,mlp]")

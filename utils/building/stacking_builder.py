@@ -6,12 +6,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from utils.building import baselines, ensembles, family_fits, fitting, inference_choice
 from utils.building.baselines import Baselines
 from utils.building.builder_protocol import Build, Builder, Session, run, summary_line
 from utils.building.fitting import Fitted, OutOfSampleRows
 from utils.building.inference_choice import Measurement
+from utils.combiners.fit_demand import EstimatesDemand
 from utils.combiners.protocol import MemberFacts
+from utils.core import engines
 from utils.core.config import Config, require_enabled
 from utils.core.config_values import ALL
 from utils.core.errors import LeakageError, UserError
@@ -22,7 +26,7 @@ from utils.predictions.catalog import Member
 from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.fold_networks import FOLDS, FULL
 from utils.predictions.inspection import REFUSING
-from utils.stacking_methods import COMBINERS
+from utils.stacking_methods import COMBINERS, Stacker
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -106,10 +110,12 @@ class StackingBuilder(Builder):
             inference: _prepare(session, members, facts, inference)
             for inference in dict.fromkeys(choice["chosen"] for choice in choices.values())
         }
-        for name in names:
-            n_rows = len(prepared[choices[name]["chosen"]][0].fold)
+        refusals = {name: _refusal(config, facts, name, prepared[choices[name]["chosen"]][0]) for name in names}
+        failures = {name: f"{name}: {reason}" for name, reason in refusals.items() if reason is not None}
+        tasks = [(name, choices[name]["chosen"]) for name in names if name not in failures]
+        for name, inference in tasks:
+            n_rows = len(prepared[inference][0].fold)
             logger.info("fitting %s on %d out-of-sample rows of %d members", name, n_rows, len(members))
-        tasks = [(name, choices[name]["chosen"]) for name in names]
         results = family_fits.fit_each(
             _fit,
             tasks,
@@ -118,7 +124,6 @@ class StackingBuilder(Builder):
             n_logits=next(iter(prepared.values()))[0].rows.logits.size,
             are_nested=True,
         )
-        failures: dict[str, str] = {}
         for (name, inference), fitted in zip(tasks, results, strict=True):
             try:
                 if isinstance(fitted, UserError):
@@ -159,6 +164,23 @@ def _fit(
     name, inference = name_and_inference
     rows, simple = prepared[inference]
     return fitting.fit(COMBINERS[name].configured(config, facts), rows, baselines=simple)
+
+
+def _refusal(config: Config, facts: MemberFacts, name: str, out_of_sample: OutOfSampleRows) -> str | None:
+    """Return why a meta-learner cannot be fitted on this machine, as its fits take too much; None if it can."""
+    members, rows, classes = out_of_sample.rows.logits.shape
+    combiner, n_folds = COMBINERS[name].configured(config, facts), len(np.unique(out_of_sample.fold))
+    if not (isinstance(combiner, Stacker) and isinstance(combiner.learner, EstimatesDemand)):
+        return None
+    demand = combiner.learner.demand(members, rows, classes)
+    reason = demand.refusal(n_folds * (n_folds + 1) // 2 + 1, engines.cores())
+    if reason is None:
+        return None
+    others = [each for each in config.runs.stacking.meta_learners if f"stacking_{each}" != name]
+    return (
+        f"with {classes:,} classes, {members} members and {rows:,} rows {reason}. Leave it out: --set "
+        f"runs.stacking.meta_learners=[{','.join(others)}]"
+    )
 
 
 def _measure_inference(session: Session, members: Sequence[Member], facts: MemberFacts) -> Measurement:

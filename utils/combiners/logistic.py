@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from utils.combiners.fit_demand import FitDemand
 from utils.combiners.stacking_features import FeatureRows, centred_log, features
 from utils.numeric.metrics import softmax
 from utils.numeric.pools import fit_log_linear, scale_prior
@@ -24,6 +25,9 @@ STRENGTHS = tuple(float(f"{10.0**power:.0e}") for power in np.arange(1, -4.25, -
 ITERATIONS = 200
 TOLERANCE = 1e-5  # of the gradient of the mean log-loss
 SMALLEST_CURVATURE = 1e-3  # lower bound in the scaling of coordinates, where probabilities are near 0 or 1
+EVALUATIONS = 100  # of a path of strengths
+VECTORS = 30  # of the size of all weights, most of them the history of L-BFGS-B
+FLOPS = 1e10  # operations per second in products of matrices, on one core
 DECOMPOSED = 40  # times rows x classes: columns squared up to which the decomposition takes less time than the fits
 
 
@@ -54,6 +58,13 @@ class LogisticLearner:
     forms: tuple[str, ...] = ("shrunk_to_pool", "ridge")
     strengths: tuple[float, ...] = STRENGTHS
     thread_safe: ClassVar[bool] = True
+
+    def demand(self, members: int, rows: int, classes: int) -> FitDemand:
+        """Return memory and time of a fit: the vectors of L-BFGS-B, and two products of all rows per evaluation."""
+        weights = (members * classes + classes) * classes
+        evaluations = EVALUATIONS * len(self.forms) * len(self.kinds)
+        n_bytes = 8.0 * (VECTORS * weights + 6 * rows * (members + 1) * classes)
+        return FitDemand(n_bytes, evaluations * 4 * rows * weights / FLOPS)
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Return the settings: forms times kinds times strengths, the strongest ridge first."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from utils.combiners.fit_demand import FitDemand
 from utils.combiners.stacking_features import FeatureRows, features
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import evenly_spaced_epochs
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 STOPS = 6  # epochs that are settings
 SIDE_BY_SIDE = 3  # most fits trained together: their rows stay in the cache, and several cores have work
+FLOPS = 3e10  # operations per second in products of matrices of float32, on one core
 WEIGHT_DECAY = 1.0  # of AdamW; with less, the held-out log-loss rose again on digits
 
 
@@ -56,6 +58,13 @@ class PerceptronLearner:
     dropout: float
     seed: int
     thread_safe: ClassVar[bool] = False  # torch's number of threads is global to the process
+
+    def demand(self, members: int, rows: int, classes: int) -> FitDemand:
+        """Return memory and time of a fit: weights, gradients and moments; three products per row and epoch."""
+        sizes = [members * classes, *self.hidden_dims, classes]
+        weights = sum(width * wider for width, wider in pairwise(sizes))
+        seconds = len(self.kinds) * self.epochs * rows * 6 * weights / FLOPS
+        return FitDemand(16.0 * SIDE_BY_SIDE * weights + 24.0 * rows * members * classes, seconds)
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Return the settings: kinds of features times epochs."""

@@ -1,0 +1,56 @@
+"""Which learners are refused before they take the memory or days: by the numbers of classes, members and rows."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import PROJECT
+
+from utils.combiners.fit_demand import EstimatesDemand, FitDemand
+from utils.core.config_file import load_config
+from utils.stacking_methods import COMBINERS
+
+CONFIG = load_config(PROJECT / "configs" / "ensemble_config.yaml")
+FITS = 16  # of a nested search over five folds
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch):
+    monkeypatch.setattr("utils.combiners.fit_demand.physical_memory", lambda: 24_000_000_000)
+
+
+def refused(members, rows, classes, cores=2):
+    learners = {name: kind.make_learner(CONFIG) for name, kind in COMBINERS.items()}
+    assert all(isinstance(learner, EstimatesDemand) for learner in learners.values())
+    reasons = {name: each.demand(members, rows, classes).refusal(FITS, cores) for name, each in learners.items()}
+    return {name.removeprefix("stacking_"): reason for name, reason in reasons.items() if reason is not None}
+
+
+@pytest.mark.parametrize("size", [(15, 9545, 13), (200, 50_000, 10), (15, 10_000, 100)])
+def test_sizes_of_everyday_are_not_refused(size):
+    assert refused(*size) == {}
+
+
+def test_thousands_of_classes_leave_the_perceptron_alone():
+    reasons = refused(5, 5000, 5000)
+    assert reasons.keys() == {"lr", "xgb", "rf"}
+    assert reasons["lr"] == "a fit needs about 43 GB of memory; this machine has 24 GB"
+    assert "hours on 2 core(s); the limit is 24" in reasons["xgb"]
+
+
+def test_time_is_divided_by_cores_and_memory_is_not():
+    assert "lr" in refused(5, 10_000, 1000)
+    assert refused(5, 10_000, 1000, cores=8).keys() == {"rf"}
+
+
+@pytest.mark.parametrize(
+    ("demand", "cores", "is_refused"),
+    [
+        (FitDemand(19.1e9, 0), 1, False),
+        (FitDemand(19.3e9, 0), 1, True),
+        (FitDemand(0, 24 * 3600 / FITS), 1, False),
+        (FitDemand(0, 24 * 3600 / FITS + 1), 1, True),
+        (FitDemand(0, 24 * 3600 + 1), 64, True),  # one fit takes one core
+    ],
+)
+def test_the_limits(demand, cores, is_refused):
+    assert (demand.refusal(FITS, cores) is not None) == is_refused

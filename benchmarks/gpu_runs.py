@@ -276,12 +276,13 @@ def distillation_runs(bench: Bench) -> dict[str, Callable[[], object]]:
 
     def epoch(*, with_teacher: bool) -> None:
         # Of a seed of its own, so that no epoch finds the images of the one before in memory.
-        schedule, epoch_targets = targets.of_seed(next(numbers))
+        schedule = targets.of_seed(next(numbers))
         alpha = ALPHA if with_teacher else 0.0
         settings = StudentTrainingSettings(bench.form.student, 1, RATE, TEMPERATURE, alpha, schedule.seed)
         model = bench.new_network(bench.form.student)
         if with_teacher:
-            train(model, settings, schedule, epoch_targets, val, device=bench.device)
+            with targets.of_epochs(schedule, settings.epochs) as epoch_targets:
+                train(model, settings, schedule, epoch_targets, val, device=bench.device)
         else:
             train(model, settings, replace(schedule, is_shared=False), None, val, device=bench.device)
         del model

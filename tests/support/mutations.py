@@ -34,8 +34,8 @@ DEFECTS = (
     Defect(
         "a file that is written in place, not renamed",
         "utils/core/artifacts.py",
-        "    try:\n        yield temporary\n",
-        "    try:\n        yield path\n        path.replace(temporary)\n",
+        "        yield temporary\n        umask",
+        "        yield path\n        path.replace(temporary)\n        umask",
         "tests/core/test_artifacts.py",
     ),
     Defect(

@@ -19,12 +19,12 @@ from utils.distillation.teachers import Teacher
 from utils.networks.preprocessing import Preprocessing
 from utils.predictions import streaming
 from utils.predictions.store import Store
-from utils.training.batch_schedule import BatchSchedule
 
 if TYPE_CHECKING:
     import torch
 
     from utils.distillation.student_training import EpochTargets
+    from utils.training.batch_schedule import BatchSchedule
 
 MAX_BYTES = 2**28  # of the predictions of all epochs, which may all be ready before the student needs them
 BYTES_PER_PARAMETER = 2  # of a checkpoint in half precision, so that the number of parameters is not underestimated

@@ -29,8 +29,9 @@ def check_backbone_package(name: str, root: Path) -> None:
     assert full["extra"] == {"backbone_name": name, "classes": CLASSES, "model_size": "tiny", "img_size": 32}
 
 
-def test_a_backbone_is_packaged_in_its_own_size(tmp_path):
-    check_backbone_package("CustomViTHybrid", tmp_path)
+@pytest.mark.parametrize("name", ["CustomViTHybrid", "CustomMobileOne"])  # the latter has branches that are fused
+def test_a_backbone_is_packaged_in_its_own_size(tmp_path, name):
+    check_backbone_package(name, tmp_path)
 
 
 @pytest.mark.slow

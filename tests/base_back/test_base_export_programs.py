@@ -68,8 +68,8 @@ def check_batches(network: nn.Module, root: Path, name: str, side: int) -> None:
         images = torch.rand(rows, 3, side, side)
         with torch.no_grad():
             expected = network(images).numpy()
-            np.testing.assert_allclose(program(images).numpy(), expected, atol=1e-4)
-        np.testing.assert_allclose(session.run(None, {"input": images.numpy()})[0], expected, atol=1e-4)
+            np.testing.assert_allclose(program(images).numpy(), expected, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(session.run(None, {"input": images.numpy()})[0], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_the_list_of_refusals_is_this_one():

@@ -64,9 +64,10 @@ class Package:
         network: Any = copy.deepcopy(
             self.network, {id(tensor): tensor for tensor in tensors if id(tensor) not in replaced}
         )
-        for module in list(network.modules()):
-            if hasattr(module, "reparameterize"):
-                module.reparameterize()
+        with torch.random.fork_rng(devices=[]):  # fused convolutions are initialised before they get their weights
+            for module in list(network.modules()):
+                if hasattr(module, "reparameterize"):
+                    module.reparameterize()
         deployed: torch.nn.Module = network
         return deployed
 

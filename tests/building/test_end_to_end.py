@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, WITHOUT_TORCH, run_python
 from given_predictions import empty_workspace, opened, take_in, write
-from killing import digests, run_and_kill
+from killing import digests, run_and_kill_repeatedly
 from stored_predictions import workspace_at
 
 from utils.building import end_to_end, ensembles
@@ -133,14 +133,10 @@ def test_killed_in_the_middle_it_goes_on_to_equal_networks(trained_further, buil
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
     watched = own / "ensembles" / "end_to_end" / NAME
-    rng, ended = random.Random(3), None
-    for _ in range(3):
-        ended = run_and_kill(command, environment, own, rng, watched)
-        if ended is not None:
-            break
+    *_, was_killed = run_and_kill_repeatedly(3, command, environment, own, random.Random(3), watched)
     done = run_python(*command[1:])
     assert done.returncode == 0, done.stderr
-    assert ended is not None or "resumed at epoch" in done.stderr
+    assert not was_killed or "resumed at epoch" in done.stderr
     assert networks(own) == networks(trained_further)
     assert record(own)["end_to_end"] == record(trained_further)["end_to_end"]
 

@@ -26,7 +26,7 @@ def refused(members, rows, classes, cores=2):
 
 
 @pytest.mark.parametrize("size", [(15, 9545, 13), (200, 50_000, 10), (15, 10_000, 100)])
-def test_sizes_of_everyday_are_not_refused(size):
+def test_common_sizes_are_not_refused(size):
     assert refused(*size) == {}
 
 

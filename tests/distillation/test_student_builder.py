@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import PROJECT, WITHOUT_TORCH, run_python
 from given_predictions import logged
-from killing import run_and_kill
+from killing import run_and_kill_repeatedly
 from stored_predictions import workspace_at
 from student_runs import QUICK, SMALL, config, distill, record, store_of
 
@@ -436,17 +436,12 @@ def test_kill_nine_in_the_middle_and_again_gives_equal_weights(own, tmp_path, op
     command += ["--config", str(PROJECT / "configs" / "votes.yaml"), "--workspace", str(own.base)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
     environment |= {"DBT_PROGRESS_SECONDS": "0"}
-    rng, ended = random.Random(2), None
     watched = own.distillation("distilled_convnext")
-    for _ in range(3):
-        ended = run_and_kill(command, environment, own.base, rng, watched=watched)
-        if ended is not None:  # this process waited for a busy machine while the short training went on
-            assert ended == 0
-            break
+    *_, was_killed = run_and_kill_repeatedly(3, command, environment, own.base, random.Random(2), watched)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     log = (own.base / "debug_logs" / "ensemble_orchestrator.log").read_text(encoding="utf-8")
-    assert ended is not None or ": resumed at epoch " in log
+    assert not was_killed or ": resumed at epoch " in log
     expected = weights(undisturbed)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(own).items())
     assert record(own, *longer)["history"] == record(undisturbed, *longer)["history"]

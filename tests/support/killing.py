@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -27,6 +28,26 @@ def events(workspace: Path, watched: Path | None = None) -> set[tuple[str, int]]
         except FileNotFoundError:  # finished while we looked
             continue
     return found
+
+
+def run_and_kill_repeatedly(
+    times: int,
+    command: list[str],
+    environment: dict[str, str],
+    workspace: Path,
+    rng: random.Random,
+    watched: Path | None = None,
+) -> Iterator[bool]:
+    """Kill so many runs of a short training; yields after each whether it was killed, and ends after one that was not.
+
+    On a busy machine such a training may end before this process sees its files.
+    """
+    for _ in range(times):
+        ended = run_and_kill(command, environment, workspace, rng, watched)
+        assert ended in (None, 0)
+        yield ended is None
+        if ended is not None:
+            return
 
 
 def run_and_kill(

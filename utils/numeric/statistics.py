@@ -7,6 +7,7 @@ follow from matrix products. All ensembles are scored on the same samples, so th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -95,9 +96,8 @@ class _RowStatistics:
     """The statistics of each row, for one array of probabilities, whose sums give the metrics."""
 
     def __init__(self, scores: Floats, truth: Integers) -> None:
-        self.classes = scores.shape[1]
-        self.truth = truth
-        self.winner = scores.argmax(axis=1)
+        winner = scores.argmax(axis=1)
+        self.by_class = _class_indicators(truth, winner, scores.shape[1])
         confidence = scores.max(axis=1)
         self.bins = confidence_bins(confidence)
         self.order, self.ends, self.gaps = order_by_confidence(scores, truth)
@@ -107,13 +107,14 @@ class _RowStatistics:
             row_losses(scores, truth, "brier"),
             self.areas.roc_auc_influence,
             self.areas.average_precision_influence,
-            *column_distances(truth, self.winner),
+            *column_distances(truth, winner),
         )
         self.means = np.stack(means, axis=1).astype(np.float32)
 
     def metrics(self, counts: NDArray[np.float32]) -> dict[str, Floats]:
         """Return {metric: values (b,)} on the bootstrap samples with counts (b, N)."""
-        support, predicted, hits = (self._per_class(counts, *rows) for rows in self._class_rows())
+        class_sums = (self.by_class @ counts.T).T.astype(np.float64)
+        support, predicted, hits = np.split(class_sums, 3, axis=1)
         sums = np.zeros((len(counts), 2 * BINS + self.means.shape[1]))
         step = max(1, BLOCK // sums.shape[1])
         for first in range(0, counts.shape[1], step):
@@ -140,21 +141,6 @@ class _RowStatistics:
         distances = (means[:, 4] * n_drawn, means[:, 5] * n_drawn)
         return values | chance_corrected(support, predicted, hits.sum(axis=1), distances)
 
-    def _class_rows(self) -> Sequence[tuple[Integers, Integers]]:
-        """Return (rows, their classes) that make up support, predictions and hits."""
-        all_rows, hits = np.arange(len(self.truth)), np.flatnonzero(self.truth == self.winner)
-        return (all_rows, self.truth), (all_rows, self.winner), (hits, self.truth[hits])
-
-    def _per_class(self, counts: NDArray[np.float32], rows: Integers, classes: Integers) -> Floats:
-        """Return the sums (b, C) of the counts (b, N) of rows (n,) of the given classes (n,)."""
-        from scipy.sparse import csr_array
-
-        indicator = csr_array(
-            (np.ones(len(rows), dtype=np.float32), (classes, rows)), shape=(self.classes, counts.shape[1])
-        )
-        sums: NDArray[np.float32] = indicator @ counts.T
-        return sums.T.astype(np.float64)
-
     def _columns(self, rows: slice) -> NDArray[np.float32]:
         """Return the statistics (n, columns) of rows, to be summed: indicators of bins, gaps and losses."""
         bins = self.bins[rows]
@@ -180,6 +166,16 @@ class _RowStatistics:
             at_boundaries = _interpolated(n_drawn[block, None] * np.arange(BINS + 1) / BINS, rows, sums)
             errors[block] = np.abs(np.diff(at_boundaries, axis=1)).sum(axis=1)
         return errors / n_drawn
+
+
+def _class_indicators(truth: Integers, winner: Integers, classes: int) -> Any:
+    """Return a sparse matrix float32 (3 C, N): its product with counts is support, predictions and hits by class."""
+    from scipy.sparse import csr_array
+
+    rows, hits = np.arange(len(truth)), np.flatnonzero(truth == winner)
+    lines = np.concatenate([truth, classes + winner, 2 * classes + truth[hits]])
+    columns = np.concatenate([rows, rows, hits])
+    return csr_array((np.ones(len(lines), dtype=np.float32), (lines, columns)), shape=(3 * classes, len(truth)))
 
 
 def _interpolated(at: Floats, rows: Floats, sums: Floats) -> Floats:

@@ -37,7 +37,7 @@ class _OpenRows:
     empty: Floats
     """(K, n): the sum of no member: 0, or -inf beyond a row's classes"""
     total: Floats
-    """(K, n): the sum of the pool, which changes"""
+    """(K, n): the sum of the pool, which changes; -inf beyond a row's classes, so that they never win"""
 
 
 class VoteScorer:
@@ -107,15 +107,12 @@ class VoteScorer:
         classes = np.zeros(within.shape, dtype=self.class_dtype)
         classes[within] = np.nonzero(can_win)[1]
         columns = rows[:, None] * self.classes + classes
-        lowest, highest = (
-            np.where(within, bound.ravel()[columns], np.float32(-np.inf)) for bound in (self.lowest, self.highest)
-        )
         return _OpenRows(
             truth=self.labels[rows],
             classes=np.ascontiguousarray(classes.T),
             columns=np.ascontiguousarray(columns.T),
-            lowest=np.ascontiguousarray(lowest.T),
-            highest=np.ascontiguousarray(highest.T),
+            lowest=self.lowest.ravel()[columns.T],
+            highest=self.highest.ravel()[columns.T],
             empty=np.ascontiguousarray(np.where(within, 0.0, -np.inf).T),
             total=np.empty(within.shape[::-1]),
         )

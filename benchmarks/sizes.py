@@ -47,19 +47,18 @@ OFF = (
     *("--set", "runs.model_soup.enable=false", "--device", "cpu", "--quiet", "--set", "dataset.num_workers=0"),
     *("--set", "exports.enable=false"),
 )
-VOTES = "[soft_voting,hard_voting,logit_averaging]"
 
 
 def build(*methods: str) -> tuple[str, ...]:
     """Build these combiners and nothing else."""
-    chosen = f"runs.score_ensemble.methods=[{','.join(methods)}]"
-    return ("build-ensemble", "--set", chosen, "--set", "pruning.enable=false", *OFF)
+    chosen = ("--set", "runs.score_ensemble.enable=true", "--set", f"runs.score_ensemble.methods=[{','.join(methods)}]")
+    return ("build-ensemble", *chosen, "--set", "pruning.enable=false", *OFF)
 
 
 def prune(*methods: str) -> tuple[str, ...]:
     """Choose members in these ways."""
-    off = ("--set", "runs.score_ensemble.enable=false")
-    return ("build-ensemble", *off, "--set", f"pruning.methods=[{','.join(methods)}]", *OFF)
+    only = ("--set", "runs.score_ensemble.enable=false", "--set", "pruning.enable=true")
+    return ("build-ensemble", *only, "--set", f"pruning.methods=[{','.join(methods)}]", *OFF)
 
 
 def stack(learner: str) -> tuple[str, ...]:

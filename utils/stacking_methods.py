@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 
+from utils.combiners.fit_demand import EstimatesDemand
 from utils.combiners.logistic import Coefficients, LogisticLearner
 from utils.combiners.perceptron import Layers, PerceptronLearner
 from utils.combiners.protocol import Combiner, Inputs, MemberFacts, NestedPredictions, sub_state, unsaved
 from utils.combiners.stacking_features import KINDS, STEPS
 from utils.core.config import Config
+from utils.core.worker_processes import n_side_by_side
 from utils.numeric import nested_cv, pools, temperature
 from utils.numeric.metrics import clipped_log, log_loss, softmax
 from utils.predictions.rows import MemberOutputs
@@ -134,7 +136,10 @@ class Stacker(Combiner):
         """
         assert self.learner is not None, "a stacker that was read from a file is not fitted again"
         mean = mean_probabilities(logits)
-        result = nested_cv.cross_validate(self.learner, logits, labels, folds, n_jobs=self.n_jobs)
+        n_jobs = self.n_jobs
+        if isinstance(self.learner, EstimatesDemand):
+            n_jobs = min(n_jobs, self.learner.demand(*logits.shape).max_at_a_time(n_side_by_side()))
+        result = nested_cv.cross_validate(self.learner, logits, labels, folds, n_jobs=n_jobs)
         crossfit = np.full(result.nested_crossfit.shape, np.nan)
         for fold in np.unique(folds):
             inside = folds == fold

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 from given_predictions import CONFIG, empty_workspace, take_in, write
 
-from utils.building import builder_protocol, ensembles, fitting
+from utils.building import build_commands, builder_protocol, ensembles, fitting
 from utils.building.builder_protocol import Build, Builder, Session, state_of
+from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 
@@ -143,3 +145,13 @@ def test_a_command_whose_sections_are_all_off_names_the_line_to_add(workspace):
     config = CONFIG.model_copy(update={"runs": runs})
     with pytest.raises(UserError, match=r"runs\.score_ensemble\.enable=true"):
         builder_protocol.enabled([Votes()], config)
+
+
+def test_where_every_section_of_a_command_is_off_all_of_them_are_named():
+    off = [f"runs.{section}.enable=false" for section in ("fusion", "cascade", "moe")]
+    config = load_config(PROJECT / "configs" / "votes.yaml", overrides=off)
+    with pytest.raises(
+        UserError,
+        match=r"runs\.fusion, runs\.cascade, runs\.moe are all disabled; run again with --set KEY\.enable=true",
+    ):
+        builder_protocol.enabled(build_commands.BUILDERS["fusion-train"], config)

@@ -80,13 +80,14 @@ def test_a_refusal_is_a_result(on_cores):
     assert str(found[1]) == "item 1: refused"
 
 
-@pytest.mark.parametrize(("memory", "expected"), [(1600, 2), (320, 1)])
-def test_fits_that_run_at_a_time_have_half_of_the_memory(on_cores, monkeypatch, memory, expected):
+@pytest.mark.parametrize(("memory", "n_bytes", "expected"), [(1600, 0, 2), (320, 0, 1), (1600, 700, 1)])
+def test_fits_that_run_at_a_time_have_half_of_the_memory(on_cores, monkeypatch, memory, n_bytes, expected):
     on_cores(3)
     monkeypatch.setattr(family_fits, "physical_memory", lambda: memory)
     numbers = []
     monkeypatch.setattr(engines.Local, "map", lambda *_, n_processes, **__: numbers.append(n_processes) or iter(()))
-    family_fits.fit_each(process_or_refusal, range(4), shared=(10,), description="x", n_logits=5, are_nested=True)
+    sizes = {"n_logits": 5, "n_bytes": n_bytes}
+    family_fits.fit_each(process_or_refusal, range(4), shared=(10,), description="x", are_nested=True, **sizes)
     assert numbers == [expected]
 
 

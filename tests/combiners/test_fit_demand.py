@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from conftest import PROJECT
 
 from utils.combiners.fit_demand import EstimatesDemand, FitDemand
+from utils.combiners.logistic import LogisticLearner
+from utils.combiners.stacking_features import KINDS
 from utils.core.config_file import load_config
 from utils.stacking_methods import COMBINERS
 
@@ -34,7 +39,8 @@ def test_thousands_of_classes_leave_the_perceptron_alone():
     reasons = refused(5, 5000, 5000)
     assert reasons.keys() == {"lr", "xgb", "rf"}
     assert reasons["lr"] == "a fit needs about 43 GB of memory; this machine has 24 GB"
-    assert "hours on 2 core(s); the limit is 24" in reasons["xgb"]
+    assert reasons["xgb"].startswith("its 16 fits, 1 at a time, need about ")
+    assert reasons["xgb"].endswith(" hours; the limit is 24")
 
 
 def test_time_is_divided_by_cores_and_memory_is_not():
@@ -50,7 +56,32 @@ def test_time_is_divided_by_cores_and_memory_is_not():
         (FitDemand(0, 24 * 3600 / FITS), 1, False),
         (FitDemand(0, 24 * 3600 / FITS + 1), 1, True),
         (FitDemand(0, 24 * 3600 + 1), 64, True),  # one fit takes one core
+        (FitDemand(9e9, 2 * 24 * 3600 / FITS), 64, False),  # two fits have room in the memory at a time
+        (FitDemand(9e9, 2 * 24 * 3600 / FITS + 1), 64, True),
     ],
 )
 def test_the_limits(demand, cores, is_refused):
     assert (demand.refusal(FITS, cores) is not None) == is_refused
+
+
+@pytest.mark.parametrize(("n_bytes", "n_beside", "expected"), [(0, 1, 10**9), (3e9, 1, 6), (3e9, 3, 2), (19e9, 3, 1)])
+def test_fits_at_a_time_have_room_in_the_memory(n_bytes, n_beside, expected):
+    found = FitDemand(n_bytes, 0).max_at_a_time(n_beside)
+    assert found == expected or (n_bytes == 0 and found > expected)
+
+
+def test_a_stacker_fits_as_many_at_a_time_as_have_room(monkeypatch):
+    numbers = []
+
+    def record(*_, n_jobs, **__):
+        numbers.append(n_jobs)
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr("utils.numeric.nested_cv.cross_validate", record)
+    logits, labels, folds = np.zeros((2, 6, 3)), np.arange(6) % 3, np.arange(6) % 2
+    for n_bytes in (3e9, 0):
+        monkeypatch.setattr(LogisticLearner, "demand", lambda *_, n_bytes=n_bytes: FitDemand(n_bytes, 0))
+        stacker = replace(COMBINERS["stacking_lr"](learner=LogisticLearner(KINDS)), n_jobs=64)
+        with pytest.raises(RuntimeError, match="stop"):
+            stacker.fit(logits, labels, folds)
+    assert numbers == [6, 64]

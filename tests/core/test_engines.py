@@ -132,8 +132,11 @@ def with_jobs_inside(item):
     """The processes of jobs that a job starts, and the number of threads that it gets for others."""
     local = engines.Local()
     processes = {process for _, process in local.map(with_process, range(3), shared=(np.zeros(1),), n_processes=2)}
-    threads = {thread for _, thread in local.map(with_thread, range(8), n_threads=8)}
-    return processes == {os.getpid()}, len(threads)
+    return processes == {os.getpid()}, n_threads_inside(8)
+
+
+def n_threads_inside(wanted):
+    return len({thread for _, thread in engines.Local().map(with_thread, range(wanted), n_threads=wanted)})
 
 
 def with_thread(item):
@@ -144,8 +147,32 @@ def with_thread(item):
 def test_jobs_beside_others_start_no_processes_and_share_the_cores(start_method):
     found = list(engines.Local().map(with_jobs_inside, range(4), n_processes=2, are_long=True))
     threads = max(1, engines.cores() // 2)
-    assert found == [(True, threads)] * 4
+    assert {is_one for is_one, _ in found} == {True}
+    assert found[1][1] == threads  # that of this process; one that ends late may be alone
+    assert not worker_processes.is_within_job()
     assert worker_processes.n_side_by_side() == 1
+
+
+def waits_to_be_alone(long, item):
+    """The jobs beside the `long` one, and the threads that it gets, before and after the other has ended."""
+    before = worker_processes.n_side_by_side()
+    if item != long:
+        time.sleep(0.5)
+    deadline = time.monotonic() + 20 * (item == long)
+    while worker_processes.n_side_by_side() > 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return before, worker_processes.n_side_by_side(), n_threads_inside(4)
+
+
+@pytest.mark.parametrize("long", [0, 1], ids=["in a worker", "in this process"])
+def test_the_last_job_has_the_cores_of_those_that_have_ended(start_method, monkeypatch, long):
+    monkeypatch.setattr(engines, "cores", lambda: 4)
+    found = list(engines.Local().map(waits_to_be_alone, range(2), shared=(long,), n_processes=2, are_long=True))
+    before, after, threads = found[long]
+    is_spawned = start_method == worker_processes.SPAWN and long == 0  # late, and with the cores of this machine
+    assert after == 1
+    assert before == 2 or is_spawned
+    assert threads == 4 or is_spawned
 
 
 def test_what_a_process_warns_of_and_raises_arrives_here(at_once, heard):

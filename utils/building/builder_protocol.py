@@ -230,11 +230,17 @@ class Outcome:
 
 
 def enabled(builders: Iterable[Builder], config: Config) -> list[Builder]:
-    """Return the builders whose section is on. Raises ConfigError with the line to add if none is."""
+    """Return the builders whose section is on. Raises UserError that names the sections if none is."""
     builders = list(builders)
     active = [builder for builder in builders if config.at(f"{builder.config_key}.enable")]
     if not active:
-        require_enabled(config, builders[0].config_key)
+        keys = [builder.config_key for builder in builders]
+        if len(keys) == 1:
+            require_enabled(config, keys[0])
+        raise UserError(
+            f"{config.source}: {', '.join(keys)} are all disabled; run again with --set KEY.enable=true, where KEY is "
+            "one of them"
+        )
     return active
 
 

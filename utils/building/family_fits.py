@@ -24,6 +24,7 @@ def fit_each(
     description: str,
     n_logits: int,
     are_nested: bool,
+    n_bytes: float = 0.0,
 ) -> Iterator[Any | UserError]:
     """Return `function(*shared, item)` for each item, in order, or the UserError that it raised.
 
@@ -35,8 +36,9 @@ def fit_each(
         n_logits: size of the logits (M, N, C) that each item is fitted on. Fits that run at a time take at most half of
             the machine's memory.
         are_nested: whether the fits are nested cross-validations of learners, which take seconds.
+        n_bytes: memory of the largest fit, where it is more than the logits suggest.
     """
-    most = physical_memory() // 2 // (BYTES_PER_LOGIT * n_logits)
+    most = int(physical_memory() / 2 / max(BYTES_PER_LOGIT * n_logits, n_bytes))
     is_long = are_nested and n_logits >= LONG_FIT
     return run_each(function, items, shared=shared, description=description, are_long=is_long, most=most)
 

@@ -13,7 +13,7 @@ from utils.building.baselines import Baselines
 from utils.building.builder_protocol import Build, Builder, Session, run, summary_line
 from utils.building.fitting import Fitted, OutOfSampleRows
 from utils.building.inference_choice import Measurement
-from utils.combiners.fit_demand import EstimatesDemand
+from utils.combiners.fit_demand import EstimatesDemand, FitDemand
 from utils.combiners.protocol import MemberFacts
 from utils.core import engines
 from utils.core.config import Config, require_enabled
@@ -110,7 +110,8 @@ class StackingBuilder(Builder):
             inference: _prepare(session, members, facts, inference)
             for inference in dict.fromkeys(choice["chosen"] for choice in choices.values())
         }
-        refusals = {name: _refusal(config, facts, name, prepared[choices[name]["chosen"]][0]) for name in names}
+        demands = {name: _demand(config, facts, name, prepared[choices[name]["chosen"]][0]) for name in names}
+        refusals = {name: _refusal(config, name, demands[name], prepared[choices[name]["chosen"]][0]) for name in names}
         failures = {name: f"{name}: {reason}" for name, reason in refusals.items() if reason is not None}
         tasks = [(name, choices[name]["chosen"]) for name in names if name not in failures]
         for name, inference in tasks:
@@ -123,6 +124,7 @@ class StackingBuilder(Builder):
             description="stackers",
             n_logits=next(iter(prepared.values()))[0].rows.logits.size,
             are_nested=True,
+            n_bytes=max((demand.n_bytes for name, _ in tasks if (demand := demands[name]) is not None), default=0.0),
         )
         for (name, inference), fitted in zip(tasks, results, strict=True):
             try:
@@ -166,16 +168,22 @@ def _fit(
     return fitting.fit(COMBINERS[name].configured(config, facts), rows, baselines=simple)
 
 
-def _refusal(config: Config, facts: MemberFacts, name: str, out_of_sample: OutOfSampleRows) -> str | None:
-    """Return why a meta-learner cannot be fitted on this machine, as its fits take too much; None if it can."""
+def _demand(config: Config, facts: MemberFacts, name: str, out_of_sample: OutOfSampleRows) -> FitDemand | None:
+    """Return what one fit of a meta-learner takes; None if its learner gives no estimate."""
     members, rows, classes = out_of_sample.rows.logits.shape
-    combiner, n_folds = COMBINERS[name].configured(config, facts), len(np.unique(out_of_sample.fold))
+    combiner = COMBINERS[name].configured(config, facts)
     if not (isinstance(combiner, Stacker) and isinstance(combiner.learner, EstimatesDemand)):
         return None
-    demand = combiner.learner.demand(members, rows, classes)
-    reason = demand.refusal(n_folds * (n_folds + 1) // 2 + 1, engines.cores())
+    return combiner.learner.demand(members, rows, classes)
+
+
+def _refusal(config: Config, name: str, demand: FitDemand | None, out_of_sample: OutOfSampleRows) -> str | None:
+    """Return why a meta-learner cannot be fitted on this machine, as its fits take too much; None if it can."""
+    n_folds = len(np.unique(out_of_sample.fold))
+    reason = None if demand is None else demand.refusal(n_folds * (n_folds + 1) // 2 + 1, engines.cores())
     if reason is None:
         return None
+    members, rows, classes = out_of_sample.rows.logits.shape
     others = [each for each in config.runs.stacking.meta_learners if f"stacking_{each}" != name]
     return (
         f"with {classes:,} classes, {members} members and {rows:,} rows {reason}. Leave it out: --set "

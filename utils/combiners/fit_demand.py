@@ -23,13 +23,21 @@ class FitDemand:
     seconds: float
     """Of one core"""
 
+    def max_at_a_time(self, n_side_by_side: int = 1) -> int:
+        """Return how many fits have room in the memory at a time, at least 1, for each of `n_side_by_side` learners."""
+        return max(1, int(MEMORY_SHARE * physical_memory() / n_side_by_side / max(self.n_bytes, 1.0)))
+
     def refusal(self, n_fits: int, cores: int) -> str | None:
         """Return why `n_fits` fits cannot run on this machine with so many cores; None if they can."""
-        memory, hours = physical_memory(), n_fits * self.seconds / min(n_fits, cores) / 3600
+        n_at_a_time = min(n_fits, cores, self.max_at_a_time())
+        memory, hours = physical_memory(), n_fits * self.seconds / n_at_a_time / 3600
         if self.n_bytes > MEMORY_SHARE * memory:
             return f"a fit needs about {self.n_bytes / 1e9:.0f} GB of memory; this machine has {memory / 1e9:.0f} GB"
         if hours > MAX_HOURS:
-            return f"its {n_fits} fits need about {hours:,.0f} hours on {cores} core(s); the limit is {MAX_HOURS:.0f}"
+            return (
+                f"its {n_fits} fits, {n_at_a_time} at a time, need about {hours:,.0f} hours; the limit is "
+                f"{MAX_HOURS:.0f}"
+            )
         return None
 
 

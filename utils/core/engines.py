@@ -95,10 +95,10 @@ class Local:
     ) -> Iterator[Any]:
         """`Engine.map`; with one thread and one process, a job starts after the previous result has been consumed.
 
-        Within a job that runs beside others, no further processes are used, and at most its share of the cores.
+        Within a job, no further processes are used, and threads have its share of the cores: all of them once no other
+        job of its set runs.
         """
-        beside = worker_processes.n_side_by_side()
-        if n_processes > 1 and beside == 1:
+        if n_processes > 1 and not worker_processes.is_within_job():
             yield from worker_processes.run_jobs(
                 function,
                 list(items),
@@ -108,8 +108,8 @@ class Local:
                 are_long=are_long,
             )
             return
-        if beside > 1:
-            n_threads = max(1, min(n_threads, cores() // beside))
+        if worker_processes.is_within_job():
+            n_threads = max(1, min(n_threads, cores() // worker_processes.n_side_by_side()))
         with limited(threads_per_job):
             if n_threads == 1:
                 for item in items:

@@ -36,17 +36,22 @@ MAX_PROCESSES = 8  # a worker that fits heads takes up to 400 MB
 JobWarning = tuple[int, str]
 """Level and text of a message that a job logged in another process."""
 
-_n_side_by_side = 1
-"""Number of jobs that run at a time while this process, or worker, runs one of them."""
+_n_running: Any = None
+"""Within a job: a shared integer, the number of jobs of its set that run now; the process that started them sets it"""
 _run: Callable[[int], Any]
 """In a worker: runs the job with this index."""
 _handlers_of_parent: list[logging.Handler] = []
 """In a forked worker: handlers that write into the files of its parent, which are neither used nor closed."""
 
 
+def is_within_job() -> bool:
+    """Return whether this is called by a job, so that processes have been started for the cores."""
+    return _n_running is not None
+
+
 def n_side_by_side() -> int:
-    """Return the number of jobs that share the cores with the running one, itself included; 1 outside jobs."""
-    return _n_side_by_side
+    """Return the number of jobs that share the cores with the running one now, itself included; 1 outside jobs."""
+    return 1 if _n_running is None else max(1, _n_running.value)
 
 
 def run_jobs(
@@ -138,7 +143,8 @@ def _run_side_by_side(run: _Jobs, numbers: range, n_workers: int, method: str, d
     futures: dict[int, Future[Any]] = {}
     results: dict[int, Any] = {}
     lock = threading.Lock()
-    is_broken = False
+    n_running = multiprocessing.get_context(method).RawValue("i", n_workers + 1)
+    is_broken = takes_none = False
 
     def submit_next(finished: Future[Any] | None = None) -> None:
         # A pool that breaks or stops calls this while it holds the lock that submitting needs.
@@ -146,6 +152,7 @@ def _run_side_by_side(run: _Jobs, numbers: range, n_workers: int, method: str, d
             return
         with lock:
             if not waiting:
+                n_running.value -= 1
                 return
             number = waiting.popleft()
             try:
@@ -156,10 +163,10 @@ def _run_side_by_side(run: _Jobs, numbers: range, n_workers: int, method: str, d
         future.add_done_callback(submit_next)
 
     def run_here(number: int) -> Any:
-        with _beside(n_workers + 1):
+        with _beside(n_running):
             return run(number)
 
-    with _pool(run, n_workers, method) as pool:
+    with _pool(run, n_workers, method, n_running) as pool:
         with warnings.catch_warnings():
             # Python warns of forks of a process with other threads; none of them holds a lock that jobs need.
             warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
@@ -170,6 +177,8 @@ def _run_side_by_side(run: _Jobs, numbers: range, n_workers: int, method: str, d
                 with lock:
                     future = futures.get(number)
                     taken = waiting.popleft() if waiting and not (future and future.done()) else None
+                    if not waiting and taken is None and not takes_none:
+                        n_running.value, takes_none = n_running.value - 1, True
                 if taken is not None:
                     results[taken] = run_here(taken)
                     continue
@@ -184,20 +193,20 @@ def _run_side_by_side(run: _Jobs, numbers: range, n_workers: int, method: str, d
                             "process",
                             description,
                         )
-                    is_broken = True
+                    is_broken, n_running.value = True, 1
                     results[number] = run_here(number)
             yield results.pop(number)
 
 
 @contextmanager
-def _pool(run: _Jobs, n_workers: int, method: str) -> Iterator[ProcessPoolExecutor]:
+def _pool(run: _Jobs, n_workers: int, method: str, n_running: Any) -> Iterator[ProcessPoolExecutor]:
     """A pool of workers within a block; an exception that leaves the block ends jobs that are running."""
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         n_workers,
         multiprocessing.get_context(method),
         initializer=_start_worker,
-        initargs=(run, n_workers + 1, os.getpid()),  # a fork inherits them as they are
+        initargs=(run, n_running, os.getpid()),  # a fork inherits them as they are
     )
     try:
         yield pool
@@ -216,15 +225,15 @@ def _pool(run: _Jobs, n_workers: int, method: str) -> Iterator[ProcessPoolExecut
         pool.shutdown()
 
 
-def _start_worker(run: Callable[[int], Any], n_processes: int, parent: int) -> None:
-    global _run, _n_side_by_side
+def _start_worker(run: Callable[[int], Any], n_running: Any, parent: int) -> None:
+    global _run, _n_running
     subprocesses.end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     signal.signal(signal.SIGTERM, _stop)
     for each in (logger, logging.getLogger()):
         _handlers_of_parent.extend(each.handlers)
         each.handlers = []
-    _run, _n_side_by_side = run, n_processes
+    _run, _n_running = run, n_running
 
 
 def _stop(*_: object) -> None:
@@ -236,11 +245,11 @@ def _run_in_worker(number: int) -> tuple[Any, list[JobWarning]]:
 
 
 @contextmanager
-def _beside(number: int) -> Iterator[None]:
+def _beside(n_running: Any) -> Iterator[None]:
     """Let jobs that start within the block know how many run side by side."""
-    global _n_side_by_side
-    before, _n_side_by_side = _n_side_by_side, number
+    global _n_running
+    before, _n_running = _n_running, n_running
     try:
         yield
     finally:
-        _n_side_by_side = before
+        _n_running = before

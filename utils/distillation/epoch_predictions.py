@@ -77,7 +77,7 @@ class _Ahead:
 
 def _can_run_ahead(store: Store, teacher: Teacher, rows: int, epochs: int) -> bool:
     rule = base_back.load_bundled("threads")
-    has_no_core = worker_processes.n_side_by_side() > 1 or engines.cores() == 1
+    has_no_core = worker_processes.is_within_job() or engines.cores() == 1
     if has_no_core or not engines.current().shares_memory or worker_processes.start_method() != worker_processes.FORK:
         return False
     if streaming.resolve_device(store.config.device) != "cpu" or store.config.distillation.feature_weight != 0:

@@ -17,6 +17,7 @@ from utils.numeric.batched_training import RANDOM_VALUES, BatchShape, Schedule
 from utils.numeric.setting_paths import torch_threads
 
 N, C, WIDTHS = 420, 5, (4, 7, 5)
+EQUAL = (4, 7, 4, 4)  # the members of equal widths are not neighbours
 COUNTS = (150, 148, 145)  # of rows, in three batches each
 SEEDS = (3, 3, 8)
 SCHEDULE = Schedule(epochs=4, lr=0.01, weight_decay=1.0, dropout=0.3, label_smoothing=0.1)
@@ -26,7 +27,9 @@ SHAPES = {
     "attention": HeadShape("attention", WIDTHS, (16, 8), C, 0),
     "attention of odd width": HeadShape("attention", WIDTHS, (11,), C, 0),
     "attention of its own width": HeadShape("attention", WIDTHS, (), C, 0),
+    "attention of equal blocks": HeadShape("attention", EQUAL, (16, 8), C, 0),
     "bilinear": HeadShape("bilinear", WIDTHS, (16,), C, 16),
+    "bilinear of equal blocks": HeadShape("bilinear", EQUAL, (16,), C, 16),
     "bilinear of odd rank": HeadShape("bilinear", WIDTHS, (16,), C, 6),
     "cca_aligned": HeadShape("cca_aligned", (9,), (16,), C, 0),
 }

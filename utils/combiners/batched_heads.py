@@ -1,6 +1,7 @@
-"""Batched training of the fusion heads of `utils.combiners.fusion_heads`.
+"""Batched training of the fusion heads of `utils.combiners.fusion_heads`, with gradients written by hand.
 
-The layers before the perceptron are computed for all heads at once, and autograd gives their gradients.
+The linear layers of members with equally wide blocks are one batched product, since starting an operation costs more
+than such a product.
 """
 
 from __future__ import annotations
@@ -92,6 +93,26 @@ class _PooledHeads(BatchedHeads):
 
     prefix = "perceptron."
 
+    def __init__(
+        self,
+        shape: HeadShape,
+        table: Tensor,
+        labels: Tensor,
+        rows: Sequence[np.ndarray],
+        seeds: Sequence[int],
+        batches: BatchShape,
+        schedule: Schedule,
+    ) -> None:
+        """Take what `BatchedHeads` takes."""
+        members = range(len(shape.widths))
+        self.groups = [[m for m in members if shape.widths[m] == width] for width in dict.fromkeys(shape.widths)]
+        """Members with blocks of equal widths"""
+        self.order = [member for group in self.groups for member in group]
+        """Order of the members along M of mapped blocks (B, M, n, D)"""
+        self.inputs: list[Tensor] = []
+        """Blocks (B * m, n, w) of each group of m members, until the gradients are written"""
+        super().__init__(shape, table, labels, rows, seeds, batches, schedule)
+
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
         """Return pooled features (B, n, D) of rows (B, n, W).
 
@@ -99,27 +120,52 @@ class _PooledHeads(BatchedHeads):
         """
         raise NotImplementedError
 
+    def _pooled_backward(self, gradient: Tensor, parts: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
+        """Write the gradients of `parts` into `slopes`, given that of the pooled features (B, n, D)."""
+        raise NotImplementedError
+
     def _read(self, number: int, values: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        return self._pooled(values[None], [part[None] for part in parts], None)[0]
+        pooled = self._pooled(values[None], [part[None] for part in parts], None)[0]
+        self.inputs = []
+        return pooled
 
     def _forward(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-        self.leaves = [part.detach().requires_grad_() for part in parts]
-        with torch.enable_grad():
-            pooled = self._pooled(values, self.leaves, counts)
-            if self.threshold:
-                pooled = pooled * self._kept(pooled.shape, counts, self.threshold) / self.kept_share
-        self.pooled = pooled
-        return pooled.detach()
+        pooled = self._pooled(values, parts, counts)
+        self.before, self.kept = parts, None
+        if self.threshold:
+            self.kept = self._kept(pooled.shape, counts, self.threshold)
+            pooled.mul_(self.kept).div_(self.kept_share)
+        return pooled
 
     def _backward(self, gradient: Tensor, slopes: Sequence[Tensor]) -> None:
-        for slope, part_gradient in zip(slopes, torch.autograd.grad(self.pooled, self.leaves, gradient), strict=True):
-            slope.copy_(part_gradient)
+        if self.kept is not None:
+            gradient = gradient.mul(self.kept).div_(self.kept_share)
+        self._pooled_backward(gradient, self.before, slopes)
+        self.inputs = []
 
-    def _blocks(self, values: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """Apply each member's linear layer to its block (B, n, w) of rows (B, n, W); return (B, n, M, D)."""
-        blocks = values.split(self.shape.widths, dim=2)
-        mapped = [torch.bmm(block, matrix) for block, matrix in zip(blocks, parts[::2], strict=True)]
-        return torch.stack(mapped, dim=2) + torch.stack(tuple(parts[1::2]), dim=2)
+    def _mapped(self, values: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """Apply each member's linear layer to its block (B, n, w) of rows (B, n, W); return (B, M, n, D)."""
+        blocks, mapped = values.split(self.shape.widths, dim=2), []
+        self.inputs = []
+        for group in self.groups:
+            block, matrix, bias = (
+                torch.stack([of_members[member] for member in group], dim=1).flatten(0, 1)
+                for of_members in (blocks, parts[::2], parts[1::2])
+            )
+            mapped.append(torch.baddbmm(bias, block, matrix).unflatten(0, (-1, len(group))))
+            self.inputs.append(block)
+        return mapped[0] if len(mapped) == 1 else torch.cat(mapped, dim=1)
+
+    def _mapped_backward(self, gradient: Tensor, slopes: Sequence[Tensor]) -> None:
+        """Write the gradients of the members' linear layers, given that of their outputs (B, M, n, D)."""
+        by_group = gradient.split([len(group) for group in self.groups], dim=1)
+        for group, block, part in zip(self.groups, self.inputs, by_group, strict=True):
+            outputs = part.flatten(0, 1)
+            matrices = torch.bmm(block.transpose(1, 2), outputs).unflatten(0, (-1, len(group)))
+            biases = outputs.sum(dim=1, keepdim=True).unflatten(0, (-1, len(group)))
+            for place, member in enumerate(group):
+                slopes[2 * member].copy_(matrices[:, place])
+                slopes[2 * member + 1].copy_(biases[:, place])
 
 
 class BatchedAttention(_PooledHeads):
@@ -151,21 +197,51 @@ class BatchedAttention(_PooledHeads):
         return parts
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
-        members = len(self.shape.widths)
-        tokens = torch.relu(self._blocks(values, parts[: 2 * members]))
-        gate, gate_bias, value, value_bias, score, score_bias = parts[2 * members :]
+        n_members, rows = len(self.shape.widths), values.shape[1]
+        tokens = self._mapped(values, parts[: 2 * n_members]).relu_()  # (B, M, n, D)
+        gate, gate_bias, value, value_bias, score, score_bias = parts[2 * n_members :]
         present = None
         if counts is not None:
-            present = self._kept((*tokens.shape[:2], members), counts, round(ABSENT * RANDOM_VALUES))
-            tokens = tokens * present.unsqueeze(3)
+            kept = self._kept((len(values), rows, n_members), counts, round(ABSENT * RANDOM_VALUES))
+            present = kept[:, :, self.order].transpose(1, 2)
+            tokens.mul_(present.unsqueeze(3))
         flat = tokens.flatten(1, 2)
-        gated = torch.tanh(torch.baddbmm(value_bias, flat, value)) * torch.sigmoid(torch.baddbmm(gate_bias, flat, gate))
+        tanh = torch.baddbmm(value_bias, flat, value).tanh_()
+        sigmoid = torch.baddbmm(gate_bias, flat, gate).sigmoid_()
+        gated = tanh * sigmoid
         # Products with a matrix of one column use another kernel for one head than for several, hence the padding.
         column = torch.bmm(gated, nn.functional.pad(score, (0, SCORES - 1)))[:, :, :1] + score_bias
         scores = column.view(tokens.shape[:3])
         if present is not None:
             scores = scores.masked_fill(~present, FAR_BELOW)
-        return (tokens * torch.softmax(scores, dim=2).unsqueeze(3)).sum(dim=2)
+        weights = torch.softmax(scores, dim=1)
+        if present is not None:
+            self.saved = tokens, tanh, sigmoid, gated, present, weights
+        return (tokens * weights.unsqueeze(3)).sum(dim=1)
+
+    def _pooled_backward(self, gradient: Tensor, parts: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
+        n_members = len(self.shape.widths)
+        gate, _, value, _, score, _ = parts[2 * n_members :]
+        gate_slope, gate_bias, value_slope, value_bias, score_slope, score_bias = slopes[2 * n_members :]
+        tokens, tanh, sigmoid, gated, present, weights = self.saved
+        flat, pooled_gradient = tokens.flatten(1, 2), gradient.unsqueeze(1)
+        of_weights = (tokens * pooled_gradient).sum(dim=3)
+        of_scores = weights * (of_weights - (weights * of_weights).sum(dim=1, keepdim=True))
+        column = of_scores.masked_fill_(~present, 0).flatten(1).unsqueeze(2)
+        padded = nn.functional.pad(column, (0, SCORES - 1))
+        score_slope.copy_(torch.bmm(gated.transpose(1, 2), padded)[:, :, :1])
+        torch.sum(column, dim=1, keepdim=True, out=score_bias)
+        of_gated = column * score.transpose(1, 2)
+        of_value = torch.ops.aten.tanh_backward(of_gated * sigmoid, tanh)
+        of_gate = torch.ops.aten.sigmoid_backward(of_gated.mul_(tanh), sigmoid)
+        transposed = flat.transpose(1, 2)
+        for part, matrix, bias in ((of_value, value_slope, value_bias), (of_gate, gate_slope, gate_bias)):
+            matrix.copy_(torch.bmm(transposed, part))
+            torch.sum(part, dim=1, keepdim=True, out=bias)
+        of_tokens = torch.bmm(of_value, value.transpose(1, 2)).baddbmm_(of_gate, gate.transpose(1, 2))
+        of_tokens = of_tokens.view(tokens.shape).addcmul_(weights.unsqueeze(3), pooled_gradient)
+        # A positive token was neither zeroed by ReLU nor absent.
+        self._mapped_backward(torch.ops.aten.threshold_backward(of_tokens, tokens, 0), slopes[: 2 * n_members])
 
 
 class BatchedBilinear(_PooledHeads):
@@ -187,12 +263,28 @@ class BatchedBilinear(_PooledHeads):
         return super().are_independent(shape) and shape.rank % WIDTHS == 0
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
-        members = len(self.shape.widths)
-        pairs = max(1.0, members * (members - 1) / 2)
-        projected = torch.tanh(self._blocks(values, parts))
-        total = projected.sum(dim=2)
-        products = (total * total - (projected * projected).sum(dim=2)) / 2
-        return torch.cat([total / members**0.5, products / pairs**0.5], dim=2)
+        projected = self._mapped(values, parts).tanh_()  # (B, M, n, D)
+        total = projected.sum(dim=1)
+        products = (total * total - (projected * projected).sum(dim=1)) / 2
+        if counts is not None:
+            self.saved = projected, total
+        return torch.cat([total / self._members**0.5, products / self._pairs**0.5], dim=2)
+
+    def _pooled_backward(self, gradient: Tensor, parts: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
+        projected, total = self.saved
+        of_total, of_products = gradient.chunk(2, dim=2)
+        of_products = of_products / self._pairs**0.5
+        of_total = (of_total / self._members**0.5).addcmul_(of_products, total)
+        of_projected = of_total.unsqueeze(1) - of_products.unsqueeze(1) * projected
+        self._mapped_backward(torch.ops.aten.tanh_backward(of_projected, projected), slopes)
+
+    @property
+    def _members(self) -> int:
+        return len(self.shape.widths)
+
+    @property
+    def _pairs(self) -> float:
+        return max(1.0, self._members * (self._members - 1) / 2)
 
 
 BATCHED: dict[str, type[BatchedHeads]] = {

@@ -85,9 +85,7 @@ class BatchedTraining:
         self.shapes: list[tuple[int, ...]] = [*self._shapes_before(), *layers]
         """Shapes of alternating matrices (in, out) and biases (1, out); the perceptron's come last"""
         self.n_before = len(self.shapes) - len(layers)
-        self.values = torch.stack([_flat(self._initial(generator)) for generator in self.generators])
-        """Parameters float32 (B, P): padded to a multiple of `VECTOR`, so that no SIMD vector spans two fits"""
-        self.optimizer = self._new_optimizer()
+        self._set_values(torch.stack([_flat(self._initial(generator)) for generator in self.generators]))
         self.epoch = self.step = 0
 
     def run_to(self, epoch: int) -> None:
@@ -104,8 +102,7 @@ class BatchedTraining:
             return
         indices = torch.tensor(list(numbers))
         state = self.optimizer.state[self.values]
-        self.values = self.values[indices]
-        self.optimizer = self._new_optimizer()
+        self._set_values(self.values[indices])
         if state:
             moments = {name: state[name][indices] for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[self.values] = moments | {"step": state["step"]}
@@ -115,7 +112,7 @@ class BatchedTraining:
 
     def parts(self, number: int) -> list[Tensor]:
         """Return views of the alternating matrices (in, out) and biases (1, out) of one fit."""
-        return [part[number] for part in self._parts(self.values)]
+        return [part[number] for part in self.all_parts]
 
     def predict(self, number: int, rows: np.ndarray) -> np.ndarray:
         """Return the probabilities float32 (n, C) of one fit for rows of the table, int64 (n,)."""
@@ -147,15 +144,21 @@ class BatchedTraining:
         """Write the gradients of the layers before the perceptron, given that of the output of `_forward` (B, n, D)."""
 
     # -----------------------------------------------------------------------------------------------------------------
+    def _set_values(self, values: Tensor) -> None:
+        """Set the parameters, with a new optimizer."""
+        schedule = self.schedule
+        self.values = values
+        """Parameters float32 (B, P): padded to a multiple of `VECTOR`, so that no SIMD vector spans two fits"""
+        # One buffer for the gradients of all steps: a new one of some megabytes would be mapped and cleared each time.
+        self.values.grad = torch.zeros_like(values)
+        self.all_parts, self.all_slopes = self._parts(values), self._parts(self.values.grad)
+        self.optimizer = torch.optim.AdamW([values], lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
+
     def _parts(self, values: Tensor) -> list[Tensor]:
         """Return views of the alternating matrices (B, in, out) and biases (B, 1, out) in values (B, P)."""
         sizes = [math.prod(shape) for shape in self.shapes]
         parts = values[:, : sum(sizes)].split(sizes, dim=1)
         return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        schedule = self.schedule
-        return torch.optim.AdamW([self.values], lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
 
     def _epoch_rows(self) -> tuple[Tensor, Tensor, list[list[int]]]:
         """Return indices (B, S, n) and divisors (B, S, n) of the rows of S batches, and the rows per fit and batch.
@@ -177,7 +180,7 @@ class BatchedTraining:
         """Take one step of AdamW on batches of `indices` (B, n) whose gradients have the `divisors` (B, n)."""
         fits, width = indices.shape
         values = self.table.index_select(0, indices.reshape(-1)).view(fits, width, -1)
-        parts = self._parts(self.values)
+        parts, slopes = self.all_parts, self.all_slopes[self.n_before :]
         matrices, biases = parts[self.n_before :: 2], parts[self.n_before + 1 :: 2]
         inputs = [self._forward(values, parts[: self.n_before], counts)]
         for layer, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
@@ -185,9 +188,6 @@ class BatchedTraining:
             if layer < len(matrices) - 1:
                 inputs.append(self._drop(scores.relu_(), counts))
         gradient = self._score_gradient(scores, indices, divisors)
-        self.values.grad = torch.zeros_like(self.values)
-        all_slopes = self._parts(self.values.grad)
-        slopes = all_slopes[self.n_before :]
         for layer in reversed(range(len(matrices))):
             slopes[2 * layer].copy_(torch.bmm(inputs[layer].transpose(1, 2), gradient))
             torch.sum(gradient, dim=1, keepdim=True, out=slopes[2 * layer + 1])
@@ -197,7 +197,7 @@ class BatchedTraining:
                 # A positive activation was neither zeroed by ReLU nor dropped.
                 gradient = torch.ops.aten.threshold_backward(gradient, inputs[layer], 0).div_(self.kept_share)
         if self.n_before:
-            self._backward(gradient, all_slopes[: self.n_before])
+            self._backward(gradient, self.all_slopes[: self.n_before])
         total_steps = self.schedule.epochs * self.n_batches
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr * (1 + math.cos(math.pi * self.step / total_steps)) / 2

@@ -3,6 +3,7 @@
     python benchmarks/sizes.py                     5,000 classes x 5 members, 200 members x 50,000 rows, and halves
     python benchmarks/sizes.py --quick             a tenth of the rows and members
     python benchmarks/sizes.py --only members      one of `classes` and `members`
+    python benchmarks/sizes.py --no-growth         without the halves
     python benchmarks/sizes.py --limit 600         seconds that one command may take before it is killed
 
 A growth is the logarithm to base 2 of the processor time of the whole over that of half the classes, members or rows:
@@ -43,10 +44,7 @@ class Size(NamedTuple):
         return f"{self.members} members x {self.rows:,} rows x {self.classes:,} classes"
 
 
-OFF = (
-    *("--set", "runs.model_soup.enable=false", "--device", "cpu", "--quiet", "--set", "dataset.num_workers=0"),
-    *("--set", "exports.enable=false"),
-)
+OFF = ("--set", "runs.model_soup.enable=false", "--device", "cpu", "--quiet", "--set", "dataset.num_workers=0")
 
 
 def build(*methods: str) -> tuple[str, ...]:
@@ -97,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sizes.py", description="Time and memory of every command on large imports.")
     parser.add_argument("--quick", action="store_true", help="a tenth of members, classes and rows")
     parser.add_argument("--only", choices=("classes", "members"), help="one of the two sizes")
+    parser.add_argument("--no-growth", action="store_true", help="measure no halves")
     parser.add_argument("--commands", nargs="+", choices=tuple(COMMANDS), help="some of the commands")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds a command may take (default {LIMIT:g})")
     options = parser.parse_args(argv)
@@ -113,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     for kind in [options.only] if options.only else whole:
         costs = measured(whole[kind], commands, options.limit)
-        smaller = {of: measured(size, commands, options.limit) for of, size in halves[kind].items()}
+        smaller = {}
+        if not options.no_growth:
+            smaller = {of: measured(size, commands, options.limit) for of, size in halves[kind].items()}
         found += [size_row(whole[kind], what, cost, smaller) for what, cost in costs.items()]
     report("sizes", found, quick=options.quick, packages=("numpy", "scikit-learn", "torch", "xgboost-cpu"))
     return 0

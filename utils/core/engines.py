@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
@@ -92,7 +92,7 @@ class Local:
         threads_per_job: int | None = None,
         are_long: bool = False,
         gpu: float = 0.0,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """`Engine.map`; with one thread and one process, a job starts after the previous result has been consumed.
 
         Within a job, no further processes are used, and threads have its share of the cores: all of them once no other

@@ -52,10 +52,10 @@ class _Ahead:
     def __init__(self, store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epochs: int) -> None:
         self.shared, self.epochs = (store, teacher, batch_schedule), epochs
         self.next_epoch: int | None = None
-        self.results: Iterator[Targets] = iter(())
+        self.results: Generator[Targets, None, None] | None = None
 
     def __call__(self, epoch: int) -> Targets:
-        if epoch != self.next_epoch:
+        if self.results is None or epoch != self.next_epoch:
             self.close()
             self.results = engines.Local().map(
                 _predict_epoch,
@@ -71,7 +71,7 @@ class _Ahead:
 
     def close(self) -> None:
         """End the passes that are running."""
-        if isinstance(self.results, Generator):
+        if self.results is not None:
             self.results.close()
 
 

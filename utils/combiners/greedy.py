@@ -103,7 +103,8 @@ class GreedySelection(PooledMembers):
         def mixture(size: int) -> NDArray[np.float32]:  # one at a time: all sizes together are large
             mixed = np.empty(probabilities.shape[1:], dtype=np.float32)
             for inside, weights, values in zip(held_out, shares, unseen, strict=True):
-                mixed[inside] = np.tensordot(weights[size - 1], values, axes=1)
+                used = np.flatnonzero(weights[size - 1])  # few of hundreds of members
+                mixed[inside] = np.tensordot(weights[size - 1, used], values[used], axes=1)
             return mixed
 
         losses = np.stack([row_losses(mixture(size), labels, self.metric) for size in range(1, STEPS + 1)])

@@ -15,7 +15,7 @@ MINUTES ?= 60
 MUTANTS ?= 200
 SEED ?= 0
 IN_ENVIRONMENT = .venv/bin/python
-FAST_TESTS = -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+FAST_TESTS = -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 # The folder goes to the shell as a variable, word for word, so that spaces and dollar signs survive.
 export DEMO_DATA := $(value DATA)

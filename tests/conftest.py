@@ -18,6 +18,7 @@ import numpy as np
 import own_folders
 import pytest
 import warm
+from joblib import cpu_count
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
@@ -31,7 +32,9 @@ os.environ |= {"DBT_BASE_DIR": SETTINGS_FOLDER, "DBT_MODEL_SIZE": "tiny", "OMP_N
 subprocess.Popen = warm.Popen  # type: ignore[misc]  # here and in the product, which starts programs of its own
 
 import utils  # noqa: E402, F401  (installs the mount)
+from utils.core.array_archives import physical_memory  # noqa: E402
 
+BYTES_PER_WORKER = 3_000_000_000
 WITHOUT_TORCH = (
     "import sys; from ensemble_orchestrator import main; code = main(sys.argv[1:]); "
     "assert 'torch' not in sys.modules; sys.exit(code)"
@@ -43,6 +46,12 @@ ZOO_CLASSES = (0, 1, 2, 3)
 ZOO_PER_CLASS = 70
 ZOO_FOLDS = 2
 ZOO_OPTIONS = ("--size", "tiny", "--folds", str(ZOO_FOLDS), "--epochs-head", "1", "--epochs-finetune", "4")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores, as tests wait for the programs that they start; 3 GB of memory for each."""
+    return max(1, min(cpu_count() + 1, physical_memory() // BYTES_PER_WORKER))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -109,8 +109,8 @@ class _PooledHeads(BatchedHeads):
         """Members with blocks of equal widths"""
         self.order = [member for group in self.groups for member in group]
         """Order of the members along M of mapped blocks (B, M, n, D)"""
-        self.inputs: list[Tensor] = []
-        """Blocks (B * m, n, w) of each group of m members, until the gradients are written"""
+        self.saved: tuple[Any, ...] = ()
+        """What `_pooled` saves in training for the gradients"""
         super().__init__(shape, table, labels, rows, seeds, batches, schedule)
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
@@ -125,9 +125,7 @@ class _PooledHeads(BatchedHeads):
         raise NotImplementedError
 
     def _read(self, number: int, values: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        pooled = self._pooled(values[None], [part[None] for part in parts], None)[0]
-        self.inputs = []
-        return pooled
+        return self._pooled(values[None], [part[None] for part in parts], None)[0]
 
     def _forward(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         pooled = self._pooled(values, parts, counts)
@@ -141,25 +139,27 @@ class _PooledHeads(BatchedHeads):
         if self.kept is not None:
             gradient = gradient.mul(self.kept).div_(self.kept_share)
         self._pooled_backward(gradient, self.before, slopes)
-        self.inputs = []
+        self.saved = ()
 
-    def _mapped(self, values: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """Apply each member's linear layer to its block (B, n, w) of rows (B, n, W); return (B, M, n, D)."""
-        blocks, mapped = values.split(self.shape.widths, dim=2), []
-        self.inputs = []
+    def _mapped(self, values: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Apply each member's linear layer to its block (B, n, w) of rows (B, n, W).
+
+        Returns the outputs (B, M, n, D), and the blocks (B * m, n, w) of each group of m members for the gradients.
+        """
+        blocks, inputs, mapped = values.split(self.shape.widths, dim=2), [], []
         for group in self.groups:
             block, matrix, bias = (
                 torch.stack([of_members[member] for member in group], dim=1).flatten(0, 1)
                 for of_members in (blocks, parts[::2], parts[1::2])
             )
             mapped.append(torch.baddbmm(bias, block, matrix).unflatten(0, (-1, len(group))))
-            self.inputs.append(block)
-        return mapped[0] if len(mapped) == 1 else torch.cat(mapped, dim=1)
+            inputs.append(block)
+        return mapped[0] if len(mapped) == 1 else torch.cat(mapped, dim=1), inputs
 
-    def _mapped_backward(self, gradient: Tensor, slopes: Sequence[Tensor]) -> None:
+    def _mapped_backward(self, gradient: Tensor, inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
         """Write the gradients of the members' linear layers, given that of their outputs (B, M, n, D)."""
         by_group = gradient.split([len(group) for group in self.groups], dim=1)
-        for group, block, part in zip(self.groups, self.inputs, by_group, strict=True):
+        for group, block, part in zip(self.groups, inputs, by_group, strict=True):
             outputs = part.flatten(0, 1)
             matrices = torch.bmm(block.transpose(1, 2), outputs).unflatten(0, (-1, len(group)))
             biases = outputs.sum(dim=1, keepdim=True).unflatten(0, (-1, len(group)))
@@ -198,7 +198,8 @@ class BatchedAttention(_PooledHeads):
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
         n_members, rows = len(self.shape.widths), values.shape[1]
-        tokens = self._mapped(values, parts[: 2 * n_members]).relu_()  # (B, M, n, D)
+        mapped, inputs = self._mapped(values, parts[: 2 * n_members])
+        tokens = mapped.relu_()  # (B, M, n, D)
         gate, gate_bias, value, value_bias, score, score_bias = parts[2 * n_members :]
         present = None
         if counts is not None:
@@ -216,14 +217,14 @@ class BatchedAttention(_PooledHeads):
             scores = scores.masked_fill(~present, FAR_BELOW)
         weights = torch.softmax(scores, dim=1)
         if present is not None:
-            self.saved = tokens, tanh, sigmoid, gated, present, weights
+            self.saved = inputs, tokens, tanh, sigmoid, gated, present, weights
         return (tokens * weights.unsqueeze(3)).sum(dim=1)
 
     def _pooled_backward(self, gradient: Tensor, parts: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
         n_members = len(self.shape.widths)
         gate, _, value, _, score, _ = parts[2 * n_members :]
         gate_slope, gate_bias, value_slope, value_bias, score_slope, score_bias = slopes[2 * n_members :]
-        tokens, tanh, sigmoid, gated, present, weights = self.saved
+        inputs, tokens, tanh, sigmoid, gated, present, weights = self.saved
         flat, pooled_gradient = tokens.flatten(1, 2), gradient.unsqueeze(1)
         of_weights = (tokens * pooled_gradient).sum(dim=3)
         of_scores = weights * (of_weights - (weights * of_weights).sum(dim=1, keepdim=True))
@@ -241,7 +242,8 @@ class BatchedAttention(_PooledHeads):
         of_tokens = torch.bmm(of_value, value.transpose(1, 2)).baddbmm_(of_gate, gate.transpose(1, 2))
         of_tokens = of_tokens.view(tokens.shape).addcmul_(weights.unsqueeze(3), pooled_gradient)
         # A positive token was neither zeroed by ReLU nor absent.
-        self._mapped_backward(torch.ops.aten.threshold_backward(of_tokens, tokens, 0), slopes[: 2 * n_members])
+        of_mapped = torch.ops.aten.threshold_backward(of_tokens, tokens, 0)
+        self._mapped_backward(of_mapped, inputs, slopes[: 2 * n_members])
 
 
 class BatchedBilinear(_PooledHeads):
@@ -263,20 +265,21 @@ class BatchedBilinear(_PooledHeads):
         return super().are_independent(shape) and shape.rank % WIDTHS == 0
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
-        projected = self._mapped(values, parts).tanh_()  # (B, M, n, D)
+        mapped, inputs = self._mapped(values, parts)
+        projected = mapped.tanh_()  # (B, M, n, D)
         total = projected.sum(dim=1)
         products = (total * total - (projected * projected).sum(dim=1)) / 2
         if counts is not None:
-            self.saved = projected, total
+            self.saved = inputs, projected, total
         return torch.cat([total / self._members**0.5, products / self._pairs**0.5], dim=2)
 
     def _pooled_backward(self, gradient: Tensor, parts: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
-        projected, total = self.saved
+        inputs, projected, total = self.saved
         of_total, of_products = gradient.chunk(2, dim=2)
         of_products = of_products / self._pairs**0.5
         of_total = (of_total / self._members**0.5).addcmul_(of_products, total)
         of_projected = of_total.unsqueeze(1) - of_products.unsqueeze(1) * projected
-        self._mapped_backward(torch.ops.aten.tanh_backward(of_projected, projected), slopes)
+        self._mapped_backward(torch.ops.aten.tanh_backward(of_projected, projected), inputs, slopes)
 
     @property
     def _members(self) -> int:

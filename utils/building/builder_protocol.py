@@ -237,9 +237,10 @@ def enabled(builders: Iterable[Builder], config: Config) -> list[Builder]:
         keys = [builder.config_key for builder in builders]
         if len(keys) == 1:
             require_enabled(config, keys[0])
+        settings = [f"{key}.enable=true" for key in keys]
         raise UserError(
-            f"{config.source}: {', '.join(keys)} are all disabled; run again with --set KEY.enable=true, where KEY is "
-            "one of them"
+            f"{config.source}: {', '.join(keys)} are all disabled; run again with --set {', '.join(settings[:-1])} or "
+            f"{settings[-1]}"
         )
     return active
 

@@ -150,8 +150,6 @@ def test_a_command_whose_sections_are_all_off_names_the_line_to_add(workspace):
 def test_where_every_section_of_a_command_is_off_all_of_them_are_named():
     off = [f"runs.{section}.enable=false" for section in ("fusion", "cascade", "moe")]
     config = load_config(PROJECT / "configs" / "votes.yaml", overrides=off)
-    with pytest.raises(
-        UserError,
-        match=r"runs\.fusion, runs\.cascade, runs\.moe are all disabled; run again with --set KEY\.enable=true",
-    ):
+    expected = r"run again with --set runs\.fusion\.enable=true, runs\.cascade\.enable=true or runs\.moe\.enable=true"
+    with pytest.raises(UserError, match=expected):
         builder_protocol.enabled(build_commands.BUILDERS["fusion-train"], config)

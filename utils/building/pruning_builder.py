@@ -19,6 +19,7 @@ from utils.combiners.pruning import COMBINERS
 from utils.combiners.subset_search import BudgetError
 from utils.core.artifacts import write_json
 from utils.core.config import Config
+from utils.core.display_text import join_names
 from utils.core.errors import UserError
 from utils.core.parsed_files import record_once
 
@@ -113,6 +114,6 @@ def _warn_about_budget(config: Config, facts: MemberFacts) -> None:
     for key, values in (("max_latency_ms", facts.latency_ms), ("max_size_mb", facts.size_mb)):
         unknown = [name for name, value in zip(facts.names, values, strict=True) if np.isnan(value)]
         if unknown and getattr(budget, key) is not None:
-            logger.warning("pruning.cost_budget.%s: not known of %s, which it does not bind", key, ", ".join(unknown))
+            logger.warning("pruning.cost_budget.%s: not known of %s, which it does not bind", key, join_names(unknown))
     if config.pruning.target_size > count:
         logger.info("pruning.target_size is %d; there are %d members to keep", config.pruning.target_size, count)

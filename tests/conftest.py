@@ -18,7 +18,6 @@ import numpy as np
 import own_folders
 import pytest
 import warm
-from joblib import cpu_count
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
@@ -33,6 +32,7 @@ subprocess.Popen = warm.Popen  # type: ignore[misc]  # here and in the product, 
 
 import utils  # noqa: E402, F401  (installs the mount)
 from utils.core.array_archives import physical_memory  # noqa: E402
+from utils.core.engines import cores  # noqa: E402
 
 BYTES_PER_WORKER = 3_000_000_000
 WITHOUT_TORCH = (
@@ -51,7 +51,7 @@ ZOO_OPTIONS = ("--size", "tiny", "--folds", str(ZOO_FOLDS), "--epochs-head", "1"
 @pytest.hookimpl(tryfirst=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than cores, as tests wait for the programs that they start; 3 GB of memory for each."""
-    return max(1, min(cpu_count() + 1, physical_memory() // BYTES_PER_WORKER))
+    return max(1, min(cores() + 1, physical_memory() // BYTES_PER_WORKER))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker

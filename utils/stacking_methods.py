@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from utils.combiners.fit_demand import EstimatesDemand
+from utils.combiners.fit_demand import EstimatesDemand, FitDemand
 from utils.combiners.logistic import Coefficients, LogisticLearner
 from utils.combiners.perceptron import Layers, PerceptronLearner
 from utils.combiners.protocol import Combiner, Inputs, MemberFacts, NestedPredictions, sub_state, unsaved
@@ -136,9 +136,7 @@ class Stacker(Combiner):
         """
         assert self.learner is not None, "a stacker that was read from a file is not fitted again"
         mean = mean_probabilities(logits)
-        n_jobs = self.n_jobs
-        if isinstance(self.learner, EstimatesDemand):
-            n_jobs = min(n_jobs, self.learner.demand(*logits.shape).max_at_a_time(n_side_by_side()))
+        n_jobs = min(self.n_jobs, self.fit_demand(*logits.shape).max_at_a_time(n_side_by_side()))
         result = nested_cv.cross_validate(self.learner, logits, labels, folds, n_jobs=n_jobs)
         crossfit = np.full(result.nested_crossfit.shape, np.nan)
         for fold in np.unique(folds):
@@ -160,6 +158,12 @@ class Stacker(Combiner):
             "threads": None if self.learner.thread_safe else nested_cv.FIT_THREADS,  # of a torch training
         }
         return NestedPredictions(crossfit, inner)
+
+    def fit_demand(self, members: int, rows: int, classes: int) -> FitDemand:
+        """Return what one fit on logits (M, N, C) of this size takes; nothing if the learner gives no estimate."""
+        if isinstance(self.learner, EstimatesDemand):
+            return self.learner.demand(members, rows, classes)
+        return FitDemand(0.0, 0.0)
 
     def _calibrate_by(self, held_out: nested_cv.HeldOut | None, mean: np.ndarray, labels: np.ndarray) -> Calibration:
         """Calibrate a fit by the predictions that selected its setting; mean (N, C) and labels (N,) cover all rows."""
@@ -370,7 +374,7 @@ def mean_probabilities(outputs: np.ndarray | MemberOutputs) -> np.ndarray:
     return softmax(outputs.logits if isinstance(outputs, MemberOutputs) else outputs).mean(axis=0)
 
 
-COMBINERS: dict[str, type[Combiner]] = {
+COMBINERS: dict[str, type[Stacker]] = {
     "stacking_lr": StackingLogistic,
     "stacking_xgb": StackingBooster,
     "stacking_rf": StackingForest,

@@ -232,17 +232,8 @@ class Outcome:
 def enabled(builders: Iterable[Builder], config: Config) -> list[Builder]:
     """Return the builders whose section is on. Raises UserError that names the sections if none is."""
     builders = list(builders)
-    active = [builder for builder in builders if config.at(f"{builder.config_key}.enable")]
-    if not active:
-        keys = [builder.config_key for builder in builders]
-        if len(keys) == 1:
-            require_enabled(config, keys[0])
-        settings = [f"{key}.enable=true" for key in keys]
-        raise UserError(
-            f"{config.source}: {', '.join(keys)} are all disabled; run again with --set {', '.join(settings[:-1])} or "
-            f"{settings[-1]}"
-        )
-    return active
+    require_enabled(config, *(builder.config_key for builder in builders))
+    return [builder for builder in builders if config.at(f"{builder.config_key}.enable")]
 
 
 def run(builders: Iterable[Builder], session: Session, *, force: bool = False) -> Outcome:

@@ -13,7 +13,7 @@ from utils.building.baselines import Baselines
 from utils.building.builder_protocol import Build, Builder, Session, run, summary_line
 from utils.building.fitting import Fitted, OutOfSampleRows
 from utils.building.inference_choice import Measurement
-from utils.combiners.fit_demand import EstimatesDemand, FitDemand
+from utils.combiners.fit_demand import FitDemand
 from utils.combiners.protocol import MemberFacts
 from utils.core import engines
 from utils.core.config import Config, require_enabled
@@ -26,7 +26,7 @@ from utils.predictions.catalog import Member
 from utils.predictions.extraction import STREAMED_SPLITS
 from utils.predictions.fold_networks import FOLDS, FULL
 from utils.predictions.inspection import REFUSING
-from utils.stacking_methods import COMBINERS, Stacker
+from utils.stacking_methods import COMBINERS
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -110,8 +110,12 @@ class StackingBuilder(Builder):
             inference: _prepare(session, members, facts, inference)
             for inference in dict.fromkeys(choice["chosen"] for choice in choices.values())
         }
-        demands = {name: _demand(config, facts, name, prepared[choices[name]["chosen"]][0]) for name in names}
-        refusals = {name: _refusal(config, name, demands[name], prepared[choices[name]["chosen"]][0]) for name in names}
+        rows_of = {name: prepared[choices[name]["chosen"]][0] for name in names}
+        demands = {
+            name: COMBINERS[name].configured(config, facts).fit_demand(*rows.rows.logits.shape)
+            for name, rows in rows_of.items()
+        }
+        refusals = {name: _refusal(config, name, demands[name], rows) for name, rows in rows_of.items()}
         failures = {name: f"{name}: {reason}" for name, reason in refusals.items() if reason is not None}
         tasks = [(name, choices[name]["chosen"]) for name in names if name not in failures]
         for name, inference in tasks:
@@ -124,7 +128,7 @@ class StackingBuilder(Builder):
             description="stackers",
             n_logits=next(iter(prepared.values()))[0].rows.logits.size,
             are_nested=True,
-            n_bytes=max((demand.n_bytes for name, _ in tasks if (demand := demands[name]) is not None), default=0.0),
+            n_bytes=max((demands[name].n_bytes for name, _ in tasks), default=0.0),
         )
         for (name, inference), fitted in zip(tasks, results, strict=True):
             try:
@@ -168,19 +172,10 @@ def _fit(
     return fitting.fit(COMBINERS[name].configured(config, facts), rows, baselines=simple)
 
 
-def _demand(config: Config, facts: MemberFacts, name: str, out_of_sample: OutOfSampleRows) -> FitDemand | None:
-    """Return what one fit of a meta-learner takes; None if its learner gives no estimate."""
-    members, rows, classes = out_of_sample.rows.logits.shape
-    combiner = COMBINERS[name].configured(config, facts)
-    if not (isinstance(combiner, Stacker) and isinstance(combiner.learner, EstimatesDemand)):
-        return None
-    return combiner.learner.demand(members, rows, classes)
-
-
-def _refusal(config: Config, name: str, demand: FitDemand | None, out_of_sample: OutOfSampleRows) -> str | None:
+def _refusal(config: Config, name: str, demand: FitDemand, out_of_sample: OutOfSampleRows) -> str | None:
     """Return why a meta-learner cannot be fitted on this machine, as its fits take too much; None if it can."""
     n_folds = len(np.unique(out_of_sample.fold))
-    reason = None if demand is None else demand.refusal(n_folds * (n_folds + 1) // 2 + 1, engines.cores())
+    reason = demand.refusal(n_folds * (n_folds + 1) // 2 + 1, engines.cores())
     if reason is None:
         return None
     members, rows, classes = out_of_sample.rows.logits.shape

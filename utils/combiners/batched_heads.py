@@ -7,6 +7,7 @@ than such a product.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -93,25 +94,19 @@ class _PooledHeads(BatchedHeads):
 
     prefix = "perceptron."
 
-    def __init__(
-        self,
-        shape: HeadShape,
-        table: Tensor,
-        labels: Tensor,
-        rows: Sequence[np.ndarray],
-        seeds: Sequence[int],
-        batches: BatchShape,
-        schedule: Schedule,
-    ) -> None:
-        """Take what `BatchedHeads` takes."""
-        members = range(len(shape.widths))
-        self.groups = [[m for m in members if shape.widths[m] == width] for width in dict.fromkeys(shape.widths)]
-        """Members with blocks of equal widths"""
-        self.order = [member for group in self.groups for member in group]
-        """Order of the members along M of mapped blocks (B, M, n, D)"""
-        self.saved: tuple[Any, ...] = ()
-        """What `_pooled` saves in training for the gradients"""
-        super().__init__(shape, table, labels, rows, seeds, batches, schedule)
+    saved: tuple[Any, ...] = ()
+    """What `_pooled` saves in training for the gradients"""
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """Members with blocks of equal widths."""
+        widths = self.shape.widths
+        return [[member for member in range(len(widths)) if widths[member] == width] for width in dict.fromkeys(widths)]
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Order of the members along M of mapped blocks (B, M, n, D)."""
+        return [member for group in self.groups for member in group]
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
         """Return pooled features (B, n, D) of rows (B, n, W).

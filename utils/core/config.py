@@ -136,10 +136,16 @@ def of_workspace(
     return copy
 
 
-def require_enabled(config: Config, key: str) -> None:
-    """Raise UserError, with the configuration line to add, if the section at `key` is disabled."""
-    if not config.at(f"{key}.enable"):
+def require_enabled(config: Config, *keys: str) -> None:
+    """Raise UserError, with the settings to type, if none of the sections at `keys` is enabled."""
+    if any(config.at(f"{key}.enable") for key in keys):
+        return
+    *others, last = (f"{key}.enable=true" for key in keys)
+    if others:
         raise UserError(
-            f"{config.source}: {key} is disabled; run again with --set {key}.enable=true, "
-            f"or write `enable: true` under {key} in the file"
+            f"{config.source}: {', '.join(keys)} are all disabled; run again with --set {', '.join(others)} or {last}"
         )
+    raise UserError(
+        f"{config.source}: {keys[0]} is disabled; run again with --set {last}, "
+        f"or write `enable: true` under {keys[0]} in the file"
+    )

@@ -48,7 +48,7 @@ ZOO_FOLDS = 2
 ZOO_OPTIONS = ("--size", "tiny", "--folds", str(ZOO_FOLDS), "--epochs-head", "1", "--epochs-finetune", "4")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True, optionalhook=True)  # unknown with -p no:xdist
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than cores, as tests wait for the programs that they start; 3 GB of memory for each."""
     return max(1, min(cores() + 1, physical_memory() // BYTES_PER_WORKER))

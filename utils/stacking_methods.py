@@ -22,6 +22,8 @@ from utils.core.config import Config
 from utils.core.worker_processes import n_side_by_side
 from utils.numeric import nested_cv, pools, temperature
 from utils.numeric.metrics import clipped_log, log_loss, softmax
+from utils.numeric.setting_paths import FIT_THREADS
+from utils.numeric.setting_search import GridLearner
 from utils.predictions.rows import MemberOutputs
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class Model(Protocol):
         """Return probabilities (N, C) for logits (M, N, C)."""
 
 
-class Learner(nested_cv.GridLearner, Protocol):
+class Learner(GridLearner, Protocol):
     """A learner that a stacker trains."""
 
     def fit(self, logits: Inputs, labels: np.ndarray, setting: Mapping[str, Any], /) -> Model:
@@ -152,10 +154,10 @@ class Stacker(Combiner):
         self.calibration = self._calibrate_by(result.held_out, mean, labels)
         self.facts = {
             "setting": dict(setting),
-            "settings_tried": int(np.isfinite(result.setting_losses).sum()),
+            "settings_tried": result.n_tried,
             "cross_validated_log_loss": None if result.held_out is None else float(np.nanmin(result.setting_losses)),
             "selection_score": log_loss(self._mixed(self._predict(logits)), labels),
-            "threads": None if self.learner.thread_safe else nested_cv.FIT_THREADS,  # of a torch training
+            "threads": None if self.learner.thread_safe else FIT_THREADS,  # of a torch training
         }
         return NestedPredictions(crossfit, inner)
 

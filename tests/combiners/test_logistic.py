@@ -116,14 +116,26 @@ def test_coordinates_change_the_way_and_not_the_solution(rows, form, monkeypatch
         )
 
 
-def test_the_gradient_is_that_of_the_loss(rows):
+@pytest.mark.parametrize(("dtype", "step", "error"), [(np.float64, 1e-6, 1e-6), (np.float32, 1e-2, 1e-4)])
+def test_the_gradient_is_that_of_the_loss(rows, dtype, step, error):
     logits, labels = rows
     of_rows = logistic._Rows.of(logits, labels, "shrunk_to_pool", KINDS[1])
-    problem = logistic._Problem(of_rows.table.raw / 5, of_rows.centred.reshape(M, -1), labels, C)
+    x, pooled = (of_rows.table.raw / 5).astype(dtype), of_rows.centred.reshape(M, -1).astype(dtype)
+    problem = logistic._Problem(x, pooled, labels, C)
     values = np.random.default_rng(0).uniform(0.1, 0.5, problem.start().shape)
     gradient = problem.loss_and_gradient(values, 0.3)[1]
+    assert gradient.dtype == np.float64
     for place in (0, M - 1, M + 7, len(values) - 1):
-        step = np.zeros(len(values))
-        step[place] = 1e-6
-        beside = [problem.loss_and_gradient(values + sign * step, 0.3)[0] for sign in (1, -1)]
-        assert gradient[place] == pytest.approx((beside[0] - beside[1]) / 2e-6, abs=1e-6)
+        change = np.zeros(len(values))
+        change[place] = step
+        beside = [problem.loss_and_gradient(values + sign * change, 0.3)[0] for sign in (1, -1)]
+        assert gradient[place] == pytest.approx((beside[0] - beside[1]) / (2 * step), abs=error)
+
+
+def test_many_rows_in_single_precision_give_the_probabilities_of_double_precision(rows, monkeypatch):
+    options = {"form": "shrunk_to_pool", "kind": KINDS[1], "strengths": logistic.STRENGTHS[:4]}
+    double = fit_path(*rows, **options)[-1].predict_proba(rows[0])
+    monkeypatch.setattr(logistic, "SINGLE_PRECISION", 0)
+    single = fit_path(*rows, **options)[-1].predict_proba(rows[0])
+    assert not np.array_equal(single, double)
+    np.testing.assert_allclose(single, double, atol=1e-3)

@@ -14,6 +14,14 @@ MODULES: dict[str, tuple[str, ...]] = {
     "utils/predictions/training_evidence.py": ("predictions/test_training_evidence.py",),
     "utils/discovery/training_statements.py": ("discovery/test_training_statements.py",),
     "utils/evaluation/evaluated_rows.py": ("evaluation/test_evaluated_rows.py",),
+    "utils/numeric/nested_cv.py": (
+        "numeric/test_nested_cv.py",
+        "numeric/test_setting_paths.py",
+    ),
+    "utils/numeric/setting_search.py": (
+        "numeric/test_setting_paths.py",
+        "numeric/test_nested_cv.py",
+    ),
     "utils/building/selection_rule.py": (
         "building/test_selection_rule.py",
         "building/test_recommendation.py",

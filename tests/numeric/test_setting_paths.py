@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,8 +13,9 @@ import pytest
 
 from utils.core import engines
 from utils.numeric.metrics import log_loss, log_loss_per_row
-from utils.numeric.nested_cv import _Scope, cross_validate
+from utils.numeric.nested_cv import cross_validate
 from utils.numeric.setting_paths import PATIENCE, Vote, path_predictions
+from utils.numeric.setting_search import SCREENING_ERRORS, SCREENING_FOLDS, Selection
 
 N, C, K = 60, 3, 4
 AMOUNTS = ((0.0, 2.0, 8.0, 32.0, 128.0, 512.0), (3.0, 5.0, 7.0, 1000.0, 2000.0, 4000.0))
@@ -22,8 +25,8 @@ AMOUNTS = ((0.0, 2.0, 8.0, 32.0, 128.0, 512.0), (3.0, 5.0, 7.0, 1000.0, 2000.0, 
 class PriorPaths:
     """Class frequencies shrunk to equal ones along two paths of amounts; fits advance together, by parity of rows."""
 
-    steps: list[tuple[int, int]] = field(default_factory=list)
-    """(path, fit) of every step that was made"""
+    steps: list[tuple[int, bytes]] = field(default_factory=list)
+    """(path, rows that are held out) of every step that was made"""
     thread_safe: ClassVar[bool] = True
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
@@ -34,7 +37,7 @@ class PriorPaths:
 
     def trainings(self, path, logits, labels, held_out_sets):
         groups = [list(range(first, len(held_out_sets), 2)) for first in range(min(2, len(held_out_sets)))]
-        return [(fits, _Steps(self, path, labels, [held_out_sets[fit] for fit in fits], fits)) for fits in groups]
+        return [(fits, _Steps(self, path, labels, [held_out_sets[fit] for fit in fits])) for fits in groups]
 
     def predictions(self, logits, labels, held_out):
         return path_predictions(self, logits, labels, held_out)
@@ -46,13 +49,12 @@ class _Steps:
     path: int
     labels: np.ndarray
     held_out_sets: Sequence[np.ndarray]
-    fits: Sequence[int]
     done: int = 0
 
     def advance(self, wanted):
         amount = AMOUNTS[self.path][self.done]
         self.done += 1
-        self.learner.steps += [(self.path, self.fits[number]) for number in wanted]
+        self.learner.steps += [(self.path, self.held_out_sets[number].tobytes()) for number in wanted]
         found = []
         for number in wanted:
             held_out = self.held_out_sets[number]
@@ -73,15 +75,34 @@ def rows():
     return np.zeros((2, N, C), dtype=np.float32), rng.choice(C, N, p=[0.5, 0.3, 0.2]), np.arange(N) % K
 
 
-def selected(answers, labels):
-    """The literal rule: each path as far as it goes, then the least loss of what was looked at."""
-    losses = np.full(12, np.inf)
-    for path in PriorPaths().paths():
-        for place, setting in enumerate(path):
-            losses[setting] = log_loss_per_row(answers[setting], labels).mean()
-            if place - int(losses[list(path[: place + 1])].argmin()) >= PATIENCE:
+def read_settings(losses, allowed):
+    """For each path, its allowed settings until two in a row are no better than the best before."""
+    read = []
+    for path in allowed:
+        reached = []
+        for setting in path:
+            reached.append(setting)
+            if len(reached) - 1 - int(losses[reached].argmin()) >= PATIENCE:
                 break
-    return int(losses.argmin())
+        read.append(reached)
+    return read
+
+
+def selected(answers, labels, screening):
+    """The literal rule for answers (12, n, C): two rounds, the first on the rows `screening`, bool (n,)."""
+    losses = np.stack([log_loss_per_row(one, labels) for one in answers])
+    first = losses[:, screening].mean(axis=1)
+    reached = read_settings(first, PriorPaths().paths())
+    best = [settings[int(first[settings].argmin())] for settings in reached]
+    least = best[int(first[best].argmin())]
+    near = []
+    for settings, setting in zip(reached, best, strict=True):
+        differences = losses[setting, screening] - losses[least, screening]
+        error = differences.std() / np.sqrt(len(differences))
+        near.append(settings if differences.mean() <= SCREENING_ERRORS * error else [])
+    second = losses.mean(axis=1)
+    candidates = sorted(setting for settings in read_settings(second, near) for setting in settings)
+    return candidates[int(second[candidates].argmin())]
 
 
 def literal(labels, folds):
@@ -92,25 +113,27 @@ def literal(labels, folds):
     logits, unseen, without_two = np.zeros((2, N, C)), np.empty((N, C), dtype=np.float32), {}
     for outer in range(K):
         outside = folds != outer
+        screening = np.isin(folds, [(outer + 1) % K, (outer - 1) % K])
         answers = np.empty((12, N, C), dtype=np.float32)
         for inner in set(range(K)) - {outer}:
             train, held_out = outside & (folds != inner), folds == inner
             answers[:, held_out] = PriorPaths().predictions(logits[:, train], labels[train], logits[:, held_out])
         for inner in set(range(K)) - {outer}:
             voting = outside & (folds != inner)
-            without_two[outer, inner] = answers[selected(answers[:, voting], labels[voting]), outside]
-        chosen = selected(answers[:, outside], labels[outside])
+            chosen = selected(answers[:, voting], labels[voting], screening[voting])
+            without_two[outer, inner] = answers[chosen, outside]
+        chosen = selected(answers[:, outside], labels[outside], screening[outside])
         unseen[~outside] = PriorPaths().predictions(logits[:, outside], labels[outside], logits[:, ~outside])[chosen]
     return unseen, without_two
 
 
 def test_a_vote_stops_after_settings_that_are_no_better_than_its_best():
-    vote = Vote(np.full(6, np.nan), [True])
+    vote = Vote.on([range(7)])
     for place, loss in enumerate((3.0, 2.0, 2.0, 1.9, 1.9)):
         vote.count(0, range(place + 1), loss)
-        assert vote.open_paths[0]
+        assert vote.remaining[0]
     vote.count(0, range(6), 1.9)
-    assert not vote.open_paths[0]
+    assert not vote.remaining[0]
     assert vote.selected == 3
 
 
@@ -132,12 +155,25 @@ def test_fits_go_no_further_than_a_vote_looks(rows):
     labels = np.where(np.arange(N) % 10 < 8, 0, 1 + np.arange(N) // 10 % 2)
     learner = PriorPaths()
     found = cross_validate(learner, logits, labels, folds)
-    fits = K * (K + 1) // 2
-    counts = [[learner.steps.count((path, fit)) for fit in range(fits)] for path in range(2)]
-    assert all(0 < count <= 6 for of_path in counts for count in of_path)
-    assert max(counts[1]) < 6  # equal shares are far from those of these classes
+    counts = [Counter(mask for of_path, mask in learner.steps if of_path == path) for path in range(2)]
+    assert len(counts[0]) == K * (K + 1) // 2
+    assert max(counts[0].values()) <= 6
+    assert max(counts[1].values()) < 6  # equal shares are far from those of these classes
     assert np.isnan(found.setting_losses[11])
-    assert np.isfinite(found.setting_losses).sum() <= max(counts[0]) + max(counts[1])
+    assert np.isfinite(found.setting_losses).sum() <= max(counts[0].values()) + max(counts[1].values())
+
+
+def test_the_second_round_leaves_out_paths_that_are_worse_by_more_than_chance(rows, monkeypatch):
+    logits, _, folds = rows
+    labels = np.where(np.arange(N) < K, 1, 0)
+    monkeypatch.setattr(sys.modules[__name__], "AMOUNTS", (AMOUNTS[0], tuple(1e3 * amount for amount in AMOUNTS[1])))
+    learner = PriorPaths()
+    found = cross_validate(learner, logits, labels, folds)
+    first_round = [folds == fold for fold in range(SCREENING_FOLDS)]
+    first_round += [np.isin(folds, [fold, (fold + 1) % K]) for fold in range(K)]
+    assert {mask for path, mask in learner.steps if path == 1} == {mask.tobytes() for mask in first_round}
+    assert np.isnan(found.setting_losses[6:]).all()
+    assert found.n_tried > np.isfinite(found.setting_losses).sum()
 
 
 def test_neither_setting_nor_stop_of_a_copy_depends_on_the_labels_of_its_fold(rows):
@@ -177,15 +213,14 @@ def test_one_row_takes_the_first_setting(rows):
 
 
 def test_a_search_goes_on_for_a_copy_without_the_fold_that_stopped_the_others(rows):
-    _, labels, folds = rows
-    scope = _Scope(labels, folds, np.zeros(N, dtype=bool), 6, 1)
-    scope.add_votes_without()
+    folds = rows[2]
+    selection = Selection.without(np.zeros(N, dtype=bool), folds, [range(6)], are_nested=True)
     for place in range(1 + PATIENCE):
-        assert scope.looks_at(0, is_first=False)
-        scope.count(0, range(place + 1), np.where(folds == 0, 9.0 * place, -1.0 * place))
-    assert not scope.vote.open_paths[0]
-    assert [vote.open_paths[0] for vote in scope.votes_without.values()] == [True, False, False, False]
-    assert scope.looks_at(0, is_first=False)
-    scope.count(0, range(2 + PATIENCE), np.full(N, -9.0))
-    assert np.isnan(scope.vote.losses[1 + PATIENCE])
-    assert scope.votes_without[0].selected == 1 + PATIENCE
+        assert selection.reads(0, is_first=False)
+        selection.count(0, range(place + 1), np.where(folds == 0, 9.0 * place, -1.0 * place))
+    assert not selection.vote.remaining[0]
+    assert [bool(vote.remaining[0]) for vote in selection.votes_without.values()] == [True, False, False, False]
+    assert selection.reads(0, is_first=False)
+    selection.count(0, range(2 + PATIENCE), np.full(N, -9.0))
+    assert np.isnan(selection.vote.losses[1 + PATIENCE])
+    assert selection.votes_without[0].selected == 1 + PATIENCE

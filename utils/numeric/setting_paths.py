@@ -67,14 +67,19 @@ class Vote:
 
     losses: np.ndarray
     """float64 (G,): NaN for settings that the search did not reach"""
-    open_paths: list[bool]
-    """Whether the search continues on each path"""
+    remaining: list[int]
+    """Number of settings of each path that the search may still read; 0 where it has stopped"""
+
+    @classmethod
+    def on(cls, paths: Sequence[Sequence[int]]) -> Vote:
+        """Return a vote that may read all settings of the paths."""
+        return cls(np.full(sum(len(path) for path in paths), np.nan), [len(path) for path in paths])
 
     def count(self, path: int, settings: Sequence[int], loss: float) -> None:
-        """Record the loss of the last of a path's `settings`; close the path after `PATIENCE` settings without gain."""
+        """Record the loss of the last of a path's `settings`; stop after `PATIENCE` settings without gain."""
         self.losses[settings[-1]] = loss
         since_best = len(settings) - 1 - int(self.losses[list(settings)].argmin())
-        self.open_paths[path] = since_best < PATIENCE
+        self.remaining[path] = self.remaining[path] - 1 if since_best < PATIENCE else 0
 
     @property
     def selected(self) -> int:
@@ -99,16 +104,22 @@ class PathFits:
         if not engines.current().shares_memory:
             self._fit_elsewhere(logits, labels, held_out_sets)
             return
-        self.rows = logits, labels, list(held_out_sets)
-        self.trainings: Sequence[tuple[Sequence[int], Training]] = []
+        self.rows = logits, labels
+        self.held_out_sets = held_out_sets
+        self.trainings: list[tuple[Sequence[int], Training]] = []
         """Trainings of the path that is being searched"""
 
     def advance(self, path: int, step: int, wanted: set[int]) -> None:
-        """Predict the `step`-th setting of a path by the fits in `wanted`; call for one path after the other."""
-        if not engines.current().shares_memory:
+        """Predict the `step`-th setting of a path by the fits in `wanted`.
+
+        Call for one path after the other, and for later steps with fits that were wanted in the first one.
+        """
+        if not engines.current().shares_memory or not wanted:
             return
         if step == 0:
-            self.trainings = self.learner.trainings(path, *self.rows)
+            numbers = sorted(wanted)
+            trainings = self.learner.trainings(path, *self.rows, [self.held_out_sets[number] for number in numbers])
+            self.trainings = [([numbers[fit] for fit in fits], training) for fits, training in trainings]
         jobs = []
         for fits, training in self.trainings:
             inside = [number for number, fit in enumerate(fits) if fit in wanted]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from utils.building import baselines
+from utils.building import baselines, family_fits
 from utils.combiners.calibrated_votes import CalibratedSoftVoting, calibrated_probabilities
 from utils.combiners.protocol import MemberFacts, fit_crossfitted
+from utils.core import engines
 from utils.core.config import Config
 from utils.numeric.metrics import log_loss, softmax
 
@@ -40,6 +43,35 @@ def test_the_five_simple_combinations_are_measured_on_unseen_rows(measured):
     vote = fit_crossfitted(CalibratedSoftVoting(), logits, labels, folds)
     assert found.losses["soft_voting"].mean() == pytest.approx(log_loss(vote, labels), abs=1e-6)
     assert found.losses["soft_voting"].mean() < log_loss(softmax(logits).mean(axis=0), labels) - 0.01
+
+
+def test_baselines_on_many_rows_run_side_by_side_with_the_same_losses(measured, monkeypatch):
+    found, logits, labels = measured
+    processes = set()
+    fit_each = family_fits.fit_each
+
+    def noted(function, items, *, n_logits, are_nested, shared, description):
+        call = partial(_with_process, function)
+        for result, process in fit_each(
+            call, items, shared=shared, description=description, n_logits=n_logits, are_nested=are_nested
+        ):
+            processes.add(process)
+            yield result
+
+    monkeypatch.setattr(family_fits, "fit_each", noted)
+    monkeypatch.setattr(family_fits, "LONG_FIT", 0)
+    monkeypatch.setattr(baselines, "LONG_BASELINES", 0)
+    monkeypatch.setattr(engines, "cores", lambda: 2)
+    monkeypatch.setattr(baselines, "_measured", {})
+    again = baselines.measure(Config(), FACTS, logits, labels, np.arange(N) % 5)
+    assert len(processes) == 2
+    assert again.best_single == found.best_single
+    for name, losses in found.losses.items():
+        np.testing.assert_allclose(again.losses[name], losses, atol=1e-9)
+
+
+def _with_process(function, *arguments):
+    return function(*arguments), os.getpid()
 
 
 @pytest.mark.parametrize("changed", ["logits", "labels", "folds", "members", "config"])

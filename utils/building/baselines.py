@@ -9,14 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from utils.building import family_fits
 from utils.combiners.calibrated_votes import CalibratedBestSingle, CalibratedSoftVoting
-from utils.combiners.protocol import Combiner, MemberFacts, fit_crossfitted
+from utils.combiners.greedy import GreedySelection
+from utils.combiners.pooled_members import PooledMembers
+from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
-from utils.ensemble_methods import COMBINERS
+from utils.core.errors import UserError
 from utils.numeric.means import LEVEL, MIN_UNITS, paired_interval
 from utils.numeric.metrics import log_loss_per_row
 from utils.numeric.paired_comparison import CANNOT_TELL
+
+LONG_BASELINES = 200_000
+"""Number of logits from which the baselines together take seconds: 50 s at 1,900,000."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +72,36 @@ def _digest(config: Config, members: MemberFacts, *arrays: np.ndarray) -> str:
 def _measure(
     config: Config, members: MemberFacts, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray
 ) -> Baselines:
-    losses = {}
-    best_single = CalibratedBestSingle.configured(config, members)
     weighted = WeightedPool.configured(config, members)
-    recipes: dict[str, Combiner] = {
-        "best_single": best_single,
+    recipes: dict[str, PooledMembers] = {
+        "best_single": CalibratedBestSingle.configured(config, members),
         "soft_voting": CalibratedSoftVoting.configured(config, members),
-        "greedy_selection": COMBINERS["greedy_selection"].configured(config, members),
+        "greedy_selection": GreedySelection.configured(config, members),
         "convex_weights": replace(weighted, metric="log_loss", kind="linear", optimize_weights=True),
         "log_linear_pool": replace(weighted, metric="log_loss", kind="log_linear", optimize_weights=True),
     }
-    for name, recipe in recipes.items():
-        losses[name] = log_loss_per_row(fit_crossfitted(recipe, logits, labels, folds), labels)
-    return Baselines(losses, members.names[int(best_single.weights.argmax())])
+    fits = family_fits.fit_each(
+        _fit,
+        recipes.values(),
+        shared=(logits, labels, folds),
+        description="baselines",
+        n_logits=logits.size,
+        are_nested=logits.size >= LONG_BASELINES,
+    )
+    losses, weights = {}, {}
+    for name, found in zip(recipes, fits, strict=True):
+        if isinstance(found, UserError):
+            raise found
+        losses[name], weights[name] = found
+    return Baselines(losses, members.names[int(weights["best_single"].argmax())])
+
+
+def _fit(
+    logits: np.ndarray, labels: np.ndarray, folds: np.ndarray, recipe: PooledMembers
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cross-fitted losses (N,) and the weights (M,) of a baseline."""
+    losses = log_loss_per_row(fit_crossfitted(recipe, logits, labels, folds), labels)
+    return losses, recipe.weights
 
 
 def compare(baselines: Baselines, losses: np.ndarray) -> dict[str, Any]:

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 STOPS = 10
 BINS = 32  # per feature: three to four times as fast as 256, with no higher loss
-SUBSAMPLE = 0.5  # share of the rows per tree: stochastic gradient boosting (Friedman 2002)
-MIN_CHILD_WEIGHT = 2.0  # sum of the Hessian in a leaf, 2 p (1 - p) of each row
+ROW_SHARE = 0.5  # drawn for each tree: stochastic gradient boosting (Friedman 2002)
+FEATURE_SHARE = 0.5  # drawn for each tree; members' outputs are correlated
+MIN_CHILD_WEIGHT = 4.0  # sum of the Hessian in a leaf, 2 p (1 - p) of each row
 NODE_BYTES = 300  # of a node in the text of a booster, and parsed
 READ_NUMBERS = 2.5e8  # features of rows that are read per second, on one core
 REBUILD = "Build it again: python ensemble_orchestrator.py stack --force"
@@ -110,7 +111,8 @@ class BoosterLearner:
             "seed": self.seed,
             "nthread": 1,  # trainings run in parallel instead; the bytes depend on the number of threads
             "max_bin": BINS,
-            "subsample": SUBSAMPLE,
+            "subsample": ROW_SHARE,
+            "colsample_bytree": FEATURE_SHARE,
             "min_child_weight": MIN_CHILD_WEIGHT,
             "seed_per_iteration": True,  # the state of the generator would depend on other trainings in the thread
             "base_score": 0.5,  # fixed, since releases of the library estimate it differently

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from utils.combiners import greedy
+from utils.combiners import greedy, pooling
 from utils.combiners.greedy import GreedySelection, fewest_within_one_error, row_losses
 from utils.combiners.protocol import MemberFacts
 from utils.core.config import Config
@@ -154,6 +154,22 @@ def test_the_report_tells_paths_scores_and_temperature(rows):
     assert found["cross_validated_score"] == pytest.approx(found["held_out_scores"][found["size"] - 1])
     assert found["temperature"] > 0
     assert found["notes"] == []
+
+
+def test_of_many_rows_some_select_the_number_and_all_select_the_members(rows, monkeypatch):
+    logits, labels, folds = rows
+    monkeypatch.setattr(pooling, "MAX_TUNING_ROWS", N // 3)
+    sample = pooling.tuning_rows(labels, folds, 1)
+    found = GreedySelection(metric="log_loss").fit(logits, labels, folds)
+    on_sample = GreedySelection(metric="log_loss").fit(logits[:, sample], labels[sample], folds[sample])
+    for fact in ("size", "held_out_scores", "cross_validated_score"):
+        assert found.facts[fact] == on_sample.facts[fact], fact
+    assert found.temperature == on_sample.temperature
+    n_bags = len(found.facts["bags"])
+    assert n_bags == len(on_sample.facts["bags"])
+    members = found._select(softmax(logits).astype(np.float32), labels, bags=greedy.BAGS if n_bags > 1 else 0)
+    np.testing.assert_array_equal(found.weights, members.weights_by_size()[found.facts["size"] - 1])
+    assert f"by {len(sample)} of {N} rows" in found.report(NAMES)["notes"][-1]
 
 
 def test_with_one_fold_nothing_is_held_out_and_it_says_so(rows):

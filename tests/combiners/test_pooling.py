@@ -151,7 +151,7 @@ def test_rows_that_select_a_penalty_are_evenly_spaced_in_folds_and_classes(monke
     monkeypatch.setattr(pooling, "MAX_TUNING_ROWS", 200)
     rng = np.random.default_rng(0)
     labels, folds = rng.integers(0, 3, rows), rng.integers(0, 5, rows)
-    taken = np.arange(rows)[pooling._tuning_rows(labels, folds, 9)]
+    taken = np.arange(rows)[pooling.tuning_rows(labels, folds, 9)]
     assert len(set(taken.tolist())) == count
     assert (np.diff(taken) > 0).all()
     for fold in range(5):
@@ -165,7 +165,7 @@ def test_rows_that_select_a_penalty_are_evenly_spaced_in_folds_and_classes(monke
 )
 def test_many_classes_select_a_penalty_by_fewer_rows(members, classes, count):
     rows = np.arange(20_000)
-    assert len(rows[pooling._tuning_rows(rows % 7, rows % 5, members * classes)]) == count
+    assert len(rows[pooling.tuning_rows(rows % 7, rows % 5, members * classes)]) == count
 
 
 def test_penalties_are_tried_from_equal_weights_to_none():

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.combiners.pooled_members import PooledMembers
-from utils.combiners.pooling import PIECEWISE_CONSTANT
+from utils.combiners.pooling import PIECEWISE_CONSTANT, tuning_rows
 from utils.combiners.protocol import MemberFacts, unsaved
 from utils.core.config import Config
 from utils.numeric import temperature
@@ -40,7 +40,8 @@ class GreedySelection(PooledMembers):
 
     See `utils.numeric.selection`. The number of members is the smallest whose loss on held-out folds is within one
     standard error of the least. Bags of half the members each (Caruana et al. 2006), and a temperature, are used only
-    if they lower the held-out loss. With accuracy and macro F1 many candidates tie: log-loss breaks the ties.
+    if they lower the held-out loss. With accuracy and macro F1 many candidates tie: log-loss breaks the ties. At most
+    `pooling.MAX_TUNING_ROWS` rows select number, bags and temperature; all rows select the members.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.optimization_metric", "runs.score_ensemble.temperature")
@@ -67,15 +68,21 @@ class GreedySelection(PooledMembers):
             selection = self._select(probabilities, labels, bags=0)
             self._keep(selection, selection.paths[0].size, None, logits, labels)
             return
-        variants = [self._tried(probabilities, labels, folds, bags=bags) for bags in (0, BAGS)]
+        sample = tuning_rows(labels, folds, scores_per_row=1)
+        folds = folds[sample]
+        variants = [self._tried(probabilities[:, sample], labels[sample], folds, bags=bags) for bags in (0, BAGS)]
         best = min(variants, key=lambda variant: variant.losses[variant.size - 1])  # ties go to the one without bags
         crossfit = best.crossfit
         if self.calibration != "off":
             scores = clipped_log(crossfit)
-            choice = temperature.select_temperature(scores, labels, folds)
+            choice = temperature.select_temperature(scores, labels[sample], folds)
             self.temperature, crossfit = choice.temperature, softmax(scores / choice.row_temperatures[:, None])
         selection = self._select(probabilities, labels, bags=best.bags)
-        self._keep(selection, best.size, crossfit, logits, labels)
+        self._keep(selection, best.size, crossfit, logits[:, sample], labels[sample])
+        if len(folds) < len(labels):
+            self.facts["notes"].append(
+                f"number, bags, temperature and scores by {len(folds):,} of {len(labels):,} rows"
+            )
         self.facts["held_out_scores"] = self._scores_of(best.losses)
 
     def _select(self, probabilities: NDArray[np.float32], labels: np.ndarray, *, bags: int) -> Selection:

@@ -81,7 +81,7 @@ def tuned_weights(
     """
     calibrate = calibrate and not pool.scales
     parts = pool.parts(scores)
-    sample = _tuning_rows(labels, folds, scores.shape[0] * scores.shape[2])
+    sample = tuning_rows(labels, folds, scores.shape[0] * scores.shape[2])
     paths, candidates, best = _tried(pool, parts[:, sample], labels[sample], folds[sample], metric, calibrate=calibrate)
     strength, fold_weights, held_out = STRENGTHS[best], tuple(path[best] for path in paths), candidates[best]
     mean_weights = np.mean(fold_weights, axis=0)
@@ -144,6 +144,14 @@ def pooled_losses(log_probabilities: Floats, labels: NDArray[Any], metric: str) 
     return brier
 
 
+def tuning_rows(labels: NDArray[Any], folds: NDArray[Any], scores_per_row: int) -> Any:
+    """Return a slice of all rows, or indices of the rows that select a setting, evenly spaced in folds and classes."""
+    most = min(MAX_TUNING_ROWS, max(MIN_TUNING_ROWS, MAX_TUNING_SCORES // scores_per_row))
+    if len(labels) <= most:
+        return slice(None)
+    return np.sort(np.lexsort((labels, folds))[:: -(-len(labels) // most)])
+
+
 def _calibrated(
     log_probabilities: Floats, labels: NDArray[Any], folds: NDArray[Any], *, calibrate: bool
 ) -> tuple[float, Floats]:
@@ -170,14 +178,6 @@ def _hits_more(first: Floats, second: Floats, labels: NDArray[Any], metric: str)
 def _is_clear(gains: Floats) -> bool:
     """Return whether the mean of paired gains (N,) is above its standard error."""
     return bool(gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains)))
-
-
-def _tuning_rows(labels: NDArray[Any], folds: NDArray[Any], scores_per_row: int) -> Any:
-    """Return a slice of all rows, or indices of the rows that select a strength, evenly spaced in folds and classes."""
-    most = min(MAX_TUNING_ROWS, max(MIN_TUNING_ROWS, MAX_TUNING_SCORES // scores_per_row))
-    if len(labels) <= most:
-        return slice(None)
-    return np.sort(np.lexsort((labels, folds))[:: -(-len(labels) // most)])
 
 
 def _tried(

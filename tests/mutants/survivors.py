@@ -48,6 +48,48 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "physical_memory() / 2",
     ): "the bytes of a machine's memory are an even number",
     (
+        "utils/numeric/nested_cv.py",
+        "learner: GridLearner, logits: Any, labels: np.ndarray, folds: np.ndarray, *, n_jobs: int = 1",
+        "1",
+        "2",
+    ): "the number of fits at a time changes no result",
+    (
+        "utils/numeric/nested_cv.py",
+        "final = Selection.without(nobody, inner_folds(labels, folds, ~nobody), paths, are_nested=False)",
+        "False",
+        "True",
+    ): "nothing reads the votes that are added",
+    (
+        "utils/numeric/setting_search.py",
+        "n_threads=n_jobs if learner.thread_safe else 1,",
+        "learner.thread_safe",
+        "(not (learner.thread_safe))",
+    ): "fits in threads and in processes have the same results",
+    (
+        "utils/numeric/setting_search.py",
+        "n_threads=n_jobs if learner.thread_safe else 1,",
+        "1",
+        "2",
+    ): "the number of fits at a time changes no result",
+    (
+        "utils/numeric/setting_search.py",
+        "n_processes=1 if learner.thread_safe else n_jobs,",
+        "learner.thread_safe",
+        "(not (learner.thread_safe))",
+    ): "fits in threads and in processes have the same results",
+    (
+        "utils/numeric/setting_search.py",
+        "n_processes=1 if learner.thread_safe else n_jobs,",
+        "1",
+        "2",
+    ): "the number of fits at a time changes no result",
+    (
+        "utils/numeric/setting_search.py",
+        "break",
+        "break",
+        "pass",
+    ): "a path that no selection reads is followed by no fit",
+    (
         "utils/predictions/folds.py",
         "VERSION = 3  # incremented whenever the assignment of the same rows changes",
         "3",

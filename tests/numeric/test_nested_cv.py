@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from utils.numeric.metrics import log_loss
-from utils.numeric.nested_cv import cross_validate, inner_folds, selects_by_row
+from utils.numeric.nested_cv import cross_validate, evenly_spaced_epochs, inner_folds, selects_by_row
 
 N, C = 40, 3
 
@@ -57,6 +57,31 @@ def literal(logits, labels, folds):
 
 def test_unseen_predictions_are_those_of_the_literal_procedure(rows):
     np.testing.assert_array_equal(cross_validate(Prior(), *rows).nested_crossfit, literal(*rows))
+
+
+@dataclass
+class Nearest(Prior):
+    """Class of the nearest row of the fit, softened by the amounts: reads logits."""
+
+    def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+        distances = np.abs(logits[0, :, 0][None] - held_out[0, :, 0][:, None])
+        truth = np.eye(C)[labels[distances.argmin(axis=1)]]
+        return np.stack([(truth + amount) / (truth + amount).sum(axis=1, keepdims=True) for amount in self.amounts])
+
+
+def test_fits_read_the_logits_of_the_other_rows_alone(rows):
+    _, labels, folds = rows
+    logits = np.random.default_rng(0).normal(size=(2, N, C)).astype(np.float32)
+    found = cross_validate(Nearest(), logits, labels, folds)
+    for fold in range(4):
+        inside = folds == fold
+        values = Nearest().predictions(logits[:, ~inside], labels[~inside], logits[:, inside]).astype(np.float32)
+        assert any(np.array_equal(found.nested_crossfit[inside], one) for one in values)
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(50, [8, 17, 25, 33, 42, 50]), (3, [1, 2, 3]), (1, [1])])
+def test_epochs_are_evenly_spaced_up_to_the_last(epochs, expected):
+    assert evenly_spaced_epochs(epochs, 6) == expected
 
 
 def test_every_fit_is_made_once(rows):

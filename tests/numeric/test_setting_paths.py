@@ -15,7 +15,7 @@ from utils.core import engines
 from utils.numeric.metrics import log_loss, log_loss_per_row
 from utils.numeric.nested_cv import cross_validate
 from utils.numeric.setting_paths import PATIENCE, Vote, path_predictions
-from utils.numeric.setting_search import SCREENING_ERRORS, SCREENING_FOLDS, Selection
+from utils.numeric.setting_search import Selection
 
 N, C, K = 60, 3, 4
 AMOUNTS = ((0.0, 2.0, 8.0, 32.0, 128.0, 512.0), (3.0, 5.0, 7.0, 1000.0, 2000.0, 4000.0))
@@ -99,26 +99,26 @@ def selected(answers, labels, screening):
     for settings, setting in zip(reached, best, strict=True):
         differences = losses[setting, screening] - losses[least, screening]
         error = differences.std() / np.sqrt(len(differences))
-        near.append(settings if differences.mean() <= SCREENING_ERRORS * error else [])
+        near.append(settings if differences.mean() <= 2 * error else [])
     second = losses.mean(axis=1)
     candidates = sorted(setting for settings in read_settings(second, near) for setting in settings)
     return candidates[int(second[candidates].argmin())]
 
 
-def literal(labels, folds):
+def literal(labels, folds, n_folds=K):
     """Unseen probabilities by nested loops that share nothing and make every fit whole.
 
     Second, those of copies without two folds, {(fold, other): (n, C)} of the rows outside of the first.
     """
     logits, unseen, without_two = np.zeros((2, N, C)), np.empty((N, C), dtype=np.float32), {}
-    for outer in range(K):
+    for outer in range(n_folds):
         outside = folds != outer
-        screening = np.isin(folds, [(outer + 1) % K, (outer - 1) % K])
+        screening = np.isin(folds, [(outer + 1) % n_folds, (outer - 1) % n_folds])
         answers = np.empty((12, N, C), dtype=np.float32)
-        for inner in set(range(K)) - {outer}:
+        for inner in set(range(n_folds)) - {outer}:
             train, held_out = outside & (folds != inner), folds == inner
             answers[:, held_out] = PriorPaths().predictions(logits[:, train], labels[train], logits[:, held_out])
-        for inner in set(range(K)) - {outer}:
+        for inner in set(range(n_folds)) - {outer}:
             voting = outside & (folds != inner)
             chosen = selected(answers[:, voting], labels[voting], screening[voting])
             without_two[outer, inner] = answers[chosen, outside]
@@ -138,11 +138,12 @@ def test_a_vote_stops_after_settings_that_are_no_better_than_its_best():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_unseen_predictions_are_those_of_the_literal_procedure(rows, seed):
-    logits, _, folds = rows
+@pytest.mark.parametrize("n_folds", [3, K, 5])
+def test_unseen_predictions_are_those_of_the_literal_procedure(rows, seed, n_folds):
+    logits, folds = rows[0], np.arange(N) % n_folds
     labels = np.random.default_rng(seed).choice(C, N, p=[0.7, 0.2, 0.1])
     found = cross_validate(PriorPaths(), logits, labels, folds)
-    unseen, without_two = literal(labels, folds)
+    unseen, without_two = literal(labels, folds, n_folds)
     np.testing.assert_array_equal(found.nested_crossfit, unseen)
     for (fold, other), expected in without_two.items():
         np.testing.assert_array_equal(found.inner_nested[fold][other], expected)
@@ -169,11 +170,46 @@ def test_the_second_round_leaves_out_paths_that_are_worse_by_more_than_chance(ro
     monkeypatch.setattr(sys.modules[__name__], "AMOUNTS", (AMOUNTS[0], tuple(1e3 * amount for amount in AMOUNTS[1])))
     learner = PriorPaths()
     found = cross_validate(learner, logits, labels, folds)
-    first_round = [folds == fold for fold in range(SCREENING_FOLDS)]
+    first_round = [folds == fold for fold in range(2)]
     first_round += [np.isin(folds, [fold, (fold + 1) % K]) for fold in range(K)]
     assert {mask for path, mask in learner.steps if path == 1} == {mask.tobytes() for mask in first_round}
     assert np.isnan(found.setting_losses[6:]).all()
     assert found.n_tried > np.isfinite(found.setting_losses).sum()
+
+
+@dataclass
+class OnePath(PriorPaths):
+    """The first path alone."""
+
+    def settings(self) -> Sequence[Mapping[str, Any]]:
+        return super().settings()[:6]
+
+    def paths(self) -> Sequence[Sequence[int]]:
+        return super().paths()[:1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_learner_with_one_path_is_searched_in_one_round_on_all_folds(rows, seed):
+    logits, _, folds = rows
+    labels = np.random.default_rng(seed).choice(C, N, p=[0.5, 0.3, 0.2])
+    found = cross_validate(OnePath(), logits, labels, folds)
+    answers = np.empty((6, N, C), dtype=np.float32)
+    for fold in range(K):
+        train, held_out = folds != fold, folds == fold
+        answers[:, held_out] = OnePath().predictions(logits[:, train], labels[train], logits[:, held_out])
+    losses = np.array([log_loss(one, labels) for one in answers])
+    (reached,) = read_settings(losses, [range(6)])
+    np.testing.assert_allclose(found.setting_losses[reached], losses[reached])
+    assert np.isnan(np.delete(found.setting_losses, reached)).all()
+
+
+@pytest.mark.parametrize("learner", [PriorPaths, OnePath])
+def test_a_copy_fitted_on_one_row_takes_the_first_setting(rows, learner):
+    logits, labels, folds = rows[0][:, :4], np.array([0, 1, 2, 1]), np.array([0, 1, 1, 1])
+    found = cross_validate(learner(), logits, labels, folds)
+    expected = learner().predictions(logits[:, :1], labels[:1], logits[:, 1:])[0]
+    np.testing.assert_array_equal(found.nested_crossfit[1:], expected)
+    assert list(found.inner_held_out) == [0]
 
 
 def test_neither_setting_nor_stop_of_a_copy_depends_on_the_labels_of_its_fold(rows):

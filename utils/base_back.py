@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from utils.core.display_text import first_names
 from utils.core.errors import UserError
 from utils.core.messages import LOGGER_NAME, set_up_logging
 from utils.core.workspace import Workspace
@@ -120,8 +121,7 @@ def _contents(folder: Path) -> str:
         return "a file" if folder.exists() else "no such folder"
     inner = folder / "src" if (folder / "src").is_dir() else folder
     names = sorted(entry.name for entry in inner.iterdir())
-    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return (shown or "nothing") + (" in src" if inner != folder else "")
+    return (first_names(names, 6) or "nothing") + (" in src" if inner != folder else "")
 
 
 def _near(folder: Path) -> str:

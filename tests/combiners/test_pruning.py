@@ -333,11 +333,6 @@ def test_families_and_hopeless_members_are_told_in_their_own_words():
     assert found["dropped"]["d"].startswith("hopeless: accuracy 0.5000")
 
 
-def test_many_names_are_cut_short():
-    assert pruning._listed(["a", "b", "c"]) == "a, b, c"
-    assert pruning._listed(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
-
-
 @pytest.mark.parametrize("name", sorted(COMBINERS))
 @pytest.mark.parametrize("pick", sorted(PICKS))
 def test_everyone_is_kept_or_has_a_reason(name, pick):

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from utils.core.display_text import format_count, format_interval, format_number, format_percent, join_names, printable
+from utils.core.display_text import (
+    first_names,
+    format_count,
+    format_interval,
+    format_number,
+    format_percent,
+    join_names,
+    printable,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,4 +41,9 @@ def test_numbers_and_lists():
     assert join_names(["a"]) == "a"
     assert join_names(["a", "b", "c"]) == "a, b and c"
     assert join_names(["a", "b", "c"], 1) == "a and 2 more"
+
+
+def test_of_many_names_the_first_are_listed_and_the_others_counted():
+    assert first_names(["a", "b", "c"], 3) == "a, b, c"
+    assert first_names(["a", "b", "c", "d", "e"], 3) == "a, b, c and 2 more"
     assert (format_count(1, "row"), format_count(1200, "row")) == ("1 row", "1,200 rows")

@@ -19,6 +19,7 @@ from utils.combiners.protocol import Combiner, MemberFacts, unsaved
 from utils.combiners.subset_search import SEARCHES, CostLimit, Subset, SubsetProblem
 from utils.core.config import Config
 from utils.core.config_sections import CostBudget
+from utils.core.display_text import first_names
 from utils.numeric import temperature
 from utils.numeric.candidate_losses import TIE_TOLERANCE, candidate_losses
 from utils.numeric.means import is_within_one_standard_error
@@ -249,7 +250,7 @@ PICKS = {"best": _best, "knee": _knee, "fastest": _fastest}
 def _reasons(problem: SubsetProblem, picked: ScoredSubset, best: ScoredSubset, pick: str) -> dict[int, str]:
     """Return {member: why it is dropped} for all other members; `best` is the subset of the best score."""
     members = picked.subset.members
-    others = _listed([problem.names[member] for member in members])
+    others = first_names([problem.names[member] for member in members], SHOWN)
     changes = _changes(problem, members)
     not_worth = f"not worth its cost (pick: {pick})"
     reasons = {}
@@ -303,11 +304,6 @@ def _changes(problem: SubsetProblem, picked: Sequence[int]) -> list[tuple[bool, 
         for parts, after in zip(words, afters, strict=True):
             parts.append(f"{LABELS[metric]} {before:.4f} -> {after:.4f}")
     return [(bool(gain > 0), ", ".join(parts)) for gain, parts in zip(gains, words, strict=True)]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(kw_only=True)

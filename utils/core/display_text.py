@@ -67,6 +67,11 @@ def join_names(names: Sequence[str], most: int = 6) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
+def first_names(names: Sequence[str], most: int) -> str:
+    """`a, b, c`; of more than `most` names the others are counted: `a, b and 3 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def format_count(count: int, word: str) -> str:
     """`1 image`, `2 images`."""
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

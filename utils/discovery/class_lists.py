@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from utils.core.display_text import first_names
 from utils.core.errors import UserError, did_you_mean
 
 PLACEHOLDER = re.compile(r"(?:label|class)_\d+", re.IGNORECASE)
@@ -67,5 +68,4 @@ def _plain(name: str) -> str:
 
 
 def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-    return ", ".join(str(name)[:60] for name in names[:MOST_SHOWN]) + more
+    return first_names([str(name)[:60] for name in names], MOST_SHOWN)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from utils.core.display_text import first_names
 from utils.core.errors import UserError, did_you_mean, nearest_first
 from utils.core.workspace import Workspace
 from utils.discovery import (
@@ -210,8 +211,7 @@ def _folders(roots: Sequence[str]) -> tuple[list[Request], list[str], list[str]]
         other_entries = [path for path in sorted(root.iterdir()) if path.is_symlink() or not path.is_dir()]
         names = [path.name for path in other_entries if not path.name.startswith(".")]
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            messages.append(f"passed over in {root}, since they are files or links: {', '.join(names[:5])}{more}")
+            messages.append(f"passed over in {root}, since they are files or links: {first_names(names, 5)}")
     folders = list(dict.fromkeys(folders))
     by_name: dict[str, list[Path]] = {}
     for folder in folders:

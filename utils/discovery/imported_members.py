@@ -17,6 +17,7 @@ import numpy as np
 
 from utils.core.array_archives import physical_memory
 from utils.core.artifacts import array_headers
+from utils.core.display_text import first_names
 from utils.core.errors import UserError, did_you_mean
 from utils.core.workspace import SPLITS
 from utils.predictions import prediction_files
@@ -32,6 +33,7 @@ SPLIT_OF = {"oof": "train", "val": "val", "test": "test", "train": "train"}
 SHARING_CODES = ("rows_not_shared", "same_ids")
 """Codes of the problems that `sharing_problems` reports."""
 LAYOUT = "DIR/<member>/{oof,val,test}.npz"
+MOST_CLASSES = 20  # named in a message
 MEND = "Mend the file, then import again"
 T = TypeVar("T")
 
@@ -162,19 +164,21 @@ def agree_on_classes(
             names, columns = part.classes, part.logits.shape[1]
             if names is not None and set(names) != set(expected):
                 raise UserError(
-                    f"member {name}: {stem}.npz has the classes {_shown(names)}; expected {_shown(expected)}"
+                    f"member {name}: {stem}.npz has the classes {first_names(names, MOST_CLASSES)}; "
+                    f"expected {first_names(expected, MOST_CLASSES)}"
                 )
             if columns != len(expected):
                 raise UserError(
                     f"member {name}: {stem}.npz has {columns} columns and no `classes`; expected the {len(expected)} "
-                    f"classes {_shown(expected)}"
+                    f"classes {first_names(expected, MOST_CLASSES)}"
                 )
 
     apply_to_each(imports, check)
     unnamed = sorted({name for (name, _), part in files.items() if part.classes is None})
     if has_images or not unnamed:
         return expected, []
-    message = f"no `classes` in the files of {', '.join(unnamed)}; their columns are taken to be {_shown(expected)}"
+    columns = first_names(expected, MOST_CLASSES)
+    message = f"no `classes` in the files of {first_names(unnamed, 6)}; their columns are taken to be {columns}"
     return expected, [Problem("classes_unnamed", "warning", None, message, "write `classes` if that is not so")]
 
 
@@ -183,10 +187,6 @@ def _ordered(names: Iterable[str]) -> tuple[str, ...]:
     ordered = sorted(names)
     numbers = [str(number) for number in range(len(ordered))]
     return tuple(numbers if ordered == sorted(numbers) else ordered)
-
-
-def _shown(classes: Sequence[str]) -> str:
-    return ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else "")
 
 
 def to_workspace_order(predictions: Predictions, stem: str, classes: tuple[str, ...]) -> ImportedPart:

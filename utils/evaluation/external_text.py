@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.core.display_text import format_count, format_interval, format_number, format_percent, join_names, printable
+from utils.core.display_text import (
+    first_names,
+    format_count,
+    format_interval,
+    format_number,
+    format_percent,
+    join_names,
+    printable,
+)
 from utils.evaluation.table_formats import aligned_lines
 
 MAX_NAMED = 5
@@ -48,11 +56,10 @@ def about_the_set(record: Mapping[str, Any]) -> list[str]:
         pairs = [f"{name} as {target}" for name, target in classes["mapped"].items()]
         lines.append(f"  classes by the class map: {printable(join_names(pairs))}")
     if left_out["copies"]:
-        pairs = [f"{image} = {same}" for image, same in list(left_out["copies"].items())[:MAX_NAMED]]
-        more = f" and {len(left_out['copies']) - MAX_NAMED} more" if len(left_out["copies"]) > MAX_NAMED else ""
+        pairs = [f"{image} = {same}" for image, same in left_out["copies"].items()]
         lines.append(
             f"  left out: {format_count(len(left_out['copies']), 'image')} of train or val: "
-            f"{printable(', '.join(pairs))}{more}"
+            f"{printable(first_names(pairs, MAX_NAMED))}"
         )
     if left_out["of_other_classes"]:
         names = [*classes["unknown"], *classes["dropped"]]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TREES = 100
 LEAVES = (1, 5)  # minimum rows per leaf
 SHRINKAGES = (1.0, 10.0, 50.0)
-SPLIT_NUMBERS = 1e9  # classes' numbers that are compared per second, on one core
+SPLIT_NUMBERS = 4e8  # numbers of classes that are compared per second, on one core
 
 
 @dataclass(frozen=True)

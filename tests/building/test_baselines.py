@@ -14,7 +14,7 @@ import pytest
 from utils.building import baselines, family_fits
 from utils.combiners.calibrated_votes import CalibratedSoftVoting, calibrated_probabilities
 from utils.combiners.protocol import MemberFacts, fit_crossfitted
-from utils.core import engines
+from utils.core import engines, worker_processes
 from utils.core.config import Config
 from utils.numeric.metrics import log_loss, softmax
 
@@ -59,8 +59,7 @@ def test_baselines_on_many_rows_run_side_by_side_with_the_same_losses(measured, 
             yield result
 
     monkeypatch.setattr(family_fits, "fit_each", noted)
-    monkeypatch.setattr(family_fits, "LONG_FIT", 0)
-    monkeypatch.setattr(baselines, "LONG_BASELINES", 0)
+    monkeypatch.setattr(worker_processes, "START_SECONDS", dict.fromkeys(worker_processes.START_SECONDS, 0.0))
     monkeypatch.setattr(engines, "cores", lambda: 2)
     monkeypatch.setattr(baselines, "_measured", {})
     again = baselines.measure(Config(), FACTS, logits, labels, np.arange(N) % 5)

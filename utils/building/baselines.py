@@ -21,9 +21,6 @@ from utils.numeric.means import LEVEL, MIN_UNITS, paired_interval
 from utils.numeric.metrics import log_loss_per_row
 from utils.numeric.paired_comparison import CANNOT_TELL
 
-LONG_BASELINES = 200_000
-"""Number of logits from which the baselines together take seconds: 50 s at 1,900,000."""
-
 
 @dataclass(frozen=True)
 class Baselines:
@@ -80,13 +77,9 @@ def _measure(
         "convex_weights": replace(weighted, metric="log_loss", kind="linear", optimize_weights=True),
         "log_linear_pool": replace(weighted, metric="log_loss", kind="log_linear", optimize_weights=True),
     }
+    shared = logits, labels, folds
     fits = family_fits.fit_each(
-        _fit,
-        recipes.values(),
-        shared=(logits, labels, folds),
-        description="baselines",
-        n_logits=logits.size,
-        are_nested=logits.size >= LONG_BASELINES,
+        _fit, recipes.values(), shared=shared, description="baselines", n_logits=logits.size, are_nested=False
     )
     losses, weights = {}, {}
     for name, found in zip(recipes, fits, strict=True):

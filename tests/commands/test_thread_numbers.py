@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from in_process import run
 
-from utils.numeric.nested_cv import FIT_THREADS
+from utils.numeric.setting_paths import FIT_THREADS
 
 SETTINGS = (
     *("device=cpu", "dataset.num_workers=0", "dataset.img_size=32", "dataset.batch_size=4", "dataset.group_regex=null"),

@@ -114,7 +114,7 @@ def _opened(size: str) -> Callable[[int, Any], np.ndarray]:
 
 def even_gate(logits: np.ndarray, reader: int) -> Any:
     """A gate with random weights whose scores on the reader's logits (N, C) have mean 0 and deviation 1 per expert."""
-    from utils.combiners.gating import KIND, SparseGate
+    from utils.combiners.gates import KIND, SparseGate
     from utils.combiners.stacking_features import features
 
     rng = np.random.default_rng(0)

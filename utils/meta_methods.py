@@ -15,7 +15,8 @@ import numpy as np
 from utils import ensemble_methods, fusion_methods, moe_methods, stacking_methods
 from utils.combiners import pruning
 from utils.combiners.convex_pool import ConvexPool
-from utils.combiners.gating import AttentionGate, AttentionLearner
+from utils.combiners.gate_learners import AttentionLearner
+from utils.combiners.gates import AttentionGate
 from utils.combiners.perceptron import PerceptronLearner
 from utils.combiners.protocol import (
     Combiner,

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from utils.combiners.gating import GateLearner, SparseGate
+from utils.combiners.gate_learners import SparseLearner
+from utils.combiners.gates import SparseGate
 from utils.combiners.protocol import Combiner, MemberFacts, NestedPredictions, unsaved
 from utils.combiners.routing import SparseCombiner, routed_members
 from utils.combiners.subset_search import SubsetProblem, greedy_forward
@@ -45,7 +46,7 @@ def member_costs(members: MemberFacts) -> np.ndarray | None:
 
 @dataclass
 class MixtureOfExperts(Stacker, SparseCombiner):
-    """A few experts for each image, mixed by a gate that reads the cheapest of them (`utils.combiners.gating`).
+    """A few experts for each image, mixed by a gate that reads the cheapest of them (`utils.combiners.gates`).
 
     Nested cross-validation selects the number of epochs of the gate as for stackers. If held-out rows do not gain by a
     gate, the same `top_k` experts serve every image, if `runs.stacking.fallback` allows it. The members' mean has no
@@ -62,7 +63,7 @@ class MixtureOfExperts(Stacker, SparseCombiner):
     def configured(cls, config: Config, members: MemberFacts) -> Self:
         """Return an unfitted mixture with the settings of `runs.moe`."""
         mixture = super().configured(config, members)
-        assert isinstance(mixture.learner, GateLearner)
+        assert isinstance(mixture.learner, SparseLearner)
         mixture.learner = replace(mixture.learner, costs=member_costs(members))
         mixture.fallback = False
         return mixture
@@ -72,7 +73,7 @@ class MixtureOfExperts(Stacker, SparseCombiner):
         moe = config.runs.moe
         choose = partial(best_members, count=moe.num_experts)
         allow_fixed = config.runs.stacking.fallback
-        return GateLearner(choose, moe.top_k, moe.gating_hidden_dim, moe.epochs, config.seed, allow_fixed)
+        return SparseLearner(choose, moe.top_k, moe.gating_hidden_dim, moe.epochs, config.seed, allow_fixed)
 
     def _fit_nested(self, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
         """Fit as a stacker does, and record the use of the experts."""
@@ -100,7 +101,7 @@ class MixtureOfExperts(Stacker, SparseCombiner):
 
     def dense(self) -> Self:
         """Return an unfitted mixture that runs all experts for every image."""
-        assert isinstance(self.learner, GateLearner)
+        assert isinstance(self.learner, SparseLearner)
         learner = replace(self.learner, top_k=sys.maxsize)
         return type(self)(learner=learner, use_temperature=self.use_temperature, fallback=False, n_jobs=self.n_jobs)
 

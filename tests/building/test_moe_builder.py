@@ -16,7 +16,7 @@ from given_predictions import CONFIG, take_in, write
 from utils.building import build_commands, ensembles
 from utils.building.builder_protocol import Session, state_of
 from utils.building.moe_builder import SparseBuilder
-from utils.combiners.gating import SparseGate
+from utils.combiners.gates import SparseGate
 from utils.combiners.routing import routed_members
 from utils.core.config_file import load_config
 from utils.inference.classifier import WorkspaceClassifier

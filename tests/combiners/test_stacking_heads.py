@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.combiners.gating import AttentionGate
+from utils.combiners.gates import AttentionGate
 from utils.combiners.heads import MeanOfProbabilities
 from utils.combiners.logistic import Coefficients
 from utils.combiners.perceptron import Layers

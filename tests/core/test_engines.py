@@ -19,7 +19,7 @@ from conftest import PROJECT, run_python
 from given_predictions import write
 
 from utils import commands
-from utils.combiners.gating import AttentionLearner
+from utils.combiners.gate_learners import AttentionLearner
 from utils.core import engines, worker_processes
 from utils.core.artifacts import replacing
 from utils.core.errors import ConfigError, UserError
@@ -245,7 +245,7 @@ def test_workers_train_after_their_parent_has_trained_on_several_threads(start_m
     assert [weights.tobytes() for weights in found] == [weights.tobytes() for weights in expected]
 
 
-def test_fits_in_processes_give_the_bytes_of_here(at_once):
+def test_fits_beside_each_other_give_the_bytes_of_one_after_the_other(at_once):
     rng = np.random.default_rng(0)
     labels, folds = rng.integers(0, 3, 60), np.arange(60) % 3
     logits = rng.normal(size=(2, 60, 3)).astype(np.float32) + 2 * np.eye(3, dtype=np.float32)[labels]

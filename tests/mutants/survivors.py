@@ -64,22 +64,10 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "n_threads=n_jobs if learner.thread_safe else 1,",
         "learner.thread_safe",
         "(not (learner.thread_safe))",
-    ): "fits in threads and in processes have the same results",
-    (
-        "utils/numeric/setting_search.py",
-        "n_threads=n_jobs if learner.thread_safe else 1,",
-        "1",
-        "2",
     ): "the number of fits at a time changes no result",
     (
         "utils/numeric/setting_search.py",
-        "n_processes=1 if learner.thread_safe else n_jobs,",
-        "learner.thread_safe",
-        "(not (learner.thread_safe))",
-    ): "fits in threads and in processes have the same results",
-    (
-        "utils/numeric/setting_search.py",
-        "n_processes=1 if learner.thread_safe else n_jobs,",
+        "n_threads=n_jobs if learner.thread_safe else 1,",
         "1",
         "2",
     ): "the number of fits at a time changes no result",

@@ -211,8 +211,7 @@ def _tensors(outputs: MemberOutputs, labels: np.ndarray) -> tuple[Tensor, Tensor
 
 def _batches(rows: int) -> BatchShape:
     """Return how the rows of a fit are split into batches."""
-    from utils.numeric.batched_training import BatchShape
-    from utils.numeric.module_training import BATCH_SIZE
+    from utils.numeric.batched_training import BATCH_SIZE, BatchShape
 
     batch_size = min(BATCH_SIZE, max(SMALLEST_BATCH, rows // STEPS))
     return BatchShape.of(rows, max(1, rows // batch_size))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,10 +18,17 @@ from utils.combiners.fit_demand import FitDemand
 from utils.combiners.stacking_features import FeatureRows, features
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import evenly_spaced_epochs
-from utils.numeric.setting_paths import FIT_THREADS, fits_side_by_side, path_predictions, paths_of_length, torch_threads
+from utils.numeric.setting_paths import (
+    FIT_THREADS,
+    BatchedFits,
+    fits_side_by_side,
+    path_predictions,
+    paths_of_length,
+    torch_threads,
+)
 
 if TYPE_CHECKING:
-    from utils.numeric.batched_perceptrons import BatchedPerceptrons, FitRows
+    from utils.numeric.batched_perceptrons import BatchedPerceptrons
 
 STOPS = 6  # epochs that are settings
 SIDE_BY_SIDE = 3  # most fits trained together: their rows stay in the cache, and several cores have work
@@ -76,7 +84,7 @@ class PerceptronLearner:
 
     def trainings(
         self, path: int, logits: np.ndarray, labels: np.ndarray, held_out_sets: Sequence[np.ndarray]
-    ) -> list[tuple[Sequence[int], _Training]]:
+    ) -> list[tuple[Sequence[int], BatchedFits]]:
         """Return trainings of up to `SIDE_BY_SIDE` fits each, with equal batch shapes.
 
         Fits are trained alone where their bytes could depend on the others.
@@ -90,7 +98,7 @@ class PerceptronLearner:
         side_by_side = SIDE_BY_SIDE if independent_products(pairwise(sizes)) else 1
         shapes = [batch_shape(int(np.count_nonzero(~held_out))) for held_out in held_out_sets]
         return [
-            (fits, _Training(self, rows, [held_out_sets[fit] for fit in fits], self._stops()))
+            (fits, BatchedFits(partial(self._started, rows), [held_out_sets[fit] for fit in fits], self._stops()))
             for _, fits in fits_side_by_side(shapes, side_by_side)
         ]
 
@@ -101,71 +109,27 @@ class PerceptronLearner:
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Layers:
         """Return the model under one setting: the same schedule, stopped at the setting's epoch."""
         rows = FeatureRows.of(logits, labels, setting["features"])
+        nobody = np.zeros(len(labels), dtype=bool)
         with torch_threads(FIT_THREADS):
-            training = _Training(self, rows, [np.zeros(len(labels), dtype=bool)], [setting["epochs"]])
-            return training.model()
+            training = BatchedFits(partial(self._started, rows), [nobody], [setting["epochs"]])
+            matrices, biases = training.advanced([0]).layers(0)
+        return Layers(rows.kind, tuple(matrices), tuple(biases))
 
     def _stops(self) -> list[int]:
         return evenly_spaced_epochs(self.epochs, STOPS)
 
-
-class _Training:
-    """Fits that are trained together from one stop to the next."""
-
-    def __init__(
-        self, learner: PerceptronLearner, rows: FeatureRows, held_out_sets: Sequence[np.ndarray], stops: Sequence[int]
-    ) -> None:
-        self.learner, self.rows, self.held_out_sets, self.stops = learner, rows, held_out_sets, list(stops)
-        self.batched: BatchedPerceptrons | None = None
-        self.fits: list[FitRows] = []
-        self.going_on = list(range(len(held_out_sets)))
-        """Indices of the fits still in training"""
-
-    def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
-        batched = self._go_on(wanted)
-        return [batched.predict(number, np.flatnonzero(self.held_out_sets[fit])) for number, fit in enumerate(wanted)]
-
-    def model(self) -> Layers:
-        """Train the only fit to the next stop and return its layers."""
-        (fit,) = self.going_on
-        layers = self._go_on([fit]).layers(0)
-        return _kept(*layers, self.rows.kind, self.fits[fit].centre, self.fits[fit].scale)
-
-    def _go_on(self, wanted: Sequence[int]) -> BatchedPerceptrons:
-        """Train the `wanted` fits to the next stop and drop the others."""
-        batched = self.batched = self.batched or self._started()
-        batched.keep([self.going_on.index(fit) for fit in wanted])
-        self.going_on = list(wanted)
-        batched.run_to(self.stops.pop(0))
-        return batched
-
-    def _started(self) -> BatchedPerceptrons:
+    def _started(self, rows: FeatureRows, inside: Sequence[np.ndarray]) -> BatchedPerceptrons:
+        """Return perceptrons to train, each on the rows `inside`, int64 (n,)."""
         import torch
 
         from utils.numeric.batched_perceptrons import BatchedPerceptrons, FitRows
         from utils.numeric.batched_training import Schedule
 
-        rows, learner = self.rows, self.learner
-        inside = [np.flatnonzero(~held_out) for held_out in self.held_out_sets]
-        self.fits = [FitRows(indices, *rows.standardisation(indices)) for indices in inside]
         return BatchedPerceptrons(
             torch.from_numpy(rows.raw.astype(np.float32)),
             torch.from_numpy(rows.labels),
-            self.fits,
-            [rows.raw.shape[1], *learner.hidden_dims, rows.classes],
-            Schedule(learner.epochs, learner.lr, WEIGHT_DECAY, learner.dropout),
-            seed=learner.seed,
+            [FitRows(indices, *rows.standardisation(indices)) for indices in inside],
+            [rows.raw.shape[1], *self.hidden_dims, rows.classes],
+            Schedule(self.epochs, self.lr, WEIGHT_DECAY, self.dropout),
+            seed=self.seed,
         )
-
-
-def _kept(
-    matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray], kind: str, centre: np.ndarray, scale: np.ndarray
-) -> Layers:
-    """Return layers for unstandardised features, given layers for standardised ones."""
-    first = matrices[0] / scale[:, None]
-    matrices, biases = [first, *matrices[1:]], [biases[0] - centre @ first, *biases[1:]]
-    return Layers(
-        kind,
-        tuple(matrix.astype(np.float32) for matrix in matrices),
-        tuple(bias.astype(np.float32) for bias in biases),
-    )

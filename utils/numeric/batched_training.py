@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+BATCH_SIZE = 128
 RANDOM_VALUES = 2**16  # values of the random number that decides whether a unit is dropped
 BYTES_PER_DRAW = 8  # of the generator
 FILLED = 4  # the rows of a batch are padded to a multiple of this

@@ -8,10 +8,10 @@ continues while any vote needs it. Each vote depends on its own rows only, so th
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -85,6 +85,52 @@ class Vote:
     def selected(self) -> int:
         """The setting of least loss."""
         return int(np.nanargmin(self.losses))
+
+
+class BatchedNetworks(Protocol):
+    """Networks that are trained in one batch."""
+
+    def run_to(self, epoch: int) -> None:
+        """Train until the end of an epoch."""
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Keep the networks at these indices and drop all others."""
+
+    def predict(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """Return the probabilities float32 (n, C) of one network for rows, int64 (n,)."""
+
+
+Networks = TypeVar("Networks", bound=BatchedNetworks)
+
+
+class BatchedFits(Generic[Networks]):
+    """A `Training` of one network per fit, in one batch, from one stop to the next."""
+
+    def __init__(
+        self,
+        start: Callable[[Sequence[np.ndarray]], Networks],
+        held_out_sets: Sequence[np.ndarray],
+        stops: Sequence[int],
+    ) -> None:
+        """Take a function from the rows of each fit, int64 (n,), to its network, and the epochs to stop at."""
+        self.start, self.held_out_sets, self.stops = start, held_out_sets, list(stops)
+        self.networks: Networks | None = None
+        self.going_on = list(range(len(held_out_sets)))
+        """Indices of the fits still in training"""
+
+    def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
+        """Return the held-out probabilities of the `wanted` fits at the next stop, and drop the other fits."""
+        networks = self.advanced(wanted)
+        return [networks.predict(number, np.flatnonzero(self.held_out_sets[fit])) for number, fit in enumerate(wanted)]
+
+    def advanced(self, wanted: Sequence[int]) -> Networks:
+        """Return the networks of the `wanted` fits at the next stop, and drop those of the others."""
+        if self.networks is None:
+            self.networks = self.start([np.flatnonzero(~held_out) for held_out in self.held_out_sets])
+        self.networks.keep([self.going_on.index(fit) for fit in wanted])
+        self.going_on = list(wanted)
+        self.networks.run_to(self.stops.pop(0))
+        return self.networks
 
 
 class PathFits:

@@ -235,14 +235,13 @@ def _follow(
 def _all_fits(
     learner: GridLearner, logits: Any, labels: np.ndarray, masks: Sequence[np.ndarray], n_jobs: int
 ) -> list[np.ndarray]:
-    # One thread per fit: the same order of summation for any number of cores.
+    # One thread per fit: the same order of summation for any number of cores. Torch networks have paths.
     fits = engines.current().map(
         _fit,
         masks,
         shared=(learner, logits, labels),
         description=f"fits of {type(learner).__name__.removesuffix('Learner').lower()}",
         n_threads=n_jobs if learner.thread_safe else 1,
-        n_processes=1 if learner.thread_safe else n_jobs,
         threads_per_job=FIT_THREADS,
     )
     return list(fits)

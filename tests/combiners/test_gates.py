@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.combiners.gating import AttentionLearner, GateLearner, fixed_gate
+from utils.combiners.gate_learners import AttentionLearner, SparseLearner
+from utils.combiners.gates import fixed_gate
 from utils.numeric.metrics import softmax
 
 M, N, C = 3, 120, 4
@@ -52,7 +53,7 @@ def test_a_fixed_gate_is_the_plain_mean_of_its_experts(rows):
 
 def test_a_sparse_gate_reads_its_cheapest_expert_and_weights_no_more_than_it_may(rows):
     logits, labels = rows
-    learner = GateLearner(lambda *_: [0, 1, 2], 1, 8, 5, seed=1, costs=np.array([3.0, 2.0, 1.0]))
+    learner = SparseLearner(lambda *_: [0, 1, 2], 1, 8, 5, seed=1, costs=np.array([3.0, 2.0, 1.0]))
     gate = learner.fit(logits, labels, {"epochs": 5})
     assert gate.experts[gate.reader] == 2
     weights = gate.weights(logits)
@@ -64,6 +65,6 @@ def test_a_sparse_gate_reads_its_cheapest_expert_and_weights_no_more_than_it_may
 
 
 def test_only_a_learner_that_may_be_fixed_offers_no_epochs():
-    settings = [GateLearner(lambda *_: [0], 1, 4, 10, 1, fixed).settings()[0]["epochs"] for fixed in (True, False)]
+    settings = [SparseLearner(lambda *_: [0], 1, 4, 10, 1, fixed).settings()[0]["epochs"] for fixed in (True, False)]
     assert settings[0] == 0
     assert settings[1] > 0

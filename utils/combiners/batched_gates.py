@@ -48,7 +48,7 @@ class BatchedAttentionGates(BatchedGates):
     ) -> None:
         """Take the features, the members' probabilities (M, N, C), and each fit's rows, int64 (n,)."""
         super().__init__(
-            torch.from_numpy(rows.raw.astype(np.float32)),
+            torch.from_numpy(rows.single),
             torch.from_numpy(rows.labels),
             [FitRows(indices, *rows.standardisation(indices)) for indices in inside],
             [rows.raw.shape[1], width, rows.members],

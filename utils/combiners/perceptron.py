@@ -126,7 +126,7 @@ class PerceptronLearner:
         from utils.numeric.batched_training import Schedule
 
         return BatchedPerceptrons(
-            torch.from_numpy(rows.raw.astype(np.float32)),
+            torch.from_numpy(rows.single),
             torch.from_numpy(rows.labels),
             [FitRows(indices, *rows.standardisation(indices)) for indices in inside],
             [rows.raw.shape[1], *self.hidden_dims, rows.classes],

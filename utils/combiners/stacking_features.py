@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -78,6 +79,11 @@ class FeatureRows:
         """Compute the features of logits (M, N, C) with labels (N,)."""
         members, _, classes = logits.shape
         return cls(kind, features(logits, kind), np.asarray(labels), members, classes)
+
+    @cached_property
+    def single(self) -> np.ndarray:
+        """The features in single precision, float32 (N, F), once for all fits."""
+        return self.raw.astype(np.float32)
 
     def standardisation(self, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return centre and scale (F,) of the rows `inside`, a mask or indices; the members' outputs have one scale."""

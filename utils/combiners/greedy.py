@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from utils.combiners.pooled_members import PooledMembers
 from utils.combiners.pooling import PIECEWISE_CONSTANT, tuning_rows
 from utils.combiners.protocol import MemberFacts, unsaved
+from utils.combiners.shared_fits import SharedFits
 from utils.core.config import Config
 from utils.numeric import temperature
 from utils.numeric.metrics import METRICS, clipped_log, row_losses, softmax
@@ -47,6 +48,7 @@ class GreedySelection(PooledMembers):
     settings: ClassVar[tuple[str, ...]] = ("runs.score_ensemble.optimization_metric", "runs.score_ensemble.temperature")
 
     seed: int = unsaved(42)
+    shared: SharedFits = unsaved(factory=SharedFits)
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
@@ -86,17 +88,16 @@ class GreedySelection(PooledMembers):
         self.facts["held_out_scores"] = self._scores_of(best.losses)
 
     def _select(self, probabilities: NDArray[np.float32], labels: np.ndarray, *, bags: int) -> Selection:
-        second = "log_loss" if self.metric in PIECEWISE_CONSTANT else None
-        return select_members(
-            probabilities,
-            labels,
-            metric=self.metric,
-            steps=STEPS,
-            sorted_start=True,
-            bags=bags,
-            seed=self.seed,
-            tie_breaker=second,
-        )
+        options: dict[str, Any] = {
+            "metric": self.metric,
+            "steps": STEPS,
+            "sorted_start": True,
+            "bags": bags,
+            "seed": self.seed,
+            "tie_breaker": "log_loss" if self.metric in PIECEWISE_CONSTANT else None,
+        }
+        rows = probabilities, labels
+        return self.shared.result(options, rows, lambda: select_members(*rows, **options))
 
     def _tried(self, probabilities: NDArray[np.float32], labels: np.ndarray, folds: np.ndarray, *, bags: int) -> _Tried:
         held_out = [folds == fold for fold in np.unique(folds)]

@@ -7,12 +7,14 @@ Scores are log-probabilities (M, N, C) of M members, clipped from below at `LOWE
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from utils.combiners.pooled_members import Floats, Pool
+from utils.combiners.shared_fits import SharedFits
 from utils.numeric import candidate_losses, pools, temperature, weight_search
 from utils.numeric.metrics import METRICS, log_softmax
 
@@ -71,18 +73,27 @@ def fitted_weights(pool: Pool, scores: Floats, labels: NDArray[Any], metric: str
 
 
 def tuned_weights(
-    pool: Pool, scores: Floats, labels: NDArray[Any], folds: NDArray[Any], metric: str, *, calibrate: bool
+    pool: Pool,
+    scores: Floats,
+    labels: NDArray[Any],
+    folds: NDArray[Any],
+    metric: str,
+    *,
+    calibrate: bool,
+    shared: SharedFits | None = None,
 ) -> Weighting:
     """Return the weighting under the penalty with the least loss on held-out folds.
 
     The loss is the Brier score for `brier`, else the log-loss. With `calibrate`, it is computed after a temperature if
     the sum of the pool's weights is fixed. For accuracy and macro F1, equal weights (the infinite penalty) win if their
-    score is higher and they classify more held-out rows correctly, by more than one standard error.
+    score is higher and they classify more held-out rows correctly, by more than one standard error. Copies of a
+    cross-fitting share fits on equal rows by `shared`.
     """
     calibrate = calibrate and not pool.scales
     parts = pool.parts(scores)
     sample = tuning_rows(labels, folds, scores.shape[0] * scores.shape[2])
-    paths, candidates, best = _tried(pool, parts[:, sample], labels[sample], folds[sample], metric, calibrate=calibrate)
+    rows = parts[:, sample], labels[sample], folds[sample]
+    paths, candidates, best = _tried(pool, *rows, metric, calibrate=calibrate, shared=shared or SharedFits())
     strength, fold_weights, held_out = STRENGTHS[best], tuple(path[best] for path in paths), candidates[best]
     mean_weights = np.mean(fold_weights, axis=0)
     options: dict[str, Any] = {"strength": strength, "sum_bounds": pool.sums, "start": mean_weights}
@@ -117,14 +128,20 @@ def with_members_added(
     *,
     seed: int,
     calibrate: bool,
+    shared: SharedFits | None = None,
 ) -> Weighting:
-    """Return the weighting with added members that raise accuracy or macro F1, if they do so on held-out folds."""
+    """Return the weighting with added members that raise accuracy or macro F1, if they do so on held-out folds.
+
+    Copies of a cross-fitting share additions on equal rows by `shared`.
+    """
     assert weighting.crossfit is not None, "fitted without folds"
-    parts = weighting.pool.parts(scores)
-    fold_weights = tuple(
-        _moved(weighting.pool, parts[:, folds != number], labels[folds != number], weights, metric, seed)
-        for number, weights in zip(np.unique(folds), weighting.fold_weights, strict=True)
-    )
+    parts, shared = weighting.pool.parts(scores), shared or SharedFits()
+    moved = []
+    for number, weights in zip(np.unique(folds), weighting.fold_weights, strict=True):
+        given = parts[:, folds != number], labels[folds != number], weights
+        settings = ("members added", weighting.pool.name, metric, seed)
+        moved.append(shared.result(settings, given, partial(_moved, weighting.pool, *given, metric, seed)))
+    fold_weights = tuple(moved)
     crossfit = _unseen(weighting.pool, parts, folds, fold_weights)
     if _score(crossfit, labels, metric) <= _score(weighting.crossfit, labels, metric):
         return weighting
@@ -145,11 +162,17 @@ def pooled_losses(log_probabilities: Floats, labels: NDArray[Any], metric: str) 
 
 
 def tuning_rows(labels: NDArray[Any], folds: NDArray[Any], scores_per_row: int) -> Any:
-    """Return a slice of all rows, or indices of the rows that select a setting, evenly spaced in folds and classes."""
+    """Return a slice of all rows, or indices of the rows that select a setting, evenly spaced in folds and classes.
+
+    They are at most as many as the limits say, and one more for each fold.
+    """
     most = min(MAX_TUNING_ROWS, max(MIN_TUNING_ROWS, MAX_TUNING_SCORES // scores_per_row))
     if len(labels) <= most:
         return slice(None)
-    return np.sort(np.lexsort((labels, folds))[:: -(-len(labels) // most)])
+    step, order = -(-len(labels) // most), np.lexsort((labels, folds))
+    # Anew in each fold, so that the copies of a cross-fitting take the same rows of it.
+    by_fold = np.split(order, np.flatnonzero(np.diff(folds[order])) + 1)
+    return np.sort(np.concatenate([rows[::step] for rows in by_fold]))
 
 
 def _calibrated(
@@ -181,16 +204,23 @@ def _is_clear(gains: Floats) -> bool:
 
 
 def _tried(
-    pool: Pool, parts: Floats, labels: NDArray[Any], folds: NDArray[Any], metric: str, *, calibrate: bool
+    pool: Pool,
+    parts: Floats,
+    labels: NDArray[Any],
+    folds: NDArray[Any],
+    metric: str,
+    *,
+    calibrate: bool,
+    shared: SharedFits,
 ) -> tuple[list[Floats], list[tuple[float, Floats]], int]:
     """Return the weights (S, M) of all strengths without each fold, the held-out results and the index of the best.
 
     There is one result per strength: temperature and held-out log-probabilities (N, C).
     """
-    paths = [
-        _path(pool, pool.loss(parts[:, folds != number], labels[folds != number], metric))
-        for number in np.unique(folds)
-    ]
+    paths = []
+    for number in np.unique(folds):
+        rows = parts[:, folds != number], labels[folds != number]
+        paths.append(shared.result((pool.name, metric), rows, partial(_path, pool, *rows, metric)))
     candidates = [
         _calibrated(_unseen(pool, parts, folds, fold_weights), labels, folds, calibrate=calibrate)
         for fold_weights in zip(*paths, strict=True)
@@ -202,8 +232,9 @@ def _tried(
     return paths, candidates, best
 
 
-def _path(pool: Pool, loss: weight_search.ConvexLoss) -> Floats:
+def _path(pool: Pool, parts: Floats, labels: NDArray[Any], metric: str) -> Floats:
     """Return the weights (S, M) of all strengths; each search starts from the solution of the next stronger one."""
+    loss = pool.loss(parts, labels, metric)
     path: list[Floats] = []
     for strength in STRENGTHS:
         start = path[-1] if path else None

@@ -12,6 +12,7 @@ from utils.combiners import pooling
 from utils.combiners.pooled_members import POOLS, PooledMembers
 from utils.combiners.pooling import Weighting
 from utils.combiners.protocol import MemberFacts, unsaved
+from utils.combiners.shared_fits import SharedFits
 from utils.core.config import Config
 from utils.core.errors import UserError
 from utils.numeric import temperature
@@ -38,6 +39,7 @@ class WeightedPool(PooledMembers):
     optimize_weights: bool = unsaved(True)
     """If false, weights are proportional to the recorded accuracies."""
     seed: int = unsaved(42)
+    shared: SharedFits = unsaved(factory=SharedFits)
 
     @classmethod
     def configured(cls, config: Config, members: MemberFacts) -> Self:
@@ -80,12 +82,14 @@ class WeightedPool(PooledMembers):
             return pooling.fitted_weights(only, scores, labels, self.metric, strength=UNTESTED_STRENGTH)
         names = tuple(POOLS) if self.kind == "auto" else (self.kind,)
         tuned = [
-            pooling.tuned_weights(POOLS[name], scores, labels, folds, self.metric, calibrate=calibrate)
+            pooling.tuned_weights(
+                POOLS[name], scores, labels, folds, self.metric, calibrate=calibrate, shared=self.shared
+            )
             for name in names
         ]
         weighting = tuned[0] if len(tuned) == 1 else pooling.preferred_pool(tuned[0], tuned[1], labels, self.metric)
         if self.metric in pooling.PIECEWISE_CONSTANT:
-            options: dict[str, Any] = {"seed": self.seed, "calibrate": calibrate}
+            options: dict[str, Any] = {"seed": self.seed, "calibrate": calibrate, "shared": self.shared}
             weighting = pooling.with_members_added(weighting, scores, labels, folds, self.metric, **options)
         return weighting
 

@@ -131,7 +131,7 @@ def _arithmetic(
     import torch
     from torch import nn
 
-    from utils.numeric.module_training import BATCH_SIZE
+    from utils.numeric.batched_training import BATCH_SIZE
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -157,7 +157,7 @@ def _through_loader(
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
 
-    from utils.numeric.module_training import BATCH_SIZE
+    from utils.numeric.batched_training import BATCH_SIZE
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -148,7 +148,7 @@ def _training(learner: Any, kind: str, logits: np.ndarray, labels: np.ndarray, e
 
     from utils.combiners.perceptron import WEIGHT_DECAY
     from utils.combiners.stacking_features import features
-    from utils.numeric.module_training import BATCH_SIZE
+    from utils.numeric.batched_training import BATCH_SIZE
 
     table = torch.from_numpy(scale(features(logits, kind)).astype(np.float32))
     truth = torch.from_numpy(labels)

@@ -16,10 +16,18 @@ from utils.base_back import BUNDLED
 __all__ = ["foreign", "foreign_base_back", "mount"]
 # Ours that consist of torch modules; whoever imports one of these does so where it is needed.
 TORCH_MODULES = {
-    *("fusion_heads", "heads", "module_training", "routing_heads", "soup_trials", "soups", "stacking_heads", "trees"),
+    *("fusion_heads", "heads", "routing_heads", "soup_trials", "soups", "stacking_heads", "trees"),
     *("distillation_methods", "target_sources", "student_training", "ensemble_network", "image_preparation"),
     *("batch_schedule", "optimization", "progress", "joint_networks", "joint_training", "training_memory"),
-    *("image_source", "class_maps", "views", "batched_training", "batched_perceptrons", "batched_heads"),
+    *(
+        "image_source",
+        "class_maps",
+        "views",
+        "batched_training",
+        "batched_perceptrons",
+        "batched_heads",
+        "batched_gates",
+    ),
 }
 """Imported inside functions alone, once something is trained, averaged or exported."""
 STRANGERS = ("config.py", "models/__init__.py", "training.py", "export.py", "utils/__init__.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -183,3 +184,18 @@ def test_a_copy_without_a_class_and_one_row_alone_are_fitted(rows):
     assert np.isfinite(cross_validate(Prior(), logits, labels, folds).nested_crossfit).all()
     one = cross_validate(Prior(), logits[:, :1], labels[:1], np.zeros(1, dtype=int))
     assert (one.setting, one.held_out) == (0, None)
+
+
+class ChangesFilters(Prior):
+    """Leaves the process's warning filters empty, as threads of scikit-learn can that end in another order."""
+
+    def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+        warnings.resetwarnings()
+        return super().predictions(logits, labels, held_out)
+
+
+def test_warning_filters_are_kept(rows):
+    before = list(warnings.filters)
+    assert before
+    cross_validate(ChangesFilters(), *rows, n_jobs=2)
+    assert warnings.filters == before

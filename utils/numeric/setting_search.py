@@ -8,6 +8,7 @@ follows the other paths on all inner folds. A selection reads its own rows only,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -236,15 +237,18 @@ def _all_fits(
     learner: GridLearner, logits: Any, labels: np.ndarray, masks: Sequence[np.ndarray], n_jobs: int
 ) -> list[np.ndarray]:
     # One thread per fit: the same order of summation for any number of cores. Torch networks have paths.
-    fits = engines.current().map(
-        _fit,
-        masks,
-        shared=(learner, logits, labels),
-        description=f"fits of {type(learner).__name__.removesuffix('Learner').lower()}",
-        n_threads=n_jobs if learner.thread_safe else 1,
-        threads_per_job=FIT_THREADS,
-    )
-    return list(fits)
+    # Threads of scikit-learn's forests replace the process's warning filters, and may restore those of another thread.
+    with warnings.catch_warnings():
+        return list(
+            engines.current().map(
+                _fit,
+                masks,
+                shared=(learner, logits, labels),
+                description=f"fits of {type(learner).__name__.removesuffix('Learner').lower()}",
+                n_threads=n_jobs if learner.thread_safe else 1,
+                threads_per_job=FIT_THREADS,
+            )
+        )
 
 
 def _fit(learner: GridLearner, logits: Any, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:

@@ -105,18 +105,8 @@ def evaluate(
     )
     if model_name is None and not force and stored and _is_current(workspace, stored, digest, settings):
         result = _ranking_result(workspace, stored, split, "up to date", apart)
-        if not maps and report_page.is_current(config, workspace, split):
-            return _with_report(result, workspace, split)
-        try:
-            records = {name: entry.record for name, entry in saved.items()}
-            sources = report_sources.read(store, split, ranking=stored, records=records)
-        except UserError as error:
-            return replace(result, failures=[*result.failures, f"report: {error}"])
-        if maps:
-            result = _with_maps(store, sources, result)
-            if report_page.is_current(config, workspace, split):
-                return _with_report(result, workspace, split)
-        return _write_report(config, sources, result)
+        records = {name: entry.record for name, entry in saved.items()}
+        return _with_report_of_ranking(config, store, stored, records, result, split=split, maps=maps)
     inputs = evaluation_inputs.gather(store, saved, members, selected, settings, digest)
     results = evaluation_results.compute(inputs)
     for line in catalog.problem_lines(results.suspicions):
@@ -129,6 +119,31 @@ def evaluate(
     result = _ranking_result(workspace, ranking, split, "written", apart)
     sources = report_sources.from_evaluation(workspace, inputs, results)
     return _write_report(config, sources, _with_maps(store, sources, result) if maps else result)
+
+
+def _with_report_of_ranking(
+    config: Config,
+    store: Store,
+    ranking: Mapping[str, Any],
+    records: Mapping[str, Mapping[str, Any]],
+    result: Result,
+    *,
+    split: str,
+    maps: bool,
+) -> Result:
+    """Add the report to the result of a ranking that is up to date; it is written where it is not current."""
+    workspace = store.workspace
+    if not maps and report_page.is_current(config, workspace, split):
+        return _with_report(result, workspace, split)
+    try:
+        sources = report_sources.read(store, split, ranking=ranking, records=records)
+    except UserError as error:
+        return replace(result, failures=[*result.failures, f"report: {error}"])
+    if maps:
+        result = _with_maps(store, sources, result)
+        if report_page.is_current(config, workspace, split):
+            return _with_report(result, workspace, split)
+    return _write_report(config, sources, result)
 
 
 def listed_ensembles(

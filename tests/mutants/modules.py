@@ -43,6 +43,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "utils/numeric/selective.py": ("numeric/test_selective.py",),
     "utils/numeric/proportions.py": ("numeric/test_proportions.py",),
     "utils/numeric/means.py": ("numeric/test_means.py",),
+    "utils/combiners/shared_fits.py": ("combiners/test_shared_fits.py",),
     "utils/combiners/pooling.py": (
         "combiners/test_pooling.py",
         "combiners/test_weighting.py",

@@ -308,3 +308,14 @@ def test_of_many_rows_a_sample_chooses_the_strength_and_all_fit_the_weights(monk
         np.testing.assert_allclose(weights, best, atol=1e-2)
         mixed = np.tensordot(weights, np.exp(scores[:, ~outside]), axes=1)
         np.testing.assert_allclose(np.exp(found.crossfit[~outside]), mixed, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["log_loss", "brier"])
+def test_losses_of_several_pools_are_those_of_each(metric):
+    rng = np.random.default_rng(9)
+    log_probabilities, labels = log_softmax(rng.normal(size=(2, 7, 3))), rng.integers(0, 3, 7)
+    expected = [pooling.pooled_losses(values, labels, metric) for values in log_probabilities]
+    np.testing.assert_allclose(pooling.pooled_losses(log_probabilities, labels, metric), expected, atol=1e-12)
+    if metric == "brier":
+        distances = ((np.exp(log_probabilities) - np.eye(3)[labels]) ** 2).sum(axis=2)
+        np.testing.assert_allclose(expected, distances, atol=1e-12)

@@ -78,6 +78,12 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "pass",
     ): "a path that no selection reads is followed by no fit",
     (
+        "utils/numeric/setting_search.py",
+        "values = np.empty((len(self.rows), by_fold[0].shape[1]), dtype=np.float32)",
+        "0",
+        "1",
+    ): "there are at least two inner folds, and every fit predicts all classes",
+    (
         "utils/predictions/folds.py",
         "VERSION = 3  # incremented whenever the assignment of the same rows changes",
         "3",

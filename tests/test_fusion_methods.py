@@ -277,7 +277,7 @@ def test_a_training_that_ran_out_of_memory_goes_on_where_it_was(rows, monkeypatc
     fewer.batches = training.batches
     fewer.advance([0])
     np.testing.assert_array_equal(found, fewer.advance([0])[0])
-    assert training.batched.n_batches == 12
+    assert training.networks.n_batches == 12
 
 
 # trainings -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ mixture of the members' probabilities, for which only their probabilities of the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,12 +23,12 @@ from utils.numeric.metrics import SMALLEST_PROBABILITY, softmax
 BALANCE, Z = 0.01, 0.001  # weights of the load-balancing loss and the z-loss, as in the papers
 
 
-class BatchedGates(BatchedPerceptrons):
+class BatchedGates(BatchedPerceptrons, ABC):
     """B gates in training. The last layer is initialised to zero: training starts from equal weights."""
 
+    @abstractmethod
     def gate(self, number: int) -> AttentionGate | SparseGate:
         """Return one gate as it is now."""
-        raise NotImplementedError
 
     def _initial(self, generator: torch.Generator) -> list[Tensor]:
         features, width, outputs = self.sizes
@@ -48,7 +49,7 @@ class BatchedAttentionGates(BatchedGates):
     ) -> None:
         """Take the features, the members' probabilities (M, N, C), and each fit's rows, int64 (n,)."""
         super().__init__(
-            torch.from_numpy(rows.single),
+            torch.from_numpy(rows.single_precision),
             torch.from_numpy(rows.labels),
             [FitRows(indices, *rows.standardisation(indices)) for indices in inside],
             [rows.raw.shape[1], width, rows.members],
@@ -108,7 +109,8 @@ class BatchedSparseGates(BatchedGates):
             schedule,
             seed=seed,
         )
-        self.logits, self.choices, self.top_k, self.n_read = logits, list(choices), top_k, len(read)
+        self.logits, self.choices, self.n_read = logits, list(choices), len(read)
+        self.top_k = min(top_k, n_experts)
         used = np.unique([choice.experts for choice in choices])
         self.truths = _truths(softmax(logits[used]), labels)  # (N, U)
         places_of_experts = np.stack([np.searchsorted(used, choice.experts) for choice in choices])
@@ -128,8 +130,7 @@ class BatchedSparseGates(BatchedGates):
             return fixed_gate(experts[: self.top_k], self.logits.shape[2])
         (hidden, outputs), (hidden_bias, outputs_bias) = self.layers(number)
         scores, scores_bias = outputs[:, : len(experts)].copy(), outputs_bias[: len(experts)].copy()
-        top_k = min(self.top_k, len(experts))
-        return SparseGate(experts, reader, top_k, (hidden, scores), (hidden_bias, scores_bias))
+        return SparseGate(experts, reader, self.top_k, (hidden, scores), (hidden_bias, scores_bias))
 
     def predict(self, number: int, rows: np.ndarray) -> np.ndarray:
         """Return the probabilities float32 (n, C) of one gate's mixture for rows, int64 (n,)."""
@@ -168,7 +169,7 @@ def sparse_gradient(
     """
     divisors, n_experts = divisors.unsqueeze(2), scores.shape[2]
     noisy = scores + noise * torch.nn.functional.softplus(spreads)
-    largest = noisy.topk(min(top_k, n_experts), dim=2).indices
+    largest = noisy.topk(top_k, dim=2).indices
     chosen = torch.zeros(noisy.shape, dtype=torch.bool).scatter_(2, largest, True)
     of_noisy = mixture_gradient(shares(noisy, chosen | is_reader), truths).mul_(divisors)
     fractions = (chosen * divisors).sum(dim=1, keepdim=True)

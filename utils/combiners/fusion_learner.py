@@ -19,6 +19,7 @@ from utils.networks.memory import out_of_memory
 from utils.numeric.nested_cv import evenly_spaced_epochs
 from utils.numeric.setting_paths import (
     FIT_THREADS,
+    BatchedFits,
     fits_side_by_side,
     joined_path_predictions,
     paths_of_length,
@@ -113,7 +114,7 @@ class HeadLearner:
         return HeadShape(self.method, widths, self.hidden, outputs.shape[2], rank)
 
 
-class _Training:
+class _Training(BatchedFits["BatchedHeads"]):
     """Heads of some fits and of all seeds, trained together from one stop to the next.
 
     If memory runs out, the training restarts with half the batch size.
@@ -129,54 +130,30 @@ class _Training:
         held_out_sets: Sequence[np.ndarray],
         stops: Sequence[int],
     ) -> None:
-        self.learner, self.shape, self.batches, self.stops = learner, shape, batches, list(stops)
-        self.table, self.labels, self.held_out_sets = table, labels, held_out_sets
-        self.batched: BatchedHeads | None = None
-        self.going_on = list(range(len(held_out_sets)))
-        """Indices of the fits still in training"""
-
-    def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
-        batched = self._go_on(wanted)
-        predictions = []
-        for index, fit in enumerate(wanted):
-            rows = np.flatnonzero(self.held_out_sets[fit])
-            by_seed = np.stack([batched.predict(number, rows) for number in self._numbers(index)])
-            predictions.append(by_seed.mean(axis=0))
-        return predictions
+        super().__init__(self._started, held_out_sets, stops, networks_per_fit=learner.seeds)
+        self.learner, self.shape, self.batches, self.table, self.labels = learner, shape, batches, table, labels
 
     def heads(self) -> TrainedHeads:
         """Train the only fit to the next stop and return its heads."""
-        batched = self._go_on(self.going_on)
-        return TrainedHeads(self.shape, tuple(batched.weights(number) for number in self._numbers(0)))
+        networks = self.advanced(self.going_on)
+        return TrainedHeads(self.shape, tuple(networks.weights(number) for number in self.numbers(0)))
 
-    def _numbers(self, index: int) -> range:
-        """Return the indices among all heads of those of the fit at `index`."""
-        return range(index * self.learner.seeds, (index + 1) * self.learner.seeds)
-
-    def _go_on(self, wanted: Sequence[int]) -> BatchedHeads:
-        """Train the `wanted` fits to the next stop and drop the others."""
-        stop = self.stops.pop(0)
+    def advanced(self, wanted: Sequence[int]) -> BatchedHeads:
+        """Return the heads of the `wanted` fits at the next stop, and drop those of the others."""
         while True:
             try:
-                batched = self.batched = self.batched or self._started()
-                indices = [self.going_on.index(fit) for fit in wanted]
-                batched.keep([number for index in indices for number in self._numbers(index)])
-                self.going_on = list(wanted)
-                batched.run_to(stop)
+                return super().advanced(wanted)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                self.batched = None
+                self.networks = None
                 self._halve_batches(error)
-            else:
-                return batched
 
-    def _started(self) -> BatchedHeads:
+    def _started(self, inside: Sequence[np.ndarray]) -> BatchedHeads:
         from utils.combiners.batched_heads import BATCHED
         from utils.numeric.batched_training import Schedule
 
         learner, seeds = self.learner, self.learner.all_seeds()
-        inside = [np.flatnonzero(~self.held_out_sets[fit]) for fit in self.going_on]
         return BATCHED[learner.method](
             self.shape,
             self.table,

@@ -6,6 +6,7 @@ out-of-sample on val rows only.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +17,7 @@ from utils.combiners.gates import KIND, AttentionGate, ExpertChoice, SparseGate
 from utils.combiners.stacking_features import FeatureRows
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import evenly_spaced_epochs
-from utils.numeric.setting_paths import FIT_THREADS, BatchedFits, fits_side_by_side, path_predictions, torch_threads
+from utils.numeric.setting_paths import BatchedFits, path_predictions, trained_on_all
 
 if TYPE_CHECKING:
     from utils.combiners.batched_gates import BatchedGates
@@ -27,7 +28,7 @@ WEIGHT_DECAY = 1.0  # of AdamW, as in utils/combiners/perceptron.py
 SIDE_BY_SIDE = 5  # most gates trained together
 
 
-class GateLearner:
+class GateLearner(ABC):
     """One training of a gate, evaluated at several epochs: the only path of settings."""
 
     thread_safe: ClassVar[bool] = False  # torch's number of threads is global to the process
@@ -54,10 +55,7 @@ class GateLearner:
         start = self._starter(logits, labels)
         side_by_side = SIDE_BY_SIDE if self.width % FILLED == 0 and len(logits) > 1 else 1
         shapes = [batch_shape(int(np.count_nonzero(~held_out))) for held_out in held_out_sets]
-        return [
-            (fits, BatchedFits(start, [held_out_sets[fit] for fit in fits], self._stops()))
-            for _, fits in fits_side_by_side(shapes, side_by_side)
-        ]
+        return BatchedFits.grouped(start, held_out_sets, self._stops(), shapes, side_by_side)
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         """Return probabilities float32 (G, H, C) of held-out logits (M, H, C) after training on logits (M, N, C)."""
@@ -65,17 +63,15 @@ class GateLearner:
 
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> AttentionGate | SparseGate:
         """Return the gate under one setting: the same schedule, stopped at the setting's epoch."""
-        nobody = np.zeros(len(labels), dtype=bool)
-        with torch_threads(FIT_THREADS):
-            return BatchedFits(self._starter(logits, labels), [nobody], [setting["epochs"]]).advanced([0]).gate(0)
+        return trained_on_all(self._starter(logits, labels), len(labels), setting["epochs"]).gate(0)
 
+    @abstractmethod
     def _stops(self) -> list[int]:
         """Return the epochs that are settings."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _starter(self, logits: np.ndarray, labels: np.ndarray) -> Callable[[Sequence[np.ndarray]], BatchedGates]:
         """Return a function from the rows of each fit, int64 (n,), to gates to train, on logits (M, N, C)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

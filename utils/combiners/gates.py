@@ -31,7 +31,7 @@ class AttentionGate:
 
     def weights(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> weights (N, M) that sum to 1."""
-        return softmax(_scores(features(logits, KIND), self.matrices, self.biases))
+        return self._weights(features(logits, KIND))
 
     def predict_proba(self, logits: np.ndarray) -> np.ndarray:
         """Logits (M, N, C) -> probabilities (N, C)."""
@@ -39,8 +39,11 @@ class AttentionGate:
 
     def mixed(self, values: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
         """Features (N, F) and the members' probabilities (M, N, C) -> probabilities (N, C)."""
-        weights = softmax(_scores(values, self.matrices, self.biases))
-        return np.einsum("nm,mnc->nc", weights, probabilities)
+        return np.einsum("nm,mnc->nc", self._weights(values), probabilities)
+
+    def _weights(self, values: np.ndarray) -> np.ndarray:
+        """Features (N, F) -> weights (N, M)."""
+        return softmax(_scores(values, self.matrices, self.biases))
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,7 @@ from utils.combiners.fit_demand import FitDemand
 from utils.combiners.stacking_features import FeatureRows, features
 from utils.numeric.metrics import softmax
 from utils.numeric.nested_cv import evenly_spaced_epochs
-from utils.numeric.setting_paths import (
-    FIT_THREADS,
-    BatchedFits,
-    fits_side_by_side,
-    path_predictions,
-    paths_of_length,
-    torch_threads,
-)
+from utils.numeric.setting_paths import BatchedFits, path_predictions, paths_of_length, trained_on_all
 
 if TYPE_CHECKING:
     from utils.numeric.batched_perceptrons import BatchedPerceptrons
@@ -97,10 +90,7 @@ class PerceptronLearner:
         sizes = [rows.raw.shape[1], *self.hidden_dims, rows.classes]
         side_by_side = SIDE_BY_SIDE if independent_products(pairwise(sizes)) else 1
         shapes = [batch_shape(int(np.count_nonzero(~held_out))) for held_out in held_out_sets]
-        return [
-            (fits, BatchedFits(partial(self._started, rows), [held_out_sets[fit] for fit in fits], self._stops()))
-            for _, fits in fits_side_by_side(shapes, side_by_side)
-        ]
+        return BatchedFits.grouped(partial(self._started, rows), held_out_sets, self._stops(), shapes, side_by_side)
 
     def predictions(self, logits: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         """Return probabilities float32 (G, H, C) of held-out logits (M, H, C) after training on logits (M, N, C)."""
@@ -109,10 +99,8 @@ class PerceptronLearner:
     def fit(self, logits: np.ndarray, labels: np.ndarray, setting: Mapping[str, Any]) -> Layers:
         """Return the model under one setting: the same schedule, stopped at the setting's epoch."""
         rows = FeatureRows.of(logits, labels, setting["features"])
-        nobody = np.zeros(len(labels), dtype=bool)
-        with torch_threads(FIT_THREADS):
-            training = BatchedFits(partial(self._started, rows), [nobody], [setting["epochs"]])
-            matrices, biases = training.advanced([0]).layers(0)
+        trained = trained_on_all(partial(self._started, rows), len(labels), setting["epochs"])
+        matrices, biases = trained.layers(0)
         return Layers(rows.kind, tuple(matrices), tuple(biases))
 
     def _stops(self) -> list[int]:
@@ -126,7 +114,7 @@ class PerceptronLearner:
         from utils.numeric.batched_training import Schedule
 
         return BatchedPerceptrons(
-            torch.from_numpy(rows.single),
+            torch.from_numpy(rows.single_precision),
             torch.from_numpy(rows.labels),
             [FitRows(indices, *rows.standardisation(indices)) for indices in inside],
             [rows.raw.shape[1], *self.hidden_dims, rows.classes],

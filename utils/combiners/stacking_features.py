@@ -81,8 +81,8 @@ class FeatureRows:
         return cls(kind, features(logits, kind), np.asarray(labels), members, classes)
 
     @cached_property
-    def single(self) -> np.ndarray:
-        """The features in single precision, float32 (N, F), once for all fits."""
+    def single_precision(self) -> np.ndarray:
+        """The features as float32 (N, F), converted once for all fits."""
         return self.raw.astype(np.float32)
 
     def standardisation(self, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -104,33 +104,71 @@ Networks = TypeVar("Networks", bound=BatchedNetworks)
 
 
 class BatchedFits(Generic[Networks]):
-    """A `Training` of one network per fit, in one batch, from one stop to the next."""
+    """A `Training` of one or several networks per fit, in one batch, from one stop to the next."""
 
     def __init__(
         self,
         start: Callable[[Sequence[np.ndarray]], Networks],
         held_out_sets: Sequence[np.ndarray],
         stops: Sequence[int],
+        networks_per_fit: int = 1,
     ) -> None:
-        """Take a function from the rows of each fit, int64 (n,), to its network, and the epochs to stop at."""
+        """Take a function from the rows of each fit, int64 (n,), to the networks of all, and the epochs to stop at."""
         self.start, self.held_out_sets, self.stops = start, held_out_sets, list(stops)
+        self.networks_per_fit = networks_per_fit
         self.networks: Networks | None = None
         self.going_on = list(range(len(held_out_sets)))
         """Indices of the fits still in training"""
 
+    @classmethod
+    def grouped(
+        cls,
+        start: Callable[[Sequence[np.ndarray]], Networks],
+        held_out_sets: Sequence[np.ndarray],
+        stops: Sequence[int],
+        shapes: Sequence[Hashable],
+        most: int,
+    ) -> list[tuple[Sequence[int], BatchedFits[Networks]]]:
+        """Return trainings of at most `most` fits of equal shape each, with the fits that each of them advances."""
+        return [
+            (fits, cls(start, [held_out_sets[fit] for fit in fits], stops))
+            for _, fits in fits_side_by_side(shapes, most)
+        ]
+
     def advance(self, wanted: Sequence[int]) -> list[np.ndarray]:
-        """Return the held-out probabilities of the `wanted` fits at the next stop, and drop the other fits."""
-        networks = self.advanced(wanted)
-        return [networks.predict(number, np.flatnonzero(self.held_out_sets[fit])) for number, fit in enumerate(wanted)]
+        """Return the `wanted` fits' mean held-out probabilities at the next stop, and drop the other fits."""
+        networks, predictions = self.advanced(wanted), []
+        for index, fit in enumerate(wanted):
+            rows = np.flatnonzero(self.held_out_sets[fit])
+            of_networks = np.stack([networks.predict(number, rows) for number in self.numbers(index)])
+            predictions.append(of_networks.mean(axis=0))
+        return predictions
 
     def advanced(self, wanted: Sequence[int]) -> Networks:
-        """Return the networks of the `wanted` fits at the next stop, and drop those of the others."""
+        """Return the networks of the `wanted` fits at the next stop, and drop those of the others.
+
+        Where this raises, it may be called again.
+        """
         if self.networks is None:
-            self.networks = self.start([np.flatnonzero(~held_out) for held_out in self.held_out_sets])
-        self.networks.keep([self.going_on.index(fit) for fit in wanted])
+            self.networks = self.start([np.flatnonzero(~self.held_out_sets[fit]) for fit in self.going_on])
+        indices = [self.going_on.index(fit) for fit in wanted]
+        self.networks.keep([number for index in indices for number in self.numbers(index)])
         self.going_on = list(wanted)
-        self.networks.run_to(self.stops.pop(0))
+        self.networks.run_to(self.stops[0])
+        del self.stops[0]
         return self.networks
+
+    def numbers(self, index: int) -> range:
+        """Return the indices among all networks of those of the fit at `index` of `going_on`."""
+        return range(index * self.networks_per_fit, (index + 1) * self.networks_per_fit)
+
+
+def trained_on_all(start: Callable[[Sequence[np.ndarray]], Networks], n_rows: int, epoch: int) -> Networks:
+    """Return the network of one fit on all rows at the end of an epoch."""
+    with torch_threads(FIT_THREADS):
+        networks = start([np.arange(n_rows)])
+        networks.run_to(epoch)
+    return networks
 
 
 class PathFits:

@@ -7,19 +7,25 @@ import re
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from utils.building import baselines, family_fits
+from utils.building import baselines, ensembles, family_fits
+from utils.building.ensembles import Crossfit, Ensemble, Provenance
 from utils.combiners.calibrated_votes import CalibratedSoftVoting, calibrated_probabilities
 from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core import engines, worker_processes
 from utils.core.config import Config
+from utils.core.workspace import Workspace
+from utils.ensemble_methods import SoftVoting
 from utils.numeric.metrics import log_loss, softmax
 
 N, C = 200, 3
 FACTS = MemberFacts(("a", "b"), np.array([0.5, 0.6]), np.full(2, np.nan), np.full(2, np.nan))
+NO_ROWS = Provenance((), ())
+WORKSPACE = Workspace(*([Path("nowhere")] * 8))
 
 
 @pytest.fixture
@@ -28,7 +34,7 @@ def measured():
     labels = rng.integers(0, C, N)
     logits = rng.normal(size=(2, N, C)).astype(np.float32)
     logits[1, np.arange(N), labels] += 2
-    return baselines.measure(Config(), FACTS, logits, labels, np.arange(N) % 5), logits, labels
+    return baselines.measure(WORKSPACE, Config(), FACTS, logits, labels, np.arange(N) % 5), logits, labels
 
 
 def test_the_five_simple_combinations_are_measured_on_unseen_rows(measured):
@@ -62,7 +68,7 @@ def test_baselines_on_many_rows_run_side_by_side_with_the_same_losses(measured, 
     monkeypatch.setattr(worker_processes, "START_SECONDS", dict.fromkeys(worker_processes.START_SECONDS, 0.0))
     monkeypatch.setattr(engines, "cores", lambda: 2)
     monkeypatch.setattr(baselines, "_measured", {})
-    again = baselines.measure(Config(), FACTS, logits, labels, np.arange(N) % 5)
+    again = baselines.measure(WORKSPACE, Config(), FACTS, logits, labels, np.arange(N) % 5)
     assert len(processes) == 2
     assert again.best_single == found.best_single
     for name, losses in found.losses.items():
@@ -77,7 +83,14 @@ def _with_process(function, *arguments):
 def test_equal_inputs_are_measured_once_and_others_anew(measured, monkeypatch, changed):
     found, logits, labels = measured
     folds = np.arange(N) % 5
-    inputs = {"config": Config(), "members": FACTS, "logits": logits, "labels": labels, "folds": folds}
+    inputs = {
+        "workspace": WORKSPACE,
+        "config": Config(),
+        "members": FACTS,
+        "logits": logits,
+        "labels": labels,
+        "folds": folds,
+    }
     groups = np.arange(N) // 2
     again = baselines.measure(**{name: deepcopy(value) for name, value in inputs.items()}, groups=groups)
     assert again.losses is found.losses
@@ -90,6 +103,60 @@ def test_equal_inputs_are_measured_once_and_others_anew(measured, monkeypatch, c
         "config": Config(seed=1),
     }
     assert baselines.measure(**inputs | {changed: other[changed]}).losses is not found.losses
+
+
+@pytest.fixture
+def compared(measured, tmp_path):
+    """A workspace with an ensemble that was compared with the measured baselines, and the inputs of these."""
+    found, logits, labels = measured
+    workspace = Workspace(tmp_path, *(tmp_path / name for name in "abcdefg"))
+    ids = np.arange(N).astype(str)
+    vote = Ensemble("vote", "soft_voting", ("a", "b"), ("a", "b"), ("x", "y", "z"), SoftVoting(), NO_ROWS, "", {}, 42)
+    unseen = Crossfit(np.zeros((N, C)), labels, ids, np.full(N, "val"), np.arange(N) % 5)
+    record = baselines.compare(found, found.losses["soft_voting"]) | {"baselines_digest": found.digest}
+    ensembles.save(workspace, vote, unseen, record, found.losses)
+    return workspace, {"config": Config(), "members": FACTS, "logits": logits, "labels": labels, "folds": unseen.fold}
+
+
+@pytest.fixture
+def no_fits(monkeypatch):
+    """A later process, in which baselines cannot be measured."""
+    monkeypatch.setattr(baselines, "_measured", {})
+    monkeypatch.setattr(baselines, "_measure", lambda *_: pytest.fail("measured again"))
+
+
+def test_a_later_command_reads_the_baselines_of_a_saved_ensemble(measured, compared, no_fits):
+    workspace, inputs = compared
+    costly = replace(FACTS, latency_ms=np.array([1.0, 2.0]), size_mb=np.array([3.0, 4.0]))
+    groups = np.arange(N) // 2
+    again = baselines.measure(workspace, **inputs | {"members": costly}, groups=groups)
+    assert again.losses.keys() == measured[0].losses.keys()
+    assert all(again.losses[name].tobytes() == losses.tobytes() for name, losses in measured[0].losses.items())
+    assert (again.best_single, again.digest, again.groups is groups) == ("b", measured[0].digest, True)
+
+
+@pytest.mark.parametrize("damage", ["other inputs", "cut short", "missing", "other rows", "other baselines", "record"])
+def test_baselines_that_do_not_fit_or_are_damaged_are_measured_again(measured, compared, monkeypatch, damage, caplog):
+    workspace, inputs = compared
+    file, record = (workspace.ensemble("vote") / name for name in ("baselines.npz", "ensemble.json"))
+    losses = dict(measured[0].losses)
+    if damage == "other inputs":
+        inputs |= {"labels": inputs["labels"][::-1]}
+    elif damage == "cut short":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "other rows":
+        np.savez(file, **{name: values[1:] for name, values in losses.items()})
+    elif damage == "other baselines":
+        np.savez(file, **{name: losses[name] for name in list(losses)[1:]})
+    else:
+        record.write_text("{")
+    monkeypatch.setattr(baselines, "_measured", {})
+    monkeypatch.setattr(baselines, "_measure", lambda *_: baselines.Baselines({}, "measured again"))
+    assert baselines.measure(workspace, **inputs).best_single == "measured again"
+    named = {"cut short": str(file), "missing": str(file), "record": str(record)}
+    assert named.get(damage, "") in caplog.text
 
 
 def test_a_clear_gain_beats_and_a_hair_does_not(measured):

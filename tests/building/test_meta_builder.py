@@ -12,9 +12,10 @@ import pytest
 from conftest import PROJECT
 from given_predictions import empty_workspace, logged, take_in, write
 
-from utils.building import build_commands, ensembles, fuser_inputs, listing
+from utils.building import baselines, build_commands, ensembles, fuser_inputs, listing
 from utils.building.builder_protocol import Session, state_of
 from utils.building.meta_builder import MetaBuilder, meta_fuse
+from utils.building.stacking_builder import stack
 from utils.core.config import Config
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
@@ -63,6 +64,18 @@ def test_clean_keeps_the_inputs_of_a_listed_fuser_and_removes_them_with_it(own):
     off = config("runs.score_ensemble.methods=[soft_voting]", "runs.meta_fuser.enable=false")
     upkeep.clean(off, own, confirm=True, unlisted=True)
     assert ensembles.names(own) == ["soft_voting_ensemble"]
+
+
+def test_a_stacker_on_equal_rows_reads_the_baselines_of_the_fuser(own, monkeypatch):
+    monkeypatch.setattr(baselines, "_measured", {})
+    monkeypatch.setattr(baselines, "_measure", lambda *_: pytest.fail("measured again"))
+    stack(config("runs.stacking.enable=true", "runs.stacking.meta_learners=[lr]"), own)
+    fuser, stacker = (ensembles.record_of(own, name) for name in ("meta_fuser", "stacking_lr"))
+    assert fuser["baselines_digest"] == stacker["baselines_digest"]
+    for name, compared in stacker["guards"].items():
+        assert compared["log_loss"] == fuser["guards"][name]["log_loss"]
+    files = [own.ensemble(name) / "baselines.npz" for name in ("meta_fuser", "stacking_lr")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_an_input_that_is_not_built_is_a_failure_with_its_command(fused):

@@ -6,6 +6,7 @@ workspace: five, or one per group if there are fewer groups; a class may be abse
 final fit select settings and calibrate by the same rule, `nested_cv.inner_folds`. Voting fits nothing, so that its
 cross-fitted predictions are its predictions. The recommendation reads these predictions and the members' out-of-sample
 predictions, never the test split: lowest log-loss, then the simplest ensemble within one paired standard error.
+Learned ensembles are compared with baselines (`baselines.npz`), which are fitted once per workspace and set of rows.
 
 Soups
     Ingredients are the checkpoints of one backbone: `final`, `finetune_best`, `head_best`, snapshots, later epochs

@@ -1,15 +1,19 @@
-"""Baselines of a learned combiner on the same rows, and its gain over each of them with an interval."""
+"""Baselines of a learned combiner on the same rows, and its gain over each of them with an interval.
+
+Ensembles that are compared with baselines keep their losses, and a later command with equal inputs reads them there.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from utils.building import family_fits
+from utils.building import ensembles, family_fits
 from utils.combiners.calibrated_votes import CalibratedBestSingle, CalibratedSoftVoting
 from utils.combiners.greedy import GreedySelection
 from utils.combiners.pooled_members import PooledMembers
@@ -17,9 +21,12 @@ from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
 from utils.core.errors import UserError
+from utils.core.workspace import Workspace
 from utils.numeric.means import LEVEL, MIN_UNITS, paired_interval
 from utils.numeric.metrics import log_loss_per_row
 from utils.numeric.paired_comparison import CANNOT_TELL
+
+logger = logging.getLogger("disease_pipeline")
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,14 @@ class Baselines:
     """{name: log-loss (N,) in nats}"""
     best_single: str
     """The member of lowest log-loss at its temperature."""
+    digest: str = ""
+    """Digest of their inputs; baselines with equal digests are equal."""
     groups: np.ndarray | None = None
     """Group of each row (N,); None where rows are independent"""
 
 
 def measure(
+    workspace: Workspace,
     config: Config,
     members: MemberFacts,
     logits: np.ndarray,
@@ -45,22 +55,44 @@ def measure(
     """Measure best single member, mean, greedy selection, convex weights and log-linear pool on logits (M, N, C).
 
     Takes labels (N,), folds (N,) and groups (N,). All baselines are cross-fitted and have temperatures, as the
-    combiners that are compared with them; the best single member of a fold is the best on the other folds. Equal inputs
-    are measured once per process, since the commands of a pipeline compare their combiners on the same rows.
+    combiners that are compared with them; the best single member of a fold is the best on the other folds. Baselines of
+    equal inputs are not measured again: they are kept in this process and with the ensembles of the workspace, since
+    most commands compare their combiners on the same rows.
     """
-    key = _digest(config, members, logits, labels, folds)
-    if key not in _measured:
-        _measured[key] = _measure(config, members, logits, labels, folds)
-    return replace(_measured[key], groups=groups)
+    unknown = np.full(len(members.names), np.nan)
+    members = replace(members, latency_ms=unknown, size_mb=unknown)  # no baseline depends on what a member costs
+    digest = _digest(config, members, logits, labels, folds)
+    if digest not in _measured:
+        saved = _saved(workspace, digest, len(labels))
+        _measured[digest] = saved or replace(_measure(config, members, logits, labels, folds), digest=digest)
+    return replace(_measured[digest], groups=groups)
 
 
 _measured: dict[str, Baselines] = {}
 """Baselines without groups, by the digest of their inputs."""
 
 
+def _saved(workspace: Workspace, digest: str, n_rows: int) -> Baselines | None:
+    """Return the baselines of this digest that an ensemble of the workspace was compared with, if there is one."""
+    for name in ensembles.names(workspace):
+        try:
+            record = ensembles.record_of(workspace, name) or {}
+            if record.get("baselines_digest") != digest:
+                continue
+            losses = ensembles.load_baseline_losses(workspace, name)
+        except UserError as error:  # `status` reports the damage; the baselines are measured again
+            logger.warning("%s", error)
+            continue
+        best_single, names = record.get("best_single"), record.get("guards", {}).keys()
+        if best_single and losses.keys() == names and all(each.shape == (n_rows,) for each in losses.values()):
+            return Baselines(losses, best_single, digest)
+    return None
+
+
 def _digest(config: Config, members: MemberFacts, *arrays: np.ndarray) -> str:
-    digest = hashlib.sha256(repr((config.digest("runs.score_ensemble", "seed"), members.names)).encode())
-    for array in (members.recorded_accuracy, members.latency_ms, members.size_mb, *arrays):
+    settings = config.digest("runs.score_ensemble", "seed")
+    digest = hashlib.sha256(repr((ensembles.VERSION, settings, members.names)).encode())
+    for array in (members.recorded_accuracy, *arrays):
         digest.update(repr((array.shape, array.dtype.str)).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

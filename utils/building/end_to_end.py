@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import base_back
-from utils.building import baselines, embedding_rows, fitting
+from utils.building import baselines, embedding_rows, ensembles, fitting
 from utils.building.builder_protocol import Session
 from utils.building.ensembles import Crossfit
 from utils.core import estimates
@@ -70,7 +70,7 @@ def key(store: Store, members: Sequence[Member], name: str) -> str:
     config = store.config
     return digest_of(
         [
-            *(VERSION, fitting.VERSION, name, [member.digest for member in members]),
+            *(VERSION, ensembles.VERSION, name, [member.digest for member in members]),
             [store.catalog.splits[split]["digest"] for split in ("train", "val")],
             list(store.catalog.classes),
             config.digest(*COMBINERS[name].settings, "runs.fusion.end_to_end_epochs", "dataset.batch_size", "seed"),
@@ -144,7 +144,9 @@ def build(session: Session, members: Sequence[Member], name: str, force: bool) -
             recipe,
             Crossfit(probabilities.astype(np.float32), rows.labels, rows.sample_ids, rows.split, val.fold),
             val,
-            baselines.measure(config, facts, judged.rows.logits, judged.rows.labels, judged.fold, judged.groups),
+            baselines.measure(
+                store.workspace, config, facts, judged.rows.logits, judged.rows.labels, judged.fold, judged.groups
+            ),
         ),
         derived,
         val,

@@ -36,9 +36,12 @@ from utils.predictions.rows import Rows
 from utils.predictions.store import Store
 
 SCHEMA = 3
+VERSION = 10  # incremented when the same inputs would give a different ensemble
 INNER_CROSSFIT = "inner_crossfit.npy"
 """float32 (K, N, C): probabilities by copies without each of the K `inner_folds` of `ensemble.json` and without the
 row's fold; rows as in `crossfit.npz`."""
+BASELINES = "baselines.npz"
+"""float64 (N,) for each baseline that the ensemble was compared with: its log-loss on each row, in nats."""
 FORM: Form = {
     **dict.fromkeys(("members", "candidates", "classes"), Each(str, list)),
     **dict.fromkeys(("fitted_on", "selected_on"), Each(dict, list)),
@@ -48,7 +51,7 @@ FORM: Form = {
     "weights?": Each(float),
     **dict.fromkeys(("temperature?", "share_of_stacker?", "seed?"), float),
     **dict.fromkeys(("unknown_training_data?", "notes?", "overrides?"), Each(str, list)),
-    **dict.fromkeys(("verdict?", "inference?"), str),
+    **dict.fromkeys(("verdict?", "inference?", "best_single?", "baselines_digest?"), str),
     **dict.fromkeys(("guards?", "crossfit?", "training_data?"), dict),
 }
 """Types of the entries of every `ensemble.json`."""
@@ -178,11 +181,20 @@ def crossfit(recipe: Combiner, rows: Rows, fold: np.ndarray) -> Crossfit:
     return Crossfit(nested.crossfit, rows.labels, rows.sample_ids, rows.split, fold, nested.inner)
 
 
-def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: Mapping[str, Any]) -> None:
-    """Write an ensemble; `ensemble.json`, which includes `record`, is written last and marks it as complete."""
+def save(
+    workspace: Workspace,
+    ensemble: Ensemble,
+    crossfit: Crossfit,
+    record: Mapping[str, Any],
+    baseline_losses: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write an ensemble; `ensemble.json`, which includes `record`, is written last and marks it as complete.
+
+    `baseline_losses` are {baseline: log-loss (N,)} of the baselines that it was compared with, if any.
+    """
     folder = workspace.ensemble(ensemble.name)
     remove_file(folder / "ensemble.json")
-    for stale in [*folder.glob("predictions_*.npz"), *folder.glob(INNER_CROSSFIT)]:
+    for stale in [*folder.glob("predictions_*.npz"), *folder.glob(INNER_CROSSFIT), *folder.glob(BASELINES)]:
         remove_file(stale)
     state = ensemble.combiner.state()
     texts = {
@@ -207,6 +219,8 @@ def save(workspace: Workspace, ensemble: Ensemble, crossfit: Crossfit, record: M
             "classes": np.array(ensemble.classes),
         },
     )
+    if baseline_losses:
+        write_arrays(folder / BASELINES, dict(baseline_losses))
     inner_folds = sorted(crossfit.inner)
     if inner_folds and ensemble.combiner.learns:
         inner = np.stack([crossfit.inner[fold] for fold in inner_folds])
@@ -284,6 +298,11 @@ def load_crossfit(workspace: Workspace, name: str) -> Crossfit:
     names = ("probabilities", "labels", "sample_ids", "split", "fold")
     probabilities, labels, sample_ids, split, fold = (arrays[name] for name in names)
     return Crossfit(probabilities, labels, sample_ids, split, fold)
+
+
+def load_baseline_losses(workspace: Workspace, name: str) -> dict[str, np.ndarray]:
+    """Load {baseline: log-loss of each row (N,)} of a saved ensemble that was compared with baselines."""
+    return read_arrays(workspace.ensemble(name) / BASELINES, remedy=rebuild_hint(name))
 
 
 def load_nested_crossfit(workspace: Workspace, ensemble: Ensemble) -> Crossfit:

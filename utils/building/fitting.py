@@ -28,7 +28,6 @@ from utils.predictions.store import IMPORT, Store
 
 logger = logging.getLogger("disease_pipeline")
 
-VERSION = 10  # incremented when the same inputs would give a different ensemble
 KINDS_OF_ROWS = {"train": "oof", "val": "held_out"}
 
 
@@ -163,6 +162,8 @@ class Fitted:
     """bool (M,): whether the combiner needs the member"""
     entries: dict[str, Any]
     """Entries of `ensemble.json` on the fit."""
+    baselines: Baselines | None = None
+    """Baselines that it was compared with."""
 
 
 def fit(recipe: Combiner, out_of_sample: OutOfSampleRows, *, baselines: Baselines | None = None) -> Fitted:
@@ -177,10 +178,13 @@ def evaluate_fit(
 ) -> Fitted:
     """Evaluate a fitted combiner by its cross-fitted predictions, compared with baselines on the same rows."""
     names = out_of_sample.rows.members
-    comparison = compare(baselines, log_loss_per_row(crossfit.probabilities, crossfit.labels)) if baselines else {}
+    comparison: dict[str, Any] = {}
+    if baselines is not None:
+        comparison = compare(baselines, log_loss_per_row(crossfit.probabilities, crossfit.labels))
+        comparison["baselines_digest"] = baselines.digest
     mixture = {"uniform_weight": combiner.uniform_weight} if combiner.uniform_weight else {}
     entries = {**combiner.report(names), **mixture, **comparison, "crossfit": scores(crossfit)}
-    return Fitted(combiner, crossfit, combiner.used(len(names)), entries)
+    return Fitted(combiner, crossfit, combiner.used(len(names)), entries, baselines)
 
 
 def save(
@@ -234,7 +238,9 @@ def save(
         **({"overrides": list(recorded)} if (recorded := store.config.recorded_overrides) else {}),
         "config_digest": store.config.digest(*combiner.settings, "dataset.group_regex", "seed"),
     }
-    ensembles.save(store.workspace, ensemble, fitted.crossfit, record)
+    ensembles.save(
+        store.workspace, ensemble, fitted.crossfit, record, fitted.baselines.losses if fitted.baselines else None
+    )
     logger.info("built %s from %d of %d members", name, len(ensemble.members), len(rows.members))
     return ensemble
 
@@ -268,7 +274,9 @@ def inputs_digest(
     splits = [store.catalog.splits[split]["digest"] for split in KINDS_OF_ROWS]  # which decide the folds
     rule = config.digest(*settings, "dataset.group_regex", "seed")
     stated = training_data.stated(store.catalog, keys)
-    return digest_of([VERSION, method, keys, oof, recorded, splits, rule, extra_inputs, *([stated] if stated else [])])
+    return digest_of(
+        [ensembles.VERSION, method, keys, oof, recorded, splits, rule, extra_inputs, *([stated] if stated else [])]
+    )
 
 
 def row_sets(rows: Rows) -> tuple[RowSet, ...]:

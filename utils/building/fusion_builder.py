@@ -295,7 +295,9 @@ def _basis(store: Store, facts: MemberFacts, embedded: EmbeddedRows, *, in_sampl
     if in_sample:
         fitted, judged = fitted.of_split("train"), judged.of_split("val")
     rows = judged.rows
-    simple = baselines.measure(store.config, facts, rows.logits, rows.labels, judged.fold, judged.groups)
+    simple = baselines.measure(
+        store.workspace, store.config, facts, rows.logits, rows.labels, judged.fold, judged.groups
+    )
     return Basis(fitted, judged, simple, embedded.facts)
 
 

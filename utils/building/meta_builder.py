@@ -109,7 +109,8 @@ class MetaBuilder(Builder):
         fold_networks.ensure(store, members, STREAMED_SPLITS, selected.inference)
         facts = fitting.member_facts(store, members)
         rows, parts = fuser_inputs.align(session, members, inputs)
-        simple = baselines.measure(config, facts, rows.rows.logits, rows.rows.labels, rows.fold, rows.groups)
+        logits, labels = rows.rows.logits, rows.rows.labels
+        simple = baselines.measure(session.workspace, config, facts, logits, labels, rows.fold, rows.groups)
         recipe = MetaFuserCombiner.over(config, facts, parts)
         logger.info("fitting %s (%s) on %s", NAME, config.runs.meta_fuser.fuser_type, ", ".join(inputs))
         fitting.save(

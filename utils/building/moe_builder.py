@@ -74,7 +74,9 @@ class SparseBuilder(Builder):
         facts = fitting.member_facts(store, members, latency.milliseconds(records))
         out_of_sample = session.rows(members)
         rows, fold = out_of_sample.rows, out_of_sample.fold
-        simple = baselines.measure(store.config, facts, rows.logits, rows.labels, fold, out_of_sample.groups)
+        simple = baselines.measure(
+            store.workspace, store.config, facts, rows.logits, rows.labels, fold, out_of_sample.groups
+        )
         recipe = COMBINERS[self.name].configured(store.config, facts)
         comparison = _Comparison(store, members, facts, out_of_sample, simple)
         logger.info("fitting %s on %d out-of-sample rows of %d members", self.name, len(fold), len(members))

@@ -215,7 +215,10 @@ def _prepare(
         fold_networks.ensure(session.store, members, STREAMED_SPLITS, inference)
     fitted = session.rows(members, kind=session.config.runs.stacking.fit_rows, inference=inference)
     rows = fitted.rows
-    return fitted, baselines.measure(session.config, facts, rows.logits, rows.labels, fitted.fold, fitted.groups)
+    simple = baselines.measure(
+        session.workspace, session.config, facts, rows.logits, rows.labels, fitted.fold, fitted.groups
+    )
+    return fitted, simple
 
 
 def _lacking(members: Sequence[Member]) -> list[Member]:

@@ -27,6 +27,8 @@ atexit.register(shutil.rmtree, SETTINGS_FOLDER, ignore_errors=True)
 # One thread each, here and in every process that a test starts: two workers on two cores would wait for one another at
 # every parallel loop, which made the suite three times as long.
 os.environ |= {"DBT_BASE_DIR": SETTINGS_FOLDER, "DBT_MODEL_SIZE": "tiny", "OMP_NUM_THREADS": "1"}
+# No test downloads a network, nor takes one that its user has downloaded.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": SETTINGS_FOLDER}
 
 subprocess.Popen = warm.Popen  # type: ignore[misc]  # here and in the product, which starts programs of its own
 
@@ -109,6 +111,16 @@ def run_python(
         timeout=600,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def small_forests() -> Iterator[None]:
+    """For tests that do not depend on the number of trees: fits of forests took most of their time."""
+    from utils.combiners import forest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forest, "TREES", 20)
+        yield
 
 
 @pytest.fixture(scope="session")

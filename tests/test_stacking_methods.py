@@ -16,6 +16,7 @@ from utils.numeric.metrics import log_loss, softmax
 from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 from utils.stacking_methods import COMBINERS, Calibration, calibrate
 
+pytestmark = pytest.mark.usefixtures("small_forests")
 M, N, C = 3, 300, 3
 FACTS = MemberFacts(("a", "b", "c"), np.full(M, 0.7), np.full(M, np.nan), np.full(M, np.nan))
 QUICK = {

@@ -13,7 +13,6 @@ from combiner_cases import FACTS, QUICK, C, M, N, changed_settings, facts_of
 
 from utils.building import ensembles
 from utils.building.ensembles import COMBINERS, Crossfit, Ensemble, Provenance
-from utils.combiners import forest
 from utils.combiners.protocol import Combiner, fit_nested, saved_fields
 from utils.core.config import Config
 from utils.core.workspace import Workspace
@@ -21,6 +20,7 @@ from utils.numeric.metrics import log_loss_per_row
 from utils.numeric.uniform_mixture import mixed_with_uniform
 from utils.predictions.rows import MemberOutputs
 
+pytestmark = pytest.mark.usefixtures("small_forests")
 WIDTHS = (5, 8, 4, 6)
 
 
@@ -181,9 +181,8 @@ def test_extreme_logits_stay_finite(make):
 
 @pytest.mark.parametrize("members", range(1, 9))
 @pytest.mark.parametrize("method", sorted(COMBINERS))
-def test_no_setting_is_lost_on_disk(method, members, tmp_path, monkeypatch):
+def test_no_setting_is_lost_on_disk(method, members, tmp_path):
     """With every setting changed, the ensemble read from disk and its module answer as the one that was fitted."""
-    monkeypatch.setattr(forest, "TREES", 10)
     facts = facts_of(members)
     combiner = COMBINERS[method].configured(changed_settings(COMBINERS[method]), facts)
     rng = np.random.default_rng(members)

@@ -10,6 +10,7 @@ from utils.combiners.forest import ForestLearner
 from utils.combiners.perceptron import PerceptronLearner
 from utils.numeric.metrics import log_loss
 
+pytestmark = pytest.mark.usefixtures("small_forests")
 M, N, C = 3, 90, 3
 
 
@@ -30,8 +31,7 @@ LEARNERS = [
 
 
 @pytest.mark.parametrize("learner", LEARNERS, ids=lambda learner: type(learner).__name__)
-def test_the_model_of_a_setting_answers_as_when_it_was_tried(learner, rows, monkeypatch):
-    monkeypatch.setattr("utils.combiners.forest.TREES", 10)
+def test_the_model_of_a_setting_answers_as_when_it_was_tried(learner, rows):
     logits, labels = rows
     by_setting = learner.predictions(logits[:, ::2], labels[::2], logits[:, 1::2])
     settings = learner.settings()
@@ -42,8 +42,7 @@ def test_the_model_of_a_setting_answers_as_when_it_was_tried(learner, rows, monk
 
 
 @pytest.mark.parametrize("learner", LEARNERS, ids=lambda learner: type(learner).__name__)
-def test_it_learns_the_rows(learner, rows, monkeypatch):
-    monkeypatch.setattr("utils.combiners.forest.TREES", 10)
+def test_it_learns_the_rows(learner, rows):
     logits, labels = rows
     model = learner.fit(logits, labels, learner.settings()[-1])
     assert log_loss(model.predict_proba(logits), labels) < np.log(C)

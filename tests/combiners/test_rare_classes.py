@@ -9,11 +9,11 @@ import pytest
 from combiner_cases import FACTS, QUICK, C, M
 
 from utils.building.ensembles import COMBINERS
-from utils.combiners import forest
 from utils.combiners.protocol import fit_nested
 from utils.numeric.nested_cv import inner_folds
 from utils.predictions.rows import MemberOutputs
 
+pytestmark = pytest.mark.usefixtures("small_forests")
 WIDTHS = (5, 8, 4, 6)
 N = 40
 
@@ -38,11 +38,6 @@ def outputs_of(labels: np.ndarray, shift: float, method: str) -> np.ndarray | Me
         return logits
     embeddings = [each @ rng.normal(size=(C, width)) for each, width in zip(logits, WIDTHS, strict=True)]
     return MemberOutputs(logits, tuple(each.astype(np.float32) for each in embeddings))
-
-
-@pytest.fixture(autouse=True)
-def small_forests(monkeypatch):
-    monkeypatch.setattr(forest, "TREES", 10)
 
 
 @pytest.mark.parametrize("n_folds", [2, 5])

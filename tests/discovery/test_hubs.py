@@ -112,6 +112,7 @@ def test_without_network_the_error_says_what_to_download_and_where_to_put_it(tmp
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1" if is_set else "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_set)
     with pytest.raises(UserError) as error:
         hubs.download("org/leaf@v2", tmp_path / "weights", "--add leaf=hf-hub:org/leaf@v2")
     message = str(error.value)

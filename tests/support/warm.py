@@ -31,8 +31,6 @@ LARGE = (
     *("numpy", "torch", "torch._dynamo", "timm", "torchvision.transforms", "scipy.optimize", "sklearn.linear_model"),
     *("onnxruntime", "safetensors.torch", "PIL.Image", "yaml", "pydantic"),
 )
-OFFLINE = "HF_HUB_OFFLINE"
-"""Read when the hub's client is imported: a server that has imported it would try to connect again and again."""
 HERE = Path(__file__).resolve().parents[2]
 RUNS_A_PATH = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path("
 """How the export certificate starts its program."""
@@ -60,7 +58,6 @@ class Popen(subprocess.Popen):
     ):
         given, streams, session = rest[0], (rest[3], rest[5]), rest[-2]
         plain = not (executable or preexec_fn or pass_fds or shell) and given in (-1, getattr(self, "_devnull", -1))
-        plain = plain and (env or os.environ).get(OFFLINE) == os.environ.get(OFFLINE)
         if not plain or -1 in streams or not suits(args):
             super()._execute_child(
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *rest

@@ -119,3 +119,18 @@ def test_the_shift_is_described_in_known_numbers():
     lines = inference_choice.summary_lines(json.loads(json.dumps(record, allow_nan=False)))
     assert lines[0].startswith("inference members: folds (fold networks gain +")
     assert [line.split()[0] for line in lines[1:]] == ["a,", "b,"]
+
+
+def test_of_many_members_those_with_the_largest_differences_are_listed():
+    def described(probability):
+        return {"n": 5, "accuracy": 0.5, "mean_largest_probability": probability, "mean_entropy": 1.0}
+
+    shift = {
+        f"m{number:02d}": {"out_of_fold": described(0.5), "full": described(0.5 + number / 100), "folds": None}
+        for number in range(25)
+    }
+    record = {"chosen": "full", "reason": "asked for", "shift": shift}
+    lines = inference_choice.summary_lines(record)
+    assert [line.split(",")[0].strip() for line in lines[1:-1]] == [f"m{number:02d}" for number in range(5, 25)]
+    assert lines[-1].strip() == "and 5 members with smaller differences, in ensemble.json"
+    assert len(inference_choice.summary_lines(record | {"shift": dict(list(shift.items())[:20])})) == 21

@@ -120,7 +120,7 @@ def test_tensors_that_do_not_go_together_are_named():
         soups.weighted_average([ingredient(weights(1), "final"), ingredient(other, "snapshot2")])
     assert str(error.value).startswith(
         "snapshot2: its weights do not go together with those of final: scale is missing; extra is not in the first; "
-        "head.weight is float32 [7, 40], expected float32 [5, 40]; and 1 more. "
+        "head.weight is float32 [7, 40], expected float32 [5, 40] and 1 more. "
     )
     assert soups.state_dict_differences(weights(1), other)[-1] == "head.bias is float16 [5], expected float32 [5]"
     assert soups.state_dict_differences(weights(1), weights(2)) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from utils.building import builder_protocol, ensembles
-from utils.building.builder_protocol import Builder, Session
+from utils.building.builder_protocol import Builder, Session, members_line
 from utils.building.fusion_builder import FusionBuilder
 from utils.building.meta_builder import MetaBuilder
 from utils.building.moe_builder import SparseBuilder
@@ -63,7 +63,12 @@ def _run(command: str, config: Config, workspace: Workspace, force: bool) -> Res
     added = _added_members(session) if command == "build-ensemble" else []
     outcome = builder_protocol.run(builders, session, force=force)
     names = [member.name for member in outcome.session.members]
-    lines = [*outcome.lines, f"{len(names)} members: {', '.join(names)}", *added, f"written: {workspace.models}"]
+    lines = [
+        *outcome.lines,
+        members_line(names),
+        *added,
+        f"written: {workspace.models}",
+    ]
     return Result("\n".join(lines), outcome.document() | {"members": names}, list(outcome.failures), "evaluate")
 
 

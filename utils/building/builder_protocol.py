@@ -16,6 +16,7 @@ from utils.building import ensembles, fitting
 from utils.building.fitting import OutOfSampleRows
 from utils.core import config_file
 from utils.core.config import Config, require_enabled
+from utils.core.display_text import first_names
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.discovery import discover
@@ -28,6 +29,7 @@ logger = logging.getLogger("disease_pipeline")
 
 CURRENT, STALE, MISSING, DAMAGED = "current", "stale", "missing", "damaged"
 BUILT, UP_TO_DATE, LEFT_OUT = "built", "up to date", "left out"
+SHOWN_MEMBERS = 20  # listed by the terminal messages of a command
 SETTINGS_CHANGED = (
     "its images, out-of-fold predictions, seed or settings, or what its members were trained on, have changed since "
     "the build"
@@ -298,6 +300,11 @@ def changed_members(content: Catalog, record: Mapping[str, Any]) -> list[str]:
         f"{name} has {'other predictions' if members[name].source == IMPORTED else 'another checkpoint'} now"
         for name in changed
     ]
+
+
+def members_line(names: Sequence[str]) -> str:
+    """Return the line that lists the members of a command."""
+    return f"{len(names)} members: {first_names(names, SHOWN_MEMBERS)}"
 
 
 def summary_line(workspace: Workspace, name: str, state: str) -> str:

@@ -6,12 +6,13 @@ networks are smoother; the val rows show which of the two suits the stacker.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from utils.building.builder_protocol import SHOWN_MEMBERS
 from utils.combiners.protocol import MemberFacts
 from utils.combiners.weighting import WeightedPool
 from utils.core.config import Config
@@ -134,9 +135,13 @@ def choose(requested: str, measured: Measurement, *, lacking: Sequence[str], fee
 
 
 def summary_lines(record: dict[str, Any]) -> list[str]:
-    """Return one line on the choice and one line per member on the shift."""
+    """Return a line on the choice, and one on the shift of each member, or of the `SHOWN_MEMBERS` with the largest."""
     lines = [f"inference members: {record['chosen']} ({record['reason']})"]
-    for name, kinds in record["shift"].items():
+    shift = record["shift"]
+    largest = sorted(shift, key=lambda name: _difference(shift[name]), reverse=True)[:SHOWN_MEMBERS]
+    for name, kinds in shift.items():
+        if name not in largest:
+            continue
         parts = [
             f"{kind.replace('_', '-')} {values['mean_largest_probability']:.3f} / {values['mean_entropy']:.3f} / "
             f"{values['accuracy']:.3f}"
@@ -144,4 +149,12 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
             if values is not None
         ]
         lines.append(f"    {name}, mean largest probability / entropy / accuracy: {', '.join(parts)}")
+    if len(shift) > len(largest):
+        lines.append(f"    and {len(shift) - len(largest)} members with smaller differences, in ensemble.json")
     return lines
+
+
+def _difference(kinds: Mapping[str, Mapping[str, float] | None]) -> float:
+    """Return the range of the mean largest probability over the kinds of predictions of one member."""
+    means = [values["mean_largest_probability"] for values in kinds.values() if values is not None]
+    return max(means) - min(means) if means else 0.0

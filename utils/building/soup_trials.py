@@ -16,6 +16,7 @@ from torch import Tensor
 
 from utils import base_back
 from utils.core.artifacts import digest_of
+from utils.core.display_text import first_names
 from utils.core.errors import UserError
 from utils.networks import construction, memory, soups
 from utils.networks.checkpoints import read_checkpoint, state_dict_of
@@ -355,9 +356,9 @@ def _usable(
             continue
         first = next(iter(ingredients.values())).open() if ingredients else weights
         if lines := soups.state_dict_differences(first, weights):
-            more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
-            logger.warning("%s: left out of the soups of %s: %s%s", path, member.name, lines[0], more)
-            left_out[stage] = f"other tensors than {entries[0]['stage']}: {lines[0]}{more}"
+            reason = first_names(lines, 1)
+            logger.warning("%s: left out of the soups of %s: %s", path, member.name, reason)
+            left_out[stage] = f"other tensors than {entries[0]['stage']}: {reason}"
             continue
         if not ingredients:
             first_preprocessing = preprocessing

@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.building import baselines, ensembles, family_fits, fitting, inference_choice
 from utils.building.baselines import Baselines
-from utils.building.builder_protocol import Build, Builder, Session, run, summary_line
+from utils.building.builder_protocol import Build, Builder, Session, members_line, run, summary_line
 from utils.building.fitting import Fitted, OutOfSampleRows
 from utils.building.inference_choice import Measurement
 from utils.combiners.fit_demand import FitDemand
@@ -53,7 +53,11 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
         "verdicts": {name: record["verdict"] for name, record in records.items()},
         "inference_members": {name: record["inference_members"] for name, record in records.items()},
     }
-    lines = [*outcome.lines, f"{len(names)} members: {', '.join(names)}", f"written: {workspace.models}"]
+    lines = [
+        *outcome.lines,
+        members_line(names),
+        f"written: {workspace.models}",
+    ]
     return Result("\n".join(lines), document, list(outcome.failures), "evaluate")
 
 

@@ -67,9 +67,9 @@ def join_names(names: Sequence[str], most: int = 6) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
-def first_names(names: Sequence[str], most: int) -> str:
+def first_names(names: Sequence[str], most: int, separator: str = ", ") -> str:
     """`a, b, c`; of more than `most` names the others are counted: `a, b and 3 more`."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def format_count(count: int, word: str) -> str:

@@ -25,6 +25,7 @@ import yaml
 from utils.core.artifacts import write_text
 from utils.core.config import Config, of_workspace
 from utils.core.config_file import PROVENANCE, find_config, leaves, load_config, read_provenance, with_overrides
+from utils.core.display_text import first_names
 from utils.core.errors import ConfigError, UserError
 from utils.core.links import remove_file
 from utils.core.workspace import Workspace
@@ -208,9 +209,7 @@ def _log_differences(
     changed = differences(before, requested)
     if not changed:
         return
-    differences_text = "; ".join(changed[:SHOWN]) + (
-        f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-    )
+    differences_text = first_names(changed, SHOWN, "; ")
     if file is None:
         use = "for this command" + (", and recorded with what it builds" if builds else "")
         how = f"--set {use}; to remember it: config --set {' --set '.join(sets)}"

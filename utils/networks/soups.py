@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from utils.core.display_text import first_names
 from utils.core.errors import UserError
 
 BLOCKS = 8  # blocks of a large network's weights; more blocks need less memory, but open files more often
@@ -122,10 +123,9 @@ def _average_block(
     for ingredient, weight in used:
         state = ingredient.open()
         if check and (lines := state_dict_differences(template, state)):
-            more = f"; and {len(lines) - MOST_NAMED} more" if len(lines) > MOST_NAMED else ""
             raise UserError(
                 f"{ingredient.name}: its weights do not go together with those of {used[0][0].name}: "
-                f"{'; '.join(lines[:MOST_NAMED])}{more}. Only checkpoints of one architecture and size can be averaged"
+                f"{first_names(lines, MOST_NAMED, '; ')}. Only checkpoints of one architecture and size can be averaged"
             )
         for name in names:
             tensor = state[name]

@@ -15,6 +15,7 @@ from utils.core import caches, locks, remembered
 from utils.core.artifacts import read_record
 from utils.core.caches import Item, format_bytes
 from utils.core.config import Config
+from utils.core.display_text import first_names
 from utils.core.errors import ConfigError, UserError, cannot_write
 from utils.core.record_forms import Each, Form
 from utils.core.results import Result
@@ -295,9 +296,7 @@ def _catalog_words(listing: Inventory) -> str:
         return str(listing.catalog)
     usable = sum(member.usable for member in listing.content.members.values())
     counts = {kind: sum(p.severity == kind for p in listing.content.problems) for kind in ("error", "warning")}
-    reasons = listing.catalog.reasons
-    more = (f"and {len(reasons) - MOST_REASONS} more",) if len(reasons) > MOST_REASONS else ()
-    words = "; ".join((*reasons[:MOST_REASONS], *more))
+    words = first_names(listing.catalog.reasons, MOST_REASONS, "; ")
     words += "; " if words else ""
     return (
         f"{listing.catalog.state}: {words}{usable} of {len(listing.content.members)} members usable, "

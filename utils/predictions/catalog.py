@@ -13,6 +13,7 @@ from typing import Any
 from utils import base_back
 from utils.core import workspace_hints
 from utils.core.artifacts import FileDigests, digest_of, read_json, write_json
+from utils.core.display_text import first_names
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
 from utils.networks.construction import NetworkSpec
@@ -259,9 +260,8 @@ def load(workspace: Workspace) -> Catalog:
     stale = stale_files(workspace, catalog)
     if stale:
         logger.warning(
-            "the catalog is older than %s%s; run `python ensemble_orchestrator.py discover` to take in what is new",
-            ", ".join(stale[:3]),
-            f" and {len(stale) - 3} more files" if len(stale) > 3 else "",
+            "the catalog is older than %s; run `python ensemble_orchestrator.py discover` to take in what is new",
+            first_names(stale, 3),
         )
     return catalog
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from utils.core.config_values import ViewGroup, is_name
+from utils.core.display_text import first_names
 from utils.core.errors import UserError
 from utils.networks.preprocessing import Preprocessing
 
@@ -123,8 +124,7 @@ def check(record: Any) -> None:
         form = _Form.model_validate(record)
     except ValidationError as error:
         reasons = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        more = f" and {len(reasons) - MOST_PROBLEMS} more" if len(reasons) > MOST_PROBLEMS else ""
-        raise ValueError("; ".join(reasons[:MOST_PROBLEMS]) + more) from error
+        raise ValueError(first_names(reasons, MOST_PROBLEMS, "; ")) from error
     if missing := [split for split in SPLITS if split not in form.splits]:
         raise ValueError(f"splits: no {', '.join(missing)}")
     if without := [name for name, m in form.members.items() if m.source != "imported" and not m.checkpoints]:

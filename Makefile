@@ -2,7 +2,7 @@
 
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow test-browser test-newest test-all crash soak fuzz mutate bench gpu lint docs wheel tflite clean-environment
+.PHONY: help setup demo test test-fast test-slow test-browser test-newest test-extras test-all crash soak fuzz mutate bench gpu lint docs wheel tflite clean-environment
 .NOTPARALLEL: # two test runs at once would share the cores
 
 PYTHON ?= python3
@@ -10,6 +10,7 @@ QUICK ?=
 SMALL ?=
 ARGS ?=
 DURATIONS ?=
+DUE ?=
 N ?= 2000
 MINUTES ?= 60
 MUTANTS ?= 200
@@ -20,7 +21,7 @@ FAST_TESTS = -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 # The folder goes to the shell as a variable, word for word, so that spaces and dollar signs survive.
 export DEMO_DATA := $(value DATA)
 # Otherwise make exports what its command line sets, and runs `$(shell ...)` in it, such as in a folder's name, on the way.
-unexport DATA PYTHON QUICK SMALL ARGS DURATIONS N MINUTES MUTANTS SEED
+unexport DATA PYTHON QUICK SMALL ARGS DURATIONS DUE N MINUTES MUTANTS SEED
 
 help: ## list the verbs (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -55,7 +56,10 @@ test-newest: ## run the fast tests in .venv-newest, with the newest Python here 
 	@$(PYTHON) scripts/environment.py --newest --environment .venv-newest
 	@.venv-newest/bin/python $(FAST_TESTS) $(ARGS)
 
-test-all: test test-slow test-browser test-newest ## run fast, slow and browser tests, then test-newest
+test-extras: setup ## run the tests of Ray and TFLite in environments that have them; DUE=1: unless they passed this week
+	@$(IN_ENVIRONMENT) tests/extras/run.py $(if $(filter-out 0,$(DUE)),--due) $(ARGS)
+
+test-all: test test-slow test-browser test-newest test-extras ## run fast, slow and browser tests, then test-newest and test-extras
 
 crash: setup ## kill commands at eighty-four random moments and at every write, and compare how they end
 	@KILLS=48 STRIDE=1 OMP_NUM_THREADS=1 $(IN_ENVIRONMENT) -m pytest -v -rP -n 2 --dist load -m '' tests/crash $(ARGS)
@@ -95,5 +99,5 @@ wheel: setup ## build the installable package into dist/
 tflite: ## make .venv-tflite with the converter and the interpreters of TFLite files, which export finds
 	@$(PYTHON) scripts/environment.py --environment .venv-tflite --requirements scripts/requirements-tflite.txt
 
-clean-environment: ## remove .venv, .venv-newest, .venv-tflite and .chromium
-	rm -rf .venv .venv-newest .venv-tflite .chromium
+clean-environment: ## remove .venv, .venv-newest, .venv-ray, .venv-tflite and .chromium
+	rm -rf .venv .venv-newest .venv-ray .venv-tflite .chromium

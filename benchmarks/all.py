@@ -1,6 +1,6 @@
 """Every benchmark, one after the other, and one table of goals, figures and whether they hold.
 
-    make bench                             all but gpu, over two hours; no figure counts taken beside other work
+    make bench                             all but gpu and cluster, over two hours; measure with nothing else running
     make bench QUICK=1                     their smaller forms, not the ones to report
     make bench ARGS="pipeline"             some of them by name
     make bench ARGS="--continue"           all but those whose report is kept already, which is shown with its commit
@@ -27,7 +27,7 @@ sys.path.insert(0, str(FOLDER.parent))
 
 from utils.core.artifacts import write_text  # noqa: E402
 
-ELSEWHERE = ("gpu",)  # run by `make gpu`, or by name: most machines have no CUDA device
+ELSEWHERE = ("gpu", "cluster")  # by name: most machines have no CUDA device, and most environments no Ray
 HEADER = ("row", "figure", "goal", "")
 VERDICTS = {True: "pass", False: "SHORT", None: "not measured"}
 
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run those that are named, or all that need no special machine; returns the exit code."""
     known = programs()
     parser = argparse.ArgumentParser(prog="make bench", description="All benchmarks and one table.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)} (default: all but gpu)")
+    default = f"(default: all but {' and '.join(ELSEWHERE)})"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)} {default}")
     parser.add_argument("--quick", action="store_true", help="the smaller forms, not the ones to report")
     parser.add_argument("--continue", dest="kept", action="store_true", help="do not repeat those that are kept")
     options = parser.parse_args(argv)

@@ -19,7 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "environment.py"
 VERBS = [
-    *("help", "setup", "demo", "test", "test-fast", "test-slow", "test-browser", "test-newest", "test-all"),
+    *("help", "setup", "demo", "test", "test-fast", "test-slow", "test-browser", "test-newest"),
+    *("test-extras", "test-all"),
     *("crash", "soak", "fuzz", "mutate", "bench", "gpu", "lint", "docs", "wheel", "tflite", "clean-environment"),
 ]
 
@@ -413,7 +414,8 @@ def test_test_all_runs_every_kind_of_test_one_after_another(clone):
     shows_its_arguments(clone / ".venv" / "bin" / "python", "usual")
     shows_its_arguments(clone / "scripts" / "chromium.sh", "chromium")
     lines = [line for line in make(clone, "test-all", "-j4") if not line.startswith("[")]
-    fast, slow, chromium, browser, newest = lines
+    fast, slow, chromium, browser, newest, extras = lines
+    assert extras.strip() == "usual tests/extras/run.py"
     assert fast == newest.replace("newest", "usual")
     assert (chromium, slow.split(" -m ")[-1].strip(), browser.split(" -m ")[-1].strip()) == (
         "chromium",

@@ -190,7 +190,9 @@ class Ray:
         except ImportError as error:
             raise UserError(f"--engine ray: ray cannot be imported ({error}). {INSTALL}") from error
         if self._task is None:
-            local_resources = {} if self.address else {"num_cpus": cores(), "object_store_memory": STORE_BYTES}
+            local_resources: dict[str, Any] = (
+                {} if self.address else {"num_cpus": cores(), "object_store_memory": STORE_BYTES}
+            )
             try:
                 ray.init(
                     address=self.address or "local",

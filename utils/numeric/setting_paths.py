@@ -224,11 +224,20 @@ class PathFits:
             for number in range(len(learner.trainings(path, logits, labels, held_out_sets)))
         ]
         results = engines.current().map(
-            whole_training, units, shared=(learner, logits, labels, list(held_out_sets)), threads_per_job=FIT_THREADS
+            whole_training,
+            units,
+            shared=(learner, logits, labels, list(held_out_sets)),
+            description=fits_of(learner),
+            threads_per_job=FIT_THREADS,
         )
         for fitted in results:
             for fit, by_setting in fitted.items():
                 self.by_fit[fit] |= by_setting
+
+
+def fits_of(learner: object) -> str:
+    """Return how progress messages name a learner's fits."""
+    return f"fits of {type(learner).__name__.removesuffix('Learner').lower()}"
 
 
 def whole_training(

@@ -18,7 +18,7 @@ import numpy as np
 
 from utils.core import engines
 from utils.numeric.metrics import log_loss_per_row
-from utils.numeric.setting_paths import FIT_THREADS, PathFits, PathLearner, Predictions, Vote
+from utils.numeric.setting_paths import FIT_THREADS, PathFits, PathLearner, Predictions, Vote, fits_of
 
 SCREENING_FOLDS = 2  # inner folds that the first round reads
 SCREENING_ERRORS = 2.0  # standard errors: a path that is as good as the best one is left out in about 2% of the cases
@@ -244,7 +244,7 @@ def _all_fits(
                 _fit,
                 masks,
                 shared=(learner, logits, labels),
-                description=f"fits of {type(learner).__name__.removesuffix('Learner').lower()}",
+                description=fits_of(learner),
                 n_threads=n_jobs if learner.thread_safe else 1,
                 threads_per_job=FIT_THREADS,
             )

@@ -1,0 +1,50 @@
+"""The benchmark of a Ray cluster: its workspace, its rows, and a machine that is lost on the way."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+
+import pytest
+from conftest import PROJECT, run_python
+
+import cluster
+
+SMALL = cluster.Size(2, 12, 4, 5)
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'ray>=2.40,<3'")
+
+
+def test_every_class_has_an_image_in_every_split(tmp_path):
+    cluster.write_images(tmp_path, SMALL)
+    counts = {
+        split: len(list((tmp_path / "split_dataset" / split).rglob("*.png"))) for split in ("train", "val", "test")
+    }
+    assert counts == {"train": 4, "val": 8, "test": 4}
+    assert all(len(list(split.iterdir())) == 4 for split in (tmp_path / "split_dataset").iterdir())
+    files = [path.read_bytes() for path in tmp_path.rglob("*.png")]
+    assert len(set(files)) == len(files)
+
+
+@pytest.mark.parametrize("digests", ["aaa", "aab", "aba"])
+def test_predictions_that_differ_miss_the_goal(digests):
+    here, there, after_loss = (cluster.Run(10.0 * (1 + place), digest) for place, digest in enumerate(digests))
+    rows = cluster.rows(SMALL, here, there, after_loss, (0.001, 0.004), 2_000_000)
+    assert [entry["figure"] for entry in rows] == [4.0, 2.0, 1.5, float(digests.count("b")), 2.0]
+    assert [entry["holds"] for entry in rows] == [None, None, None, digests == "aaa", None]
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    assert cluster.main([]) == 1
+    assert "pip install 'ray>=2.40,<3'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs_ray
+def test_ray_gives_equal_bytes_also_when_a_machine_is_lost():
+    done = run_python(str(PROJECT / "benchmarks" / "cluster.py"), "--quick", afresh=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [entry["holds"] for entry in rows if entry["goal"]] == [True]
+    assert "members were left" in rows[2]["unit"]
+    assert "0 members" not in rows[2]["unit"]

@@ -38,7 +38,8 @@ class Cost:
 def write_predictions(folder: Path, members: int, n_classes: int, rows: Mapping[str, int]) -> Path:
     """Write `folder/m<number>/<stem>.npz` of members that are right on most rows; `rows` are {stem: number of rows}.
 
-    A folder that is there is kept.
+    Part of the noise is common to all members, so that their mean is wrong on some rows however many they are, and
+    searches of settings do not end at once. A folder that is there is kept.
     """
     if folder.exists():
         return folder
@@ -50,9 +51,10 @@ def write_predictions(folder: Path, members: int, n_classes: int, rows: Mapping[
         fold = {"fold": np.arange(count) // n_classes % FOLDS} if stem == "oof" else {}
         if stem == "oof" and count < FOLDS * n_classes:
             fold = {"fold": np.arange(count) % FOLDS}
+        common = np.random.default_rng([*map(ord, stem), count]).standard_normal((count, n_classes), dtype=np.float32)
         for member in range(members):
             rng = np.random.default_rng([member, *map(ord, stem), count])
-            logits = rng.standard_normal((count, n_classes), dtype=np.float32)
+            logits = common + rng.standard_normal((count, n_classes), dtype=np.float32)
             logits[np.arange(count), labels] += width
             place = folder / f"m{member:03d}"
             place.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from utils.building.ensembles import Crossfit, Ensemble, Provenance
 from utils.combiners.calibrated_votes import CalibratedSoftVoting, calibrated_probabilities
 from utils.combiners.protocol import MemberFacts, fit_crossfitted
 from utils.core import engines, worker_processes
-from utils.core.config import Config
+from utils.core.config import Config, validate
 from utils.core.workspace import Workspace
 from utils.ensemble_methods import SoftVoting
 from utils.numeric.metrics import log_loss, softmax
@@ -127,9 +127,10 @@ def no_fits(monkeypatch):
 
 def test_a_later_command_reads_the_baselines_of_a_saved_ensemble(measured, compared, no_fits):
     workspace, inputs = compared
+    other = validate({"runs": {"score_ensemble": {"methods": ["soft_voting"]}}}, source=Path("of the test"))
     costly = replace(FACTS, latency_ms=np.array([1.0, 2.0]), size_mb=np.array([3.0, 4.0]))
     groups = np.arange(N) // 2
-    again = baselines.measure(workspace, **inputs | {"members": costly}, groups=groups)
+    again = baselines.measure(workspace, **inputs | {"members": costly, "config": other}, groups=groups)
     assert again.losses.keys() == measured[0].losses.keys()
     assert all(again.losses[name].tobytes() == losses.tobytes() for name, losses in measured[0].losses.items())
     assert (again.best_single, again.digest, again.groups is groups) == ("b", measured[0].digest, True)

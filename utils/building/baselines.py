@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,11 +61,24 @@ def measure(
     """
     unknown = np.full(len(members.names), np.nan)
     members = replace(members, latency_ms=unknown, size_mb=unknown)  # no baseline depends on what a member costs
-    digest = _digest(config, members, logits, labels, folds)
+    recipes = _recipes(config, members)
+    settings = config.digest(*(setting for recipe in recipes.values() for setting in recipe.settings), "seed")
+    digest = _digest((ensembles.VERSION, settings, members.names), members.recorded_accuracy, logits, labels, folds)
     if digest not in _measured:
         saved = _saved(workspace, digest, len(labels))
-        _measured[digest] = saved or replace(_measure(config, members, logits, labels, folds), digest=digest)
+        _measured[digest] = saved or replace(_measure(recipes, members.names, logits, labels, folds), digest=digest)
     return replace(_measured[digest], groups=groups)
+
+
+def _recipes(config: Config, members: MemberFacts) -> dict[str, PooledMembers]:
+    weighted = WeightedPool.configured(config, members)
+    return {
+        "best_single": CalibratedBestSingle.configured(config, members),
+        "soft_voting": CalibratedSoftVoting.configured(config, members),
+        "greedy_selection": GreedySelection.configured(config, members),
+        "convex_weights": replace(weighted, metric="log_loss", kind="linear", optimize_weights=True),
+        "log_linear_pool": replace(weighted, metric="log_loss", kind="log_linear", optimize_weights=True),
+    }
 
 
 _measured: dict[str, Baselines] = {}
@@ -89,26 +102,21 @@ def _saved(workspace: Workspace, digest: str, n_rows: int) -> Baselines | None:
     return None
 
 
-def _digest(config: Config, members: MemberFacts, *arrays: np.ndarray) -> str:
-    settings = config.digest("runs.score_ensemble", "seed")
-    digest = hashlib.sha256(repr((ensembles.VERSION, settings, members.names)).encode())
-    for array in (members.recorded_accuracy, *arrays):
+def _digest(facts: object, *arrays: np.ndarray) -> str:
+    digest = hashlib.sha256(repr(facts).encode())
+    for array in arrays:
         digest.update(repr((array.shape, array.dtype.str)).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
 def _measure(
-    config: Config, members: MemberFacts, logits: np.ndarray, labels: np.ndarray, folds: np.ndarray
+    recipes: Mapping[str, PooledMembers],
+    names: Sequence[str],
+    logits: np.ndarray,
+    labels: np.ndarray,
+    folds: np.ndarray,
 ) -> Baselines:
-    weighted = WeightedPool.configured(config, members)
-    recipes: dict[str, PooledMembers] = {
-        "best_single": CalibratedBestSingle.configured(config, members),
-        "soft_voting": CalibratedSoftVoting.configured(config, members),
-        "greedy_selection": GreedySelection.configured(config, members),
-        "convex_weights": replace(weighted, metric="log_loss", kind="linear", optimize_weights=True),
-        "log_linear_pool": replace(weighted, metric="log_loss", kind="log_linear", optimize_weights=True),
-    }
     shared = logits, labels, folds
     fits = family_fits.fit_each(
         _fit, recipes.values(), shared=shared, description="baselines", n_logits=logits.size, are_nested=False
@@ -118,7 +126,7 @@ def _measure(
         if isinstance(found, UserError):
             raise found
         losses[name], weights[name] = found
-    return Baselines(losses, members.names[int(weights["best_single"].argmax())])
+    return Baselines(losses, names[int(weights["best_single"].argmax())])
 
 
 def _fit(

@@ -1,6 +1,6 @@
 """A Ray cluster of two machines beside this one: what a job costs, a hundred members on it, and a machine that is lost.
 
-    python benchmarks/cluster.py            100 members, 4,000 images, 1,000 classes: about fifteen minutes
+    python benchmarks/cluster.py            100 members, 4,000 images, 1,000 classes: about six minutes
     python benchmarks/cluster.py --quick    12 members, 200 images, 100 classes: a smoke test, not the form to report
 
 Needs `pip install 'ray>=2.40,<3'`. Both machines of the cluster run here, with one core each. Networks are the smallest

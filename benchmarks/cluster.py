@@ -14,17 +14,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -37,7 +37,6 @@ CONFIG = PROJECT / "configs" / "votes.yaml"
 ARCHITECTURE = "CustomRegNet"
 PIXELS = 32
 STORE_BYTES = 500_000_000  # shared memory of each machine
-STREAMED = re.compile(r"\[(\d+)/\d+\] streamed ")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Run:
     digest: str
     """Of all predictions that it stored"""
     n_left: int | None = None
-    """Members that were not there yet when the machine was killed"""
+    """Members that were not there yet just before the machine was killed"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,7 +198,6 @@ class TwoMachines:
 
         machine = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
         self._cluster = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
-        self._machine = machine
         self._second = self._cluster.add_node(**machine)
         self._cluster.wait_for_nodes()
         self.address = self._cluster.address
@@ -219,35 +217,41 @@ def build(workspace: Path, cluster: TwoMachines | None = None, *, lose_after: in
         shutil.rmtree(workspace / "ensembles" / name, ignore_errors=True)
     engine = ["--engine", "ray", "--address", cluster.address] if cluster else []
     settings = ("runs.score_ensemble.methods=[soft_voting]", "backbones.include=all")
+    options = (*engine, *(part for each in settings for part in ("--set", each)))
     start, n_left = time.monotonic(), None
-    process = started(workspace, "build-ensemble", *engine, *(part for each in settings for part in ("--set", each)))
-    lines = []
-    for line in process.stderr or ():
-        lines.append(line)
-        found = STREAMED.search(line)
-        if cluster and lose_after and found and int(found[1]) == lose_after:
-            cluster.lose_one()
-            n_left = len(list((workspace / "checkpoints").glob("*.pth"))) - _n_stored(workspace)
-    if process.wait() != 0:
-        raise SystemExit(f"build-ensemble ended with {process.returncode}:\n{''.join(lines)}")
+    with started(workspace, "build-ensemble", *options) as (process, messages):
+        # Members are counted by their files: messages come in the order of the members, not in that of their ends.
+        while cluster and lose_after is not None and n_left is None and process.poll() is None:
+            if _n_stored(workspace) >= lose_after:
+                n_left = len(list((workspace / "checkpoints").glob("*.pth"))) - _n_stored(workspace)
+                cluster.lose_one()
+            time.sleep(0.05)
+        finish(process, messages, "build-ensemble")
     return Run(time.monotonic() - start, _digest(workspace), n_left)
 
 
 def run(workspace: Path, command: str) -> None:
     """Run a command of the orchestrator. Raises SystemExit where it fails."""
-    process = started(workspace, command)
-    _, errors = process.communicate()
-    if process.returncode != 0:
-        raise SystemExit(f"{command} ended with {process.returncode}:\n{errors}")
+    with started(workspace, command) as (process, messages):
+        finish(process, messages, command)
 
 
-def started(workspace: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start a command of the orchestrator."""
+@contextmanager
+def started(workspace: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """Start a command of the orchestrator; yields its process and the file that its messages go to."""
     command = [sys.executable, str(PROJECT / "ensemble_orchestrator.py"), *arguments]
     command += ["--config", str(CONFIG), "--workspace", str(workspace), "--device", "cpu"]
-    return subprocess.Popen(
-        command, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    with tempfile.TemporaryFile() as messages:
+        process = subprocess.Popen(command, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=messages)
+        yield process, messages
+
+
+def finish(process: subprocess.Popen[bytes], messages: IO[bytes], command: str) -> None:
+    """Wait for a command. Raises SystemExit with its messages where it fails."""
+    if process.wait() != 0:
+        messages.seek(0)
+        text = messages.read().decode(errors="replace")
+        raise SystemExit(f"{command} ended with {process.returncode}:\n{text}")
 
 
 def _n_stored(workspace: Path) -> int:
@@ -255,8 +259,9 @@ def _n_stored(workspace: Path) -> int:
 
 
 def _digest(workspace: Path) -> str:
+    """Return the digest of all predictions; temporary files of killed workers, which `clean` removes, do not count."""
     digest = hashlib.sha256()
-    for path in sorted((workspace / "ensembles" / "predictions").rglob("*.npy")):
+    for path in sorted((workspace / "ensembles" / "predictions").rglob("[!.]*.npy")):
         digest.update(str(path.relative_to(workspace)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

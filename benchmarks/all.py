@@ -27,7 +27,8 @@ sys.path.insert(0, str(FOLDER.parent))
 
 from utils.core.artifacts import write_text  # noqa: E402
 
-ELSEWHERE = ("gpu", "cluster")  # by name: most machines have no CUDA device, and most environments no Ray
+# By `make gpu` or by name: most machines have no CUDA device, and most environments no Ray.
+ELSEWHERE = ("gpu", "cluster")
 HEADER = ("row", "figure", "goal", "")
 VERDICTS = {True: "pass", False: "SHORT", None: "not measured"}
 

@@ -31,11 +31,11 @@ import numpy as np
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
+from extraction import PIXELS, write_checkpoint  # noqa: E402
 from reporting import clean_environment, report, row  # noqa: E402
 
 CONFIG = PROJECT / "configs" / "votes.yaml"
 ARCHITECTURE = "CustomRegNet"
-PIXELS = 32
 STORE_BYTES = 500_000_000  # shared memory of each machine
 
 
@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         workspace = Path(folder) / "workspace"
         os.environ["DBT_BASE_DIR"] = str(workspace)  # read with the settings of the base pipeline
         write_images(workspace, size)
-        write_networks(workspace, size)
+        for number in range(size.members):
+            write_checkpoint(workspace, f"member{number:03d}", ARCHITECTURE, "tiny", seed=number)
         run(workspace, "discover")
         sent = shared_bytes()
         here = build(workspace)
@@ -146,31 +147,14 @@ def write_images(workspace: Path, size: Size) -> None:
     """Write `split_dataset`: one image per class in train and test, the others in val."""
     from PIL import Image
 
-    rng = np.random.default_rng(0)
+    rng, side = np.random.default_rng(0), PIXELS["tiny"]
     counts = {"train": size.classes, "val": size.images - size.classes, "test": size.classes}
     for split, count in counts.items():
         for number in range(count):
             folder = workspace / "split_dataset" / split / f"class{number % size.classes:04d}"
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 256, (PIXELS, PIXELS, 3), dtype=np.uint8)
+            pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{split}{number:05d}.png")
-
-
-def write_networks(workspace: Path, size: Size) -> None:
-    """Write checkpoints of one architecture with random weights of different seeds."""
-    import torch
-
-    import utils  # noqa: F401  (mounts BASE-BACK)
-    from models import create_custom_backbone
-
-    classes = [f"class{number:04d}" for number in range(size.classes)]
-    (workspace / "checkpoints").mkdir()
-    for number in range(size.members):
-        torch.manual_seed(number)
-        network = create_custom_backbone(ARCHITECTURE, size.classes, size="tiny", img_size=PIXELS)
-        extra = {"backbone_name": ARCHITECTURE, "model_size": "tiny", "img_size": PIXELS, "classes": classes}
-        record = {"model_state_dict": network.state_dict(), "extra": extra}
-        torch.save(record, workspace / "checkpoints" / f"member{number:03d}_final.pth")
 
 
 def shared_bytes() -> int:

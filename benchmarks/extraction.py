@@ -232,23 +232,28 @@ def _environment(workspace: Path) -> dict[str, str]:
 # parts, each in a process of its own ---------------------------------------------------------------------------------
 def save(workspace: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """Write checkpoints with random weights: size, megabytes of ballast in each, names."""
+    size, ballast, *names = arguments
+    for number, name in enumerate(names):
+        write_checkpoint(workspace, name, name, size, seed=number, ballast=int(ballast))
+    return {}
+
+
+def write_checkpoint(workspace: Path, name: str, architecture: str, size: str, *, seed: int, ballast: int = 0) -> None:
+    """Write `<name>_final.pth`: a network with random weights for the classes of val, and `ballast` megabytes."""
     import torch
 
     import utils  # noqa: F401  (mounts BASE-BACK)
     from models import create_custom_backbone
 
-    size, ballast, *names = arguments
     classes = sorted(path.name for path in (workspace / "split_dataset" / "val").iterdir())
     (workspace / "checkpoints").mkdir(exist_ok=True)
-    for number, name in enumerate(names):
-        torch.manual_seed(number)
-        model = create_custom_backbone(name, len(classes), size=size, img_size=PIXELS[size])
-        extra = {"backbone_name": name, "model_size": size, "img_size": PIXELS[size], "classes": classes}
-        record = {"model_state_dict": model.state_dict(), "extra": extra}
-        if int(ballast):
-            record["optimizer_state_dict"] = {"moments": torch.full((int(ballast) * 250_000,), float(number))}
-        torch.save(record, workspace / "checkpoints" / f"{name}_final.pth")
-    return {}
+    torch.manual_seed(seed)
+    model = create_custom_backbone(architecture, len(classes), size=size, img_size=PIXELS[size])
+    extra = {"backbone_name": architecture, "model_size": size, "img_size": PIXELS[size], "classes": classes}
+    record = {"model_state_dict": model.state_dict(), "extra": extra}
+    if ballast:
+        record["optimizer_state_dict"] = {"moments": torch.full((ballast * 250_000,), float(seed))}
+    torch.save(record, workspace / "checkpoints" / f"{name}_final.pth")
 
 
 def _opened() -> Any:

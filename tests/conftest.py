@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ WITHOUT_TORCH = (
 )
 """The orchestrator's command line for `python -c`, which fails where a command has loaded torch."""
 COSTLY_FIXTURES = frozenset({"trained", "synthetic", "built", "own_copy", "base_main", "orchestrator"})
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'ray>=2.40,<3'")
 ZOO_BACKBONES = ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid")
 ZOO_CLASSES = (0, 1, 2, 3)
 ZOO_PER_CLASS = 70

@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, run_python, write_digits
+from conftest import PROJECT, needs_ray, run_python, write_digits
 from killing import digests
 
 MAIN = str(PROJECT / "BASE-BACK" / "src" / "main.py")
@@ -19,7 +18,6 @@ TRAINING = (
     *("--backbones", "CustomResNetMish", "--stages", "split", "kfold", "train", "--size", "tiny", "--folds", "2"),
     *("--epochs-head", "1", "--epochs-finetune", "6", "--jobs", "2"),
 )
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'ray>=2.40,<3'")
 
 
 def test_an_address_belongs_to_ray(tmp_path):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.util import find_spec
 
 import pytest
-from conftest import PROJECT, run_python
+from conftest import PROJECT, needs_ray, run_python
 
 import cluster
 
 SMALL = cluster.Size(2, 12, 4, 5)
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'ray>=2.40,<3'")
 
 
 def test_every_class_has_an_image_in_every_split(tmp_path):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -114,11 +114,11 @@ def passes(extra: Extra) -> bool:
         results = Path(folder) / "results.xml"
         pytest = ["-m", "pytest", "-q", "-rs", "-p", "no:xdist", "-m", "not gpu and not browser"]
         commands.append([extra.interpreter, *pytest, f"--junitxml={results}", *extra.tests])
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         for command in commands:
-            environment: Mapping[str, str] = os.environ | {"OMP_NUM_THREADS": "1"}
             if subprocess.run(command, cwd=PROJECT, env=environment, check=False).returncode != 0:
                 return False
-        return all_passed(results)
+        return none_skipped(results)
 
 
 def requirements(extra: str) -> list[str]:
@@ -128,14 +128,12 @@ def requirements(extra: str) -> list[str]:
     return found
 
 
-def all_passed(results: Path) -> bool:
-    """Return whether a JUnit file has tests and all of them passed."""
-    suites = list(ElementTree.parse(results).getroot().iter("testsuite"))
-    counts = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped")}
-    if not counts["tests"] or counts["skipped"]:
-        print(f"{counts['tests']} tests, {counts['skipped']} of them skipped: expected some, none skipped")
-        return False
-    return True
+def none_skipped(results: Path) -> bool:
+    """Return whether no test of a JUnit file was skipped; pytest itself fails where there are no tests."""
+    n_skipped = sum(int(suite.get("skipped", 0)) for suite in ElementTree.parse(results).getroot().iter("testsuite"))
+    if n_skipped:
+        print(f"{n_skipped} tests were skipped, which must run in this environment")
+    return not n_skipped
 
 
 if __name__ == "__main__":

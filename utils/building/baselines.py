@@ -59,10 +59,9 @@ def measure(
     equal inputs are not measured again: they are kept in this process and with the ensembles of the workspace, since
     most commands compare their combiners on the same rows.
     """
-    unknown = np.full(len(members.names), np.nan)
-    members = replace(members, latency_ms=unknown, size_mb=unknown)  # no baseline depends on what a member costs
     recipes = _recipes(config, members)
     settings = config.digest(*(setting for recipe in recipes.values() for setting in recipe.settings), "seed")
+    # Neither latencies nor sizes of members: no baseline depends on what a member costs.
     digest = _digest((ensembles.VERSION, settings, members.names), members.recorded_accuracy, logits, labels, folds)
     if digest not in _measured:
         saved = _saved(workspace, digest, len(labels))

@@ -63,12 +63,7 @@ def _run(command: str, config: Config, workspace: Workspace, force: bool) -> Res
     added = _added_members(session) if command == "build-ensemble" else []
     outcome = builder_protocol.run(builders, session, force=force)
     names = [member.name for member in outcome.session.members]
-    lines = [
-        *outcome.lines,
-        members_line(names),
-        *added,
-        f"written: {workspace.models}",
-    ]
+    lines = [*outcome.lines, members_line(names), *added, f"written: {workspace.models}"]
     return Result("\n".join(lines), outcome.document() | {"members": names}, list(outcome.failures), "evaluate")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils import base_back
-from utils.building import baselines, embedding_rows, ensembles, fitting
+from utils.building import embedding_rows, ensembles, fitting
 from utils.building.builder_protocol import Session
 from utils.building.ensembles import Crossfit
 from utils.core import estimates
@@ -144,9 +144,7 @@ def build(session: Session, members: Sequence[Member], name: str, force: bool) -
             recipe,
             Crossfit(probabilities.astype(np.float32), rows.labels, rows.sample_ids, rows.split, val.fold),
             val,
-            baselines.measure(
-                store.workspace, config, facts, judged.rows.logits, judged.rows.labels, judged.fold, judged.groups
-            ),
+            fitting.measure_baselines(store, facts, judged),
         ),
         derived,
         val,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils.building import ensembles
-from utils.building.baselines import Baselines, compare
+from utils.building.baselines import Baselines, compare, measure
 from utils.building.ensembles import Crossfit, Ensemble, Provenance, RowSet
 from utils.combiners.protocol import Combiner, MemberFacts
 from utils.core.artifacts import digest_of
@@ -164,6 +164,14 @@ class Fitted:
     """Entries of `ensemble.json` on the fit."""
     baselines: Baselines | None = None
     """Baselines that it was compared with."""
+
+
+def measure_baselines(store: Store, facts: MemberFacts, out_of_sample: OutOfSampleRows) -> Baselines:
+    """Return `baselines.measure` of the members, in the order of `facts`, on out-of-sample rows."""
+    rows = out_of_sample.rows
+    return measure(
+        store.workspace, store.config, facts, rows.logits, rows.labels, out_of_sample.fold, out_of_sample.groups
+    )
 
 
 def fit(recipe: Combiner, out_of_sample: OutOfSampleRows, *, baselines: Baselines | None = None) -> Fitted:

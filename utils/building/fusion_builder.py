@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.building import baselines, embedding_rows, end_to_end, ensembles, family_fits, fitting
+from utils.building import embedding_rows, end_to_end, ensembles, family_fits, fitting
 from utils.building.baselines import Baselines
 from utils.building.builder_protocol import Build, Builder, Session, summary_line
 from utils.building.embedding_rows import EmbeddedRows
@@ -294,11 +294,7 @@ def _basis(store: Store, facts: MemberFacts, embedded: EmbeddedRows, *, in_sampl
     fitted = judged = fitting.with_folds(store, rows)
     if in_sample:
         fitted, judged = fitted.of_split("train"), judged.of_split("val")
-    rows = judged.rows
-    simple = baselines.measure(
-        store.workspace, store.config, facts, rows.logits, rows.labels, judged.fold, judged.groups
-    )
-    return Basis(fitted, judged, simple, embedded.facts)
+    return Basis(fitted, judged, fitting.measure_baselines(store, facts, judged), embedded.facts)
 
 
 def _fit(config: Config, facts: MemberFacts, bases: Mapping[str, Basis], name_and_kind: tuple[str, str]) -> Fit:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.building import baselines, ensembles, fitting, fuser_inputs
+from utils.building import ensembles, fitting, fuser_inputs
 from utils.building.builder_protocol import Build, Builder, Session, run, summary_line
 from utils.building.voting_builder import VotingBuilder
 from utils.core.config import Config, require_enabled
@@ -109,8 +109,7 @@ class MetaBuilder(Builder):
         fold_networks.ensure(store, members, STREAMED_SPLITS, selected.inference)
         facts = fitting.member_facts(store, members)
         rows, parts = fuser_inputs.align(session, members, inputs)
-        logits, labels = rows.rows.logits, rows.rows.labels
-        simple = baselines.measure(session.workspace, config, facts, logits, labels, rows.fold, rows.groups)
+        simple = fitting.measure_baselines(store, facts, rows)
         recipe = MetaFuserCombiner.over(config, facts, parts)
         logger.info("fitting %s (%s) on %s", NAME, config.runs.meta_fuser.fuser_type, ", ".join(inputs))
         fitting.save(

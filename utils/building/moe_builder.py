@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.building import baselines, ensembles, fitting, latency
+from utils.building import ensembles, fitting, latency
 from utils.building.baselines import Baselines
 from utils.building.builder_protocol import Build, Builder, Session, summary_line
 from utils.building.ensembles import Crossfit
@@ -73,13 +73,11 @@ class SparseBuilder(Builder):
         records = latency.measure(store, members, batches=[ONE_IMAGE])
         facts = fitting.member_facts(store, members, latency.milliseconds(records))
         out_of_sample = session.rows(members)
-        rows, fold = out_of_sample.rows, out_of_sample.fold
-        simple = baselines.measure(
-            store.workspace, store.config, facts, rows.logits, rows.labels, fold, out_of_sample.groups
-        )
+        simple = fitting.measure_baselines(store, facts, out_of_sample)
         recipe = COMBINERS[self.name].configured(store.config, facts)
         comparison = _Comparison(store, members, facts, out_of_sample, simple)
-        logger.info("fitting %s on %d out-of-sample rows of %d members", self.name, len(fold), len(members))
+        n_rows = len(out_of_sample.fold)
+        logger.info("fitting %s on %d out-of-sample rows of %d members", self.name, n_rows, len(members))
         fitting.save(
             store,
             self.name,

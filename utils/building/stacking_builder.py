@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.building import baselines, ensembles, family_fits, fitting, inference_choice
+from utils.building import ensembles, family_fits, fitting, inference_choice
 from utils.building.baselines import Baselines
 from utils.building.builder_protocol import Build, Builder, Session, members_line, run, summary_line
 from utils.building.fitting import Fitted, OutOfSampleRows
@@ -53,11 +53,7 @@ def stack(config: Config, workspace: Workspace, *, strict: bool = False, force: 
         "verdicts": {name: record["verdict"] for name, record in records.items()},
         "inference_members": {name: record["inference_members"] for name, record in records.items()},
     }
-    lines = [
-        *outcome.lines,
-        members_line(names),
-        f"written: {workspace.models}",
-    ]
+    lines = [*outcome.lines, members_line(names), f"written: {workspace.models}"]
     return Result("\n".join(lines), document, list(outcome.failures), "evaluate")
 
 
@@ -218,11 +214,7 @@ def _prepare(
     if inference != FULL:
         fold_networks.ensure(session.store, members, STREAMED_SPLITS, inference)
     fitted = session.rows(members, kind=session.config.runs.stacking.fit_rows, inference=inference)
-    rows = fitted.rows
-    simple = baselines.measure(
-        session.workspace, session.config, facts, rows.logits, rows.labels, fitted.fold, fitted.groups
-    )
-    return fitted, simple
+    return fitted, fitting.measure_baselines(session.store, facts, fitted)
 
 
 def _lacking(members: Sequence[Member]) -> list[Member]:

@@ -10,12 +10,11 @@ import signal
 import sys
 import threading
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROJECT, run_python
+from conftest import PROJECT, needs_ray, run_python
 from given_predictions import write
 
 from utils import commands
@@ -25,7 +24,6 @@ from utils.core.artifacts import replacing
 from utils.core.errors import ConfigError, UserError
 from utils.numeric import nested_cv, setting_paths
 
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'ray>=2.40,<3'")
 THREE = "runs.stacking.meta_learners=[lr,xgb,mlp]"
 QUICK = ("runs.stacking.mlp_config.epochs=6", "runs.stacking.xgb_config.n_estimators=10")
 
@@ -153,21 +151,27 @@ def test_jobs_beside_others_start_no_processes_and_share_the_cores(start_method)
     assert worker_processes.n_side_by_side() == 1
 
 
-def waits_to_be_alone(long, item):
-    """The jobs beside the `long` one, and the threads that it gets, before and after the other has ended."""
+def waits_to_be_alone(long, began, item):
+    """The jobs beside the `long` one, and the threads that it gets, before and after the other has ended.
+
+    The other ends when the file `began` shows that the long one has counted.
+    """
     before = worker_processes.n_side_by_side()
-    if item != long:
-        time.sleep(0.5)
-    deadline = time.monotonic() + 20 * (item == long)
-    while worker_processes.n_side_by_side() > 1 and time.monotonic() < deadline:
+    if item == long:
+        began.touch()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (
+        worker_processes.n_side_by_side() > 1 if item == long else not began.exists()
+    ):
         time.sleep(0.01)
     return before, worker_processes.n_side_by_side(), n_threads_inside(4)
 
 
 @pytest.mark.parametrize("long", [0, 1], ids=["in a worker", "in this process"])
-def test_the_last_job_has_the_cores_of_those_that_have_ended(start_method, monkeypatch, long):
+def test_the_last_job_has_the_cores_of_those_that_have_ended(start_method, monkeypatch, tmp_path, long):
     monkeypatch.setattr(engines, "cores", lambda: 4)
-    found = list(engines.Local().map(waits_to_be_alone, range(2), shared=(long,), n_processes=2, are_long=True))
+    shared = (long, tmp_path / "began")
+    found = list(engines.Local().map(waits_to_be_alone, range(2), shared=shared, n_processes=2, are_long=True))
     before, after, threads = found[long]
     is_spawned = start_method == worker_processes.SPAWN and long == 0  # late, and with the cores of this machine
     assert after == 1

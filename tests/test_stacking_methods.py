@@ -12,9 +12,10 @@ from utils.combiners.forest import ForestLearner
 from utils.combiners.protocol import MemberFacts, fit_crossfitted, fit_nested
 from utils.core.config import validate
 from utils.meta_methods import FUSERS
+from utils.numeric import nested_cv
 from utils.numeric.metrics import log_loss, softmax
 from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
-from utils.stacking_methods import COMBINERS, Calibration, calibrate
+from utils.stacking_methods import COMBINERS, Calibration, calibrate, mean_probabilities
 
 pytestmark = pytest.mark.usefixtures("small_forests")
 M, N, C = 3, 300, 3
@@ -44,6 +45,13 @@ def rows():
     return logits, labels, rng.integers(0, 5, N)
 
 
+@pytest.fixture(params=[2_000, 100])
+def enough_rows(request, monkeypatch):
+    """Rows from which the neighbours of a fold select: more than there are, and fewer."""
+    monkeypatch.setattr(nested_cv, "ENOUGH_ROWS", request.param)
+    return request.param
+
+
 @pytest.fixture(params=sorted(COMBINERS))
 def make(request):
     return partial(COMBINERS[request.param].configured, CONFIG, FACTS)
@@ -58,13 +66,15 @@ def test_a_fold_is_answered_by_what_has_not_read_its_labels(make, rows):
     assert not np.array_equal(after[folds != 2], before[folds != 2])
 
 
-def test_inner_copies_of_a_fold_have_read_none_of_its_labels(make, rows):
+def test_inner_copies_of_a_fold_have_read_none_of_its_labels(make, rows, enough_rows):
     logits, labels, folds = rows
     before = fit_nested(make(), logits, labels, folds)
     after = fit_nested(make(), logits, np.where(folds == 2, (labels + 1) % C, labels), folds)
     np.testing.assert_array_equal(after.inner[2], before.inner[2])
     assert not np.array_equal(after.inner[1], before.inner[1])
-    assert log_loss(before.inner[2], labels) < log_loss(softmax(logits).mean(axis=0), labels) - 0.02
+    known, mean = np.isfinite(before.inner[2]).all(axis=1), mean_probabilities(logits)
+    np.testing.assert_array_equal(known, np.isin(folds, (1, 2, 3)) if enough_rows < N else np.ones(N, dtype=bool))
+    assert log_loss(before.inner[2][known], labels[known]) < log_loss(mean[known], labels[known]) - 0.02
 
 
 def test_copies_without_two_folds_are_the_recipe_fitted_on_the_other_folds(rows):
@@ -95,7 +105,7 @@ class _OneForest(ForestLearner):
 def test_a_stacker_beats_the_plain_mean_where_there_is_something_to_learn(make, rows):
     logits, labels, folds = rows
     unseen = fit_crossfitted(make(), logits, labels, folds)
-    assert log_loss(unseen, labels) < log_loss(softmax(logits).mean(axis=0), labels) - 0.05
+    assert log_loss(unseen, labels) < log_loss(mean_probabilities(logits), labels) - 0.05
 
 
 def test_the_report_tells_what_was_chosen_and_its_two_scores(make, rows):

@@ -132,9 +132,10 @@ class Stacker(Combiner):
     def _fit_nested(self, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
         """Fit, and return the predictions of copies without one fold and without two folds, from the same fits.
 
-        The final fit and each copy select setting, temperature and weight of the members' mean by `inner_folds`. For a
-        copy without two folds, they are selected by fits without the first and a third fold, which have read labels of
-        the second; only rows of neither fold count in the selection. With two folds there are no such copies.
+        The final fit and each copy select setting, temperature and weight of the members' mean by the rows of
+        `nested_cv.cross_validate`. For a copy without two folds, they are selected by fits without the first and a
+        third fold, which have read labels of the second; only rows of neither fold count in the selection. With two
+        folds there are no such copies.
         """
         assert self.learner is not None, "a stacker that was read from a file is not fitted again"
         mean = mean_probabilities(logits)
@@ -183,13 +184,18 @@ class Stacker(Combiner):
         labels: np.ndarray,
         folds: np.ndarray,
     ) -> np.ndarray:
-        """Return the probabilities (N, C) of copies without `fold` and the row's fold; `crossfit` on rows of `fold`."""
+        """Return the probabilities (N, C) of copies without `fold` and the row's fold; `crossfit` on rows of `fold`.
+
+        They are NaN for rows of folds that have no part in the selection of the copy without `fold`.
+        """
         rows = result.inner_held_out[fold].rows
-        predictions = crossfit.copy()
+        predictions = np.where((folds == fold)[:, None], crossfit, np.nan)
         for other, probabilities in result.inner_nested[fold].items():
             held_out = folds[rows] == other
             others = rows[~held_out]
-            inner = nested_cv.inner_folds(labels, folds, ~np.isin(folds, (fold, other)))
+            is_other = np.zeros(len(folds), dtype=bool)
+            is_other[others] = True
+            inner = nested_cv.inner_folds(labels, folds, is_other)
             calibration = self._calibrate(probabilities[~held_out], mean[others], labels[others], inner)
             predictions[rows[held_out]] = calibration.apply(probabilities[held_out], mean[rows[held_out]])
         return predictions

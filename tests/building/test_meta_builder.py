@@ -20,6 +20,7 @@ from utils.core.config import Config
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.core.workspace import Workspace
+from utils.numeric import nested_cv
 from utils.operations import upkeep
 
 ON = ("runs.meta_fuser.enable=true", "runs.meta_fuser.input_ensembles=[soft_voting,logit_averaging]")
@@ -148,6 +149,22 @@ def test_all_takes_every_built_ensemble_of_the_configuration_and_a_convex_fuser_
     assert state(own, *CONVEX).state == "current"  # it is not in the configuration
     five = "runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,greedy_selection,hard_voting]"
     assert state(own, *CONVEX, five).state == "stale"
+
+
+def test_with_enough_rows_inner_copies_are_those_of_neighbouring_folds(own, monkeypatch):
+    monkeypatch.setattr(nested_cv, "ENOUGH_ROWS", 10)
+    build_commands.build_ensemble(config(*BUILT), own, force=True)
+    stacking = ("runs.stacking.enable=true", "runs.stacking.meta_learners=[lr]")
+    stack(config(*BUILT, *stacking), own)
+    result = meta_fuse(config(*CONVEX, *stacking), own)
+    assert "stacking_lr" in result.document["inputs"]
+    assert np.isfinite(ensembles.load_crossfit(own, "meta_fuser").probabilities).all()
+    neighbours = {0: (4, 0, 1), 1: (0, 1, 2), 2: (1, 2, 3), 3: (2, 3, 4), 4: (3, 4, 0)}
+    for name in ("stacking_lr", "greedy_selection_ensemble"):
+        crossfit = ensembles.load_nested_crossfit(own, ensembles.load(own, name))
+        for fold, known in neighbours.items():
+            finite = np.isfinite(crossfit.inner[fold]).all(axis=1)
+            np.testing.assert_array_equal(finite, np.isin(crossfit.fold, known))
 
 
 def test_a_fuser_of_trees_takes_all_too(own):

@@ -22,6 +22,7 @@ from utils.combiners.protocol import (
     unsaved,
 )
 from utils.ensemble_methods import SoftVoting, Voting
+from utils.numeric import nested_cv
 from utils.numeric.metrics import softmax
 from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 from utils.predictions.rows import MemberOutputs
@@ -176,6 +177,23 @@ def test_copies_without_two_folds_have_read_the_labels_of_neither():
             mixed = mixed_with_uniform(np.tile(expected, (5, 1)), uniform_weight(10, 4))
             np.testing.assert_allclose(predictions[folds == other], mixed, rtol=1e-6)
         np.testing.assert_array_equal(predictions[folds == fold], nested.crossfit[folds == fold])
+
+
+def test_with_enough_rows_copies_without_two_folds_are_made_for_neighbours(monkeypatch):
+    monkeypatch.setattr(nested_cv, "ENOUGH_ROWS", 10)
+    labels, folds, fits = np.arange(20) % 4, np.repeat([0, 1, 2, 3], 5), []
+
+    class Counted(MajorityClass):
+        def _fit(self, logits, labels, folds):
+            fits.append(len(labels))
+            super()._fit(logits, labels, folds)
+
+    nested = fit_nested(Counted(), ROWS, labels, folds)
+    assert sorted(fits) == [*4 * [10], *4 * [15], 20]
+    for fold, known in {0: (0, 1, 3), 1: (0, 1, 2), 2: (1, 2, 3), 3: (0, 2, 3)}.items():
+        assert nested.inner[fold].dtype == np.float32
+        np.testing.assert_array_equal(np.isfinite(nested.inner[fold]), np.isin(folds, known)[:, None].repeat(4, 1))
+        np.testing.assert_array_equal(nested.inner[fold][folds == fold], nested.crossfit[folds == fold])
 
 
 def test_two_folds_leave_no_rows_for_copies_without_both():

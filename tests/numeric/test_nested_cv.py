@@ -10,8 +10,16 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from utils.numeric import nested_cv
 from utils.numeric.metrics import log_loss
-from utils.numeric.nested_cv import cross_validate, evenly_spaced_epochs, inner_folds, selects_by_row
+from utils.numeric.nested_cv import (
+    cross_validate,
+    evenly_spaced_epochs,
+    inner_folds,
+    n_fits,
+    selecting_folds,
+    selects_by_row,
+)
 
 N, C = 40, 3
 
@@ -41,23 +49,49 @@ def rows():
     return np.zeros((2, N, C), dtype=np.float32), labels, rng.integers(0, 4, N)
 
 
-def literal(logits, labels, folds):
-    """Unseen probabilities by nested loops that share nothing."""
+@pytest.fixture(params=["all", "neighbours"])
+def others(request, monkeypatch):
+    """The folds that select for the copy without each of four folds: all others, or its neighbours."""
+    if request.param == "all":
+        return {fold: {0, 1, 2, 3} - {fold} for fold in range(4)}
+    monkeypatch.setattr(nested_cv, "ENOUGH_ROWS", 1)
+    return {0: {1, 3}, 1: {0, 2}, 2: {1, 3}, 3: {2, 0}}
+
+
+def literal(logits, labels, folds, others):
+    """Unseen probabilities by nested loops that share nothing; `others` are {fold: folds that select}."""
     unseen = np.empty((N, C), dtype=np.float32)
     for outer in np.unique(folds):
-        outside = folds != outer
+        outside, selecting = folds != outer, np.isin(folds, list(others[outer]))
         answers = np.empty((len(Prior.amounts), N, C), dtype=np.float32)
-        for inner in np.unique(folds[outside]):
+        for inner in others[outer]:
             train, held_out = outside & (folds != inner), folds == inner
             answers[:, held_out] = Prior().predictions(logits[:, train], labels[train], logits[:, held_out])
-        losses = [log_loss(one[outside], labels[outside]) for one in answers]
+        losses = [log_loss(one[selecting], labels[selecting]) for one in answers]
         fitted = Prior().predictions(logits[:, outside], labels[outside], logits[:, ~outside])
         unseen[~outside] = fitted[int(np.argmin(losses))]
     return unseen
 
 
-def test_unseen_predictions_are_those_of_the_literal_procedure(rows):
-    np.testing.assert_array_equal(cross_validate(Prior(), *rows).nested_crossfit, literal(*rows))
+def test_unseen_predictions_are_those_of_the_literal_procedure(rows, others):
+    np.testing.assert_array_equal(cross_validate(Prior(), *rows).nested_crossfit, literal(*rows, others))
+
+
+def test_neighbours_select_where_they_have_enough_rows_for_every_copy(monkeypatch):
+    monkeypatch.setattr(nested_cv, "ENOUGH_ROWS", 20)
+    every = {fold: set(range(5)) - {fold} for fold in range(5)}
+    assert selecting_folds(np.repeat(range(5), [9, 10, 10, 10, 10])) == every
+    circle = {0: {1, 4}, 1: {0, 2}, 2: {1, 3}, 3: {2, 4}, 4: {3, 0}}
+    assert selecting_folds(np.repeat(range(5), 10)) == circle
+    assert selecting_folds(np.repeat([2, 5, 7], 10)) == {2: {5, 7}, 5: {2, 7}, 7: {2, 5}}
+
+
+@pytest.mark.parametrize(("enough", "n_folds", "expected"), [(1, 5, 10), (1000, 5, 15), (1, 3, 6), (1, 4, 8)])
+def test_neighbours_take_two_fits_per_fold(monkeypatch, enough, n_folds, expected):
+    monkeypatch.setattr(nested_cv, "ENOUGH_ROWS", enough)
+    labels, folds, learner = np.arange(N) % C, np.arange(N) % n_folds, Prior()
+    cross_validate(learner, np.zeros((2, N, C), dtype=np.float32), labels, folds)
+    assert len(learner.fits) == n_fits(folds) == expected
 
 
 @dataclass
@@ -91,7 +125,7 @@ def test_every_fit_is_made_once(rows):
     assert len(learner.fits) == 4 * 5 / 2
 
 
-def test_rows_of_a_fold_are_answered_without_its_labels(rows):
+def test_rows_of_a_fold_are_answered_without_its_labels(rows, others):
     logits, labels, folds = rows
     before = cross_validate(Prior(), logits, labels, folds)
     for fold in range(4):
@@ -99,8 +133,8 @@ def test_rows_of_a_fold_are_answered_without_its_labels(rows):
         after = cross_validate(Prior(), logits, changed, folds)
         np.testing.assert_array_equal(after.nested_crossfit[folds == fold], before.nested_crossfit[folds == fold])
         inner = after.inner_held_out[fold]
-        np.testing.assert_array_equal(inner.rows, np.flatnonzero(folds != fold))
-        np.testing.assert_array_equal(inner.folds, folds[folds != fold])
+        np.testing.assert_array_equal(inner.rows, np.flatnonzero(np.isin(folds, list(others[fold]))))
+        np.testing.assert_array_equal(inner.folds, folds[inner.rows])
         np.testing.assert_array_equal(inner.probabilities, before.inner_held_out[fold].probabilities)
 
 
@@ -118,17 +152,18 @@ def test_side_by_side_gives_the_same_bytes(rows):
     )
 
 
-def test_inner_rows_come_from_fits_without_two_folds_under_a_setting_that_neither_chose(rows):
+def test_inner_rows_come_from_fits_without_two_folds_under_a_setting_that_neither_chose(rows, others):
     logits, labels, folds = rows
     result = cross_validate(Prior(), logits, labels, folds)
     for fold in range(4):
         places = result.inner_held_out[fold].rows
         answers = np.empty((len(Prior.amounts), N, C), dtype=np.float32)
-        for other in (name for name in range(4) if name != fold):
+        for other in others[fold]:
             train, held_out = ~np.isin(folds, (fold, other)), folds == other
             answers[:, held_out] = Prior().predictions(logits[:, train], labels[train], logits[:, held_out])
+        assert result.inner_nested[fold].keys() == others[fold]
         for other, found in result.inner_nested[fold].items():
-            voting = ~np.isin(folds, (fold, other))
+            voting = np.isin(folds, list(others[fold] - {other}))
             chosen = int(np.argmin([log_loss(one[voting], labels[voting]) for one in answers]))
             np.testing.assert_array_equal(found, answers[chosen, places])
 

@@ -45,8 +45,9 @@ Fuser
     the predictions of copies of its inputs that were fitted without this fold and without the row's fold, and applied
     to copies without this fold. Builders store these predictions (`inner_crossfit.npy`): grid learners compute the fits
     in nested cross-validation anyway; pools, selections, pruned ensembles and cascades are fitted K (K - 1) / 2 times
-    more, on fewer rows, which takes about three quarters more time. An ensemble without these copies (trained end to
-    end, or with fewer than three folds) cannot be an input of a convex fuser.
+    more, on fewer rows, which takes about three quarters more time. With many rows, copies without two folds are made
+    for neighbouring folds only, K times. An ensemble without these copies (trained end to end, or with fewer than
+    three folds) cannot be an input of a convex fuser.
 
 Mixture of experts and cascade
     Experts are the members that greedy forward selection adds first for log-loss. The gate reads the

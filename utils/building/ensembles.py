@@ -36,10 +36,10 @@ from utils.predictions.rows import Rows
 from utils.predictions.store import Store
 
 SCHEMA = 3
-VERSION = 10  # incremented when the same inputs would give a different ensemble
+VERSION = 11  # incremented when the same inputs would give a different ensemble
 INNER_CROSSFIT = "inner_crossfit.npy"
 """float32 (K, N, C): probabilities by copies without each of the K `inner_folds` of `ensemble.json` and without the
-row's fold; rows as in `crossfit.npz`."""
+row's fold; rows as in `crossfit.npz`, NaN where there is no such copy."""
 BASELINES = "baselines.npz"
 """float64 (N,) for each baseline that the ensemble was compared with: its log-loss on each row, in nats."""
 FORM: Form = {

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from utils.building import ensembles, family_fits, fitting, inference_choice
 from utils.building.baselines import Baselines
 from utils.building.builder_protocol import Build, Builder, Session, members_line, run, summary_line
@@ -21,6 +19,7 @@ from utils.core.config_values import ALL
 from utils.core.errors import LeakageError, UserError
 from utils.core.results import Result
 from utils.core.workspace import Workspace
+from utils.numeric.nested_cv import n_fits
 from utils.predictions import catalog, fold_networks, training_data
 from utils.predictions.catalog import Member
 from utils.predictions.extraction import STREAMED_SPLITS
@@ -174,8 +173,7 @@ def _fit(
 
 def _refusal(config: Config, name: str, demand: FitDemand, out_of_sample: OutOfSampleRows) -> str | None:
     """Return why a meta-learner cannot be fitted on this machine, as its fits take too much; None if it can."""
-    n_folds = len(np.unique(out_of_sample.fold))
-    reason = demand.refusal(n_folds * (n_folds + 1) // 2 + 1, engines.cores())
+    reason = demand.refusal(n_fits(out_of_sample.fold) + 1, engines.cores())
     if reason is None:
         return None
     members, rows, classes = out_of_sample.rows.logits.shape

@@ -44,14 +44,15 @@ class ConvexPool(PooledMembers):
     ) -> np.ndarray:
         """Fit on the inputs' cross-fitted log-probabilities; return cross-fitted probabilities (N, C) of the pool.
 
-        For each fold, a copy of the pool is fitted on the other folds, with inputs by copies that read the labels of
-        neither this fold nor the row's fold; it then predicts the rows of the fold. With one level, on `crossfit`
+        For each fold, a copy of the pool is fitted on rows of other folds, with inputs by copies that read the labels
+        of neither this fold nor the row's fold; it then predicts the rows of the fold. With one level, on `crossfit`
         alone, the inputs would have read the labels of the rows that evaluate the pool, and the loss would be biased
         downwards. The result is NaN with a single fold.
 
         Args:
             crossfit: (I, N, C) log-probabilities by copies of the inputs fitted without the row's fold.
-            inner: Returns, for a fold, (I, N, C) by copies fitted without this fold and without the row's fold.
+            inner: Returns, for a fold, (I, N, C) by copies fitted without this fold and without the row's fold; NaN
+                where an input has no such copy.
             labels: (N,)
             folds: (N,)
         """
@@ -59,8 +60,9 @@ class ConvexPool(PooledMembers):
         names = np.unique(folds)
         for name in names if len(names) > 1 else ():
             inside = folds == name
-            copy = type(self)()
-            copy._fit(inner(int(name))[:, ~inside], labels[~inside], folds[~inside])
+            scores, copy = inner(int(name)), type(self)()
+            fitted_on = ~inside & ~np.isnan(scores).any(axis=(0, 2))
+            copy._fit(scores[:, fitted_on], labels[fitted_on], folds[fitted_on])
             predictions[inside] = copy._predict_proba(crossfit[:, inside])
         self._fit(crossfit, labels, folds)
         return predictions

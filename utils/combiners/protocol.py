@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias, fina
 import numpy as np
 
 from utils.core.config import Config
-from utils.numeric.nested_cv import inner_folds
+from utils.numeric.nested_cv import FEWEST_FOLDS, inner_folds, selecting_folds
 from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 from utils.predictions.rows import MemberOutputs
 
@@ -223,8 +223,9 @@ class NestedPredictions:
     inner: Mapping[int, np.ndarray]
     """{fold: (N, C)}: by the copy fitted without this fold and the row's fold; empty with fewer than three folds
 
-    All rows of an entry are thus out-of-sample, and independent of the labels of its fold: a combination of several
-    combiners can be fitted on the rows of the other folds and applied to the rows of the fold.
+    NaN for rows of folds that are neither this fold nor among its `nested_cv.selecting_folds`. All other rows of an
+    entry are thus out-of-sample, and independent of the labels of its fold: a combination of several combiners can be
+    fitted on the rows of other folds and applied to the rows of the fold.
     """
 
 
@@ -275,8 +276,8 @@ def fit_crossfitted(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds:
 def fit_nested(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.ndarray) -> NestedPredictions:
     """Fit on logits (M, N, C), labels (N,), folds (N,); return float32 predictions of copies without one and two folds.
 
-    For K folds there are K (K - 1) / 2 copies without two folds besides the K without one. A combiner that learns
-    nothing has the same predictions in all entries.
+    There is a copy without two folds for each pair of `nested_cv.selecting_folds`, besides the K copies without one. A
+    combiner that learns nothing has the same predictions in all entries.
     """
     if isinstance(recipe, CrossfitsItself):
         recipe._set_uniform_weight(labels, logits)
@@ -287,8 +288,13 @@ def fit_nested(recipe: Combiner, logits: Inputs, labels: np.ndarray, folds: np.n
     names: list[int] = np.unique(folds).tolist()
     if not recipe.learns:
         return NestedPredictions(crossfit, dict.fromkeys(names, crossfit))
-    inner = {fold: crossfit.copy() for fold in names} if len(names) > 2 else {}
-    for fold, other in combinations(names, 2) if inner else ():
+    if len(names) < FEWEST_FOLDS:
+        return NestedPredictions(crossfit, {})
+    inner = {fold: np.where((folds == fold)[:, None], crossfit, np.float32(np.nan)) for fold in names}
+    selecting = selecting_folds(folds)
+    for fold, other in combinations(names, 2):
+        if other not in selecting[fold]:
+            continue
         held_out = np.isin(folds, (fold, other))
         predictions = _predict_held_out(recipe, logits, labels, folds, held_out)
         is_fold = folds[held_out] == fold

@@ -2,13 +2,14 @@
 
 The copy for held-out fold k selects its setting by leaving out a second fold j of the others. A fit without k and j
 serves the copies of both k and j; a fit without k predicts k and helps to select the setting of the final fit. So
-K (K + 1) / 2 fits replace K * K + K. A class may be absent from the rows of a fit: learners return all C columns.
-Fits follow only the settings that a selection reads (`utils.numeric.setting_search`).
+K (K + 1) / 2 fits replace K * K + K. With many rows a copy leaves out two of the other folds only, which takes 2 K fits
+(`selecting_folds`). A class may be absent from the rows of a fit: learners return all C columns. Fits follow only the
+settings that a selection reads (`utils.numeric.setting_search`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from utils.numeric.setting_search import SCREENING_FOLDS, GridLearner, Search, S
 
 FEWEST_FOLDS = 3  # of cross-fitting, so that a copy without one of them has two left
 FOLDS_BY_ROW = 5
+ENOUGH_ROWS = 2_000
+"""Held-out rows from which a copy selects and calibrates by two folds: more rows change its losses little."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class NestedResult:
     inner_held_out: dict[int, HeldOut]
     """{fold: predictions that selected the setting of the copy fitted without this fold}"""
     inner_nested: dict[int, dict[int, np.ndarray]]
-    """{fold: {other fold: probabilities (n, C) of the rows of `inner_held_out`}}, with the setting of least loss
-    without both; empty with fewer than three folds
+    """{fold: {other fold: probabilities (n, C) of the rows of `inner_held_out`}} for its `selecting_folds`, with the
+    setting of least loss without both; empty with fewer than three folds
 
     `inner_held_out` uses the setting of least loss on all of its rows; here the rows of the other fold do not count.
     """
@@ -78,12 +81,34 @@ def selects_by_row(folds: np.ndarray) -> bool:
     return len(np.unique(folds)) < FEWEST_FOLDS
 
 
+def selecting_folds(folds: np.ndarray) -> dict[int, set[int]]:
+    """Return the folds that select and calibrate for the copy without each fold: {fold: other folds}.
+
+    They are all others, in K (K - 1) / 2 fits without two of the K folds of rows (N,). Where the two neighbours of each
+    fold, in a circle of all folds, have `ENOUGH_ROWS` rows, they are these neighbours, in K fits. If one fold selects
+    for the copy without another one, the other selects for its copy.
+    """
+    names, counts = (values.tolist() for values in np.unique(folds, return_counts=True))
+    neighbours = {name: _neighbours(name, names) for name in names}
+    rows_of = dict(zip(names, counts, strict=True))
+    if min(sum(rows_of[other] for other in others) for others in neighbours.values()) >= ENOUGH_ROWS:
+        return neighbours
+    return {name: set(names) - {name} for name in names}
+
+
+def n_fits(folds: np.ndarray) -> int:
+    """Return the number of fits under several settings of a nested cross-validation over at least three folds (N,)."""
+    selecting = selecting_folds(folds)
+    return len(selecting) + sum(map(len, selecting.values())) // 2
+
+
 def cross_validate(
     learner: GridLearner, logits: Any, labels: np.ndarray, folds: np.ndarray, *, n_jobs: int = 1
 ) -> NestedResult:
     """Run nested cross-validation over `folds` (N,) of logits (M, N, C) and labels (N,), `n_jobs` fits at a time.
 
-    The final fit and each copy select their setting by `inner_folds`. A fit on one row uses the first setting.
+    The final fit and each copy select their setting by `inner_folds`; with at least three folds, a copy by its
+    `selecting_folds`. A fit on one row uses the first setting.
     """
     outer = {name: folds == name for name in np.unique(folds).tolist()}
     outer = {name: mask for name, mask in outer.items() if not mask.all()}
@@ -91,15 +116,19 @@ def cross_validate(
     nobody = np.zeros(len(labels), dtype=bool)
     final = Selection.without(nobody, inner_folds(labels, folds, ~nobody), paths, are_nested=False)
     are_nested = not selects_by_row(folds)
+    selecting = selecting_folds(folds) if are_nested else {}
     copies = {
-        name: Selection.without(mask, inner_folds(labels, folds, ~mask), paths, are_nested=are_nested)
+        name: Selection.without(
+            mask, inner_folds(labels, folds, ~mask), paths, are_nested=are_nested, only=selecting.get(name)
+        )
         for name, mask in outer.items()
     }
     masks = [*outer.values(), *(mask for each in (final, *copies.values()) for mask in each.masks.values())]
-    searches = [Search(final, _first_folds(final))]
+    searches = [Search(final, _screening_by_pairs(final, outer) if are_nested else _screening_by_first_folds(final))]
     for name, mask in outer.items():
-        screening_folds = _neighbours(name, list(outer)) if are_nested else _first_folds(copies[name])
-        searches.append(Search(copies[name], screening_folds, mask))
+        copy = copies[name]
+        by_neighbours = copy.on_folds(_neighbours(name, list(outer))) if are_nested else _screening_by_first_folds(copy)
+        searches.append(Search(copy, by_neighbours, mask))
     distinct = list({mask.tobytes(): mask for mask in masks}.values())
     fits = search(learner, logits, labels, distinct, searches, n_jobs=n_jobs)
 
@@ -125,14 +154,25 @@ def cross_validate(
     )
 
 
-def _first_folds(selection: Selection) -> set[int]:
-    return set(list(selection.masks)[:SCREENING_FOLDS])
+def _screening_by_first_folds(selection: Selection) -> Selection:
+    return selection.on_folds(set(list(selection.masks)[:SCREENING_FOLDS]))
+
+
+def _screening_by_pairs(final: Selection, outer: Mapping[int, np.ndarray]) -> Selection:
+    """Return the screening of the final fit: each row by the fit without its fold and the next one of the circle.
+
+    The copies' screenings need these fits anyway. `outer` are {fold: its rows, bool (N,)}.
+    """
+    names = list(outer)
+    following = dict(zip(names, [*names[1:], *names[:1]], strict=True))
+    masks = {name: outer[name] | outer[following[name]] for name in names}
+    return Selection(final.rows, final.folds, masks, final.paths, ())
 
 
 def _neighbours(name: int, names: Sequence[int]) -> set[int]:
     """Return the neighbours of a fold in a circle of all folds `names`, which are in order.
 
-    If each copy screens by these, the first round takes K of the K (K - 1) / 2 fits without two folds.
+    If each copy screens by these, the first round takes K of the fits without two folds.
     """
     place = names.index(name)
     return {names[(place + 1) % len(names)], names[place - 1]}

@@ -1,7 +1,7 @@
 """Selection of settings for several fits at once, by predictions of rows that other fits leave out.
 
 A learner with several paths of settings is searched in two rounds, a form of racing (Maron and Moore 1993). In the
-first, each selection follows all paths on two of its inner folds only. A path whose best setting there is worse than
+first, each selection follows all paths by few fits only, its screening. A path whose best setting there is worse than
 the best of all by more than `SCREENING_ERRORS` standard errors of the paired differences is left out; the second round
 follows the other paths on all inner folds. A selection reads its own rows only, in both rounds.
 """
@@ -71,13 +71,24 @@ class Selection:
 
     @classmethod
     def without(
-        cls, held_out: np.ndarray, folds: np.ndarray, paths: Sequence[Sequence[int]], *, are_nested: bool
+        cls,
+        held_out: np.ndarray,
+        folds: np.ndarray,
+        paths: Sequence[Sequence[int]],
+        *,
+        are_nested: bool,
+        only: Set[int] | None = None,
     ) -> Selection:
         """Return the selection for the fit without `held_out`, bool (N,), given the inner folds (n,) of other rows.
 
         There are no masks where no row is left to fit on. With `are_nested`, each inner fold has a vote without it.
+        `only` are the inner folds whose rows select, if not all.
         """
-        rows, names = np.flatnonzero(~held_out), np.unique(folds).tolist()
+        rows = np.flatnonzero(~held_out)
+        if only is not None:
+            is_read = np.isin(folds, list(only))
+            rows, folds = rows[is_read], folds[is_read]
+        names = np.unique(folds).tolist()
         masks: dict[int, np.ndarray] = {}
         for name in names if len(names) > 1 else ():
             masks[name] = held_out.copy()
@@ -163,8 +174,8 @@ class Search:
     """What `search` selects for one fit, and which fits that takes."""
 
     selection: Selection
-    screening_folds: Set[int]
-    """Inner folds that the first round reads"""
+    screening: Selection
+    """The selection of the first round: of rows of the same inner folds, by other or fewer fits"""
     held_out: np.ndarray | None = None
     """Rows to predict with the selected setting, by the fit without them, bool (N,)"""
 
@@ -196,9 +207,11 @@ def search(
         needed.append(found.numbers([*each.selection.masks.values(), *own]))
     selections, later = [each.selection for each in searches], set(range(len(masks)))
     if fits is not None and len(paths) > 1:
-        screenings = [each.selection.on_folds(each.screening_folds) for each in searches]
-        first = set().union(*(found.numbers(screening.masks.values()) for screening in screenings))
-        _follow(fits, found, labels, screenings, [numbers & first for numbers in needed])
+        screenings = [each.screening for each in searches]
+        screening_fits = [found.numbers(screening.masks.values()) for screening in screenings]
+        first = set().union(*screening_fits)
+        wanted = [own | (later_own & first) for own, later_own in zip(screening_fits, needed, strict=True)]
+        _follow(fits, found, labels, screenings, wanted)
         for selection, screening in zip(selections, screenings, strict=True):
             if selection.masks:
                 selection.keep_near_best(screening)

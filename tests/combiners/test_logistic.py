@@ -7,6 +7,7 @@ import pytest
 
 from utils.combiners import logistic
 from utils.combiners.logistic import LogisticLearner, fit_path
+from utils.combiners.shared_fits import SharedFits
 from utils.combiners.stacking_features import KINDS, features, standardisation
 from utils.numeric import pools
 from utils.numeric.metrics import log_loss, log_softmax
@@ -119,10 +120,10 @@ def test_coordinates_change_the_way_and_not_the_solution(rows, form, monkeypatch
 @pytest.mark.parametrize(("dtype", "step", "error"), [(np.float64, 1e-6, 1e-6), (np.float32, 1e-2, 1e-4)])
 def test_the_gradient_is_that_of_the_loss(rows, dtype, step, error):
     logits, labels = rows
-    of_rows = logistic._Rows.of(logits, labels, "shrunk_to_pool", KINDS[1])
+    of_rows = logistic._Rows.of(logits, labels, "shrunk_to_pool", KINDS[1], SharedFits())
     x, pooled = (of_rows.table.raw / 5).astype(dtype), of_rows.centred.reshape(M, -1).astype(dtype)
     problem = logistic._Problem(x, pooled, labels, C)
-    values = np.random.default_rng(0).uniform(0.1, 0.5, problem.start().shape)
+    values = np.random.default_rng(0).uniform(0.1, 0.5, problem.start(SharedFits()).shape)
     gradient = problem.loss_and_gradient(values, 0.3)[1]
     assert gradient.dtype == np.float64
     for place in (0, M - 1, M + 7, len(values) - 1):

@@ -4,18 +4,21 @@ Shrunk to the pool: logits = sum_m w_m log p_m + W x + b with w >= 0, the ridge 
 the sum of w (`pools.scale_prior`), so that a strong ridge gives the log-linear pool (Genest and Zidek 1986) and a weak
 one plain stacking (Wolpert 1992; Breiman 1996). Both are smooth convex problems, solved by L-BFGS-B along the strengths
 from the strongest to the weakest with warm starts, in coordinates of nearly equal curvature. Many rows are
-float32, which halves the time; coefficients are float64.
+float32, which halves the time; coefficients are float64. Scores are (C, N), as NumPy reduces a short first axis many
+times as fast as a short last one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from utils.combiners.fit_demand import FitDemand
+from utils.combiners.shared_fits import SharedFits
 from utils.combiners.stacking_features import FeatureRows, centred_log, features
 from utils.numeric.metrics import softmax
 from utils.numeric.pools import fit_log_linear, scale_prior
@@ -59,6 +62,8 @@ class LogisticLearner:
     kinds: tuple[str, ...]
     forms: tuple[str, ...] = ("shrunk_to_pool", "ridge")
     strengths: tuple[float, ...] = STRENGTHS
+    pools: SharedFits = field(default_factory=SharedFits, compare=False)
+    """Log-linear pools, from which the fits on all kinds of features start"""
     thread_safe: ClassVar[bool] = True
 
     def demand(self, members: int, rows: int, classes: int) -> FitDemand:
@@ -86,7 +91,7 @@ class LogisticLearner:
     ) -> list[tuple[Sequence[int], _Training]]:
         """Return one training per fit; features are computed once for all of them."""
         first = self.settings()[self.paths()[path][0]]
-        rows = _Rows.of(logits, labels, first["form"], first["features"])
+        rows = _Rows.of(logits, labels, first["form"], first["features"], self.pools)
         return [
             ([number], _Training(_Path(rows, ~held_out), rows, held_out, self.strengths))
             for number, held_out in enumerate(held_out_sets)
@@ -107,7 +112,7 @@ def fit_path(
     logits: np.ndarray, labels: np.ndarray, *, form: str, kind: str, strengths: Sequence[float]
 ) -> list[Coefficients]:
     """Return one model per strength, fitted on logits (M, N, C) and labels (N,)."""
-    rows = _Rows.of(logits, labels, form, kind)
+    rows = _Rows.of(logits, labels, form, kind, SharedFits())
     path = _Path(rows, np.ones(len(labels), dtype=bool))
     return [path.fit(strength) for strength in strengths]
 
@@ -118,21 +123,25 @@ class _Rows:
 
     table: FeatureRows
     centred: np.ndarray | None
-    """Float (M, N, C): centred log-probabilities; None in the plain form"""
+    """Float (M, C, N): centred log-probabilities; None in the plain form"""
     dtype: type[np.floating[Any]]
     """Of the rows in a fit"""
+    pools: SharedFits
+    """Log-linear pools of fits on equal rows"""
 
     @classmethod
-    def of(cls, logits: np.ndarray, labels: np.ndarray, form: str, kind: str) -> _Rows:
+    def of(cls, logits: np.ndarray, labels: np.ndarray, form: str, kind: str, pools: SharedFits) -> _Rows:
         dtype = np.float32 if logits.size >= SINGLE_PRECISION else np.float64
-        centred = centred_log(softmax(logits)).astype(dtype) if form == "shrunk_to_pool" else None
-        return cls(FeatureRows.of(logits, labels, kind), centred, dtype)
+        centred = None
+        if form == "shrunk_to_pool":
+            centred = centred_log(softmax(logits)).transpose(0, 2, 1).astype(dtype, order="C")
+        return cls(FeatureRows.of(logits, labels, kind), centred, dtype, pools)
 
     def predict_proba(self, model: Coefficients, inside: np.ndarray) -> np.ndarray:
         """Return probabilities (n, C) of the rows `inside`, bool (N,)."""
         scores = self.table.raw[inside] @ model.matrix + model.bias
         if self.centred is not None:
-            scores += np.tensordot(model.weights, self.centred[:, inside], axes=1)
+            scores += np.tensordot(model.weights, self.centred[:, :, inside], axes=1).T
         return softmax(scores)
 
 
@@ -159,29 +168,32 @@ class _Path:
 
     def __init__(self, rows: _Rows, inside: np.ndarray) -> None:
         self.rows, self.inside = rows, inside
+        self.centre, self.scale = rows.table.standardisation(inside)
         self.values: np.ndarray | None = None
         self.curvatures: tuple[np.ndarray, np.ndarray] | None = None
 
     def fit(self, strength: float) -> Coefficients:
         """Return the model of one strength."""
         table, centred, inside = self.rows.table, self.rows.centred, self.inside
-        centre, scale = table.standardisation(inside)
         # Rebuilt for each strength: the paths of all fits are open at once, and keeping a copy of the rows for each
         # would take too much memory.
+        x = table.raw[inside]
+        x -= self.centre
+        x /= self.scale
         problem = _Problem(
-            x=((table.raw[inside] - centre) / scale).astype(self.rows.dtype),
-            pools=None if centred is None else centred[:, inside].reshape(table.members, -1),
+            x=x.astype(self.rows.dtype, copy=False),
+            pools=None if centred is None else centred[:, :, inside].reshape(table.members, -1),
             labels=table.labels[inside],
             classes=table.classes,
         )
         if self.values is None:
-            self.values, self.curvatures = problem.start(), problem.curvatures()
+            self.values, self.curvatures = problem.start(self.rows.pools), problem.curvatures()
         assert self.curvatures is not None
         self.values = problem.minimise(strength, self.values, *self.curvatures)
         weights, matrix, bias = problem.split(self.values)
-        matrix = matrix / scale[:, None]
+        matrix = matrix / self.scale[:, None]
         weights = weights.copy() if problem.free else np.zeros(table.members)
-        return Coefficients(table.kind, weights, matrix, bias - centre @ matrix)
+        return Coefficients(table.kind, weights, matrix, bias - self.centre @ matrix)
 
 
 @dataclass(frozen=True)
@@ -196,7 +208,7 @@ class _Problem:
     x: np.ndarray
     """Float (N, F), standardised"""
     pools: np.ndarray | None
-    """Float (M, N * C): centred log-probabilities; None in the plain form"""
+    """Float (M, C * N): centred log-probabilities; None in the plain form"""
     labels: np.ndarray
     """int64 (N,)"""
     classes: int
@@ -206,12 +218,18 @@ class _Problem:
         """Number of pool weights, which come first in the vector."""
         return 0 if self.pools is None else len(self.pools)
 
-    def start(self) -> np.ndarray:
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """`x` as contiguous (F, N), in which scores take less time."""
+        return np.ascontiguousarray(self.x.T)
+
+    def start(self, pools: SharedFits) -> np.ndarray:
         """Return the starting vector: the log-linear pool, the limit of a strong ridge; zeros in the plain form."""
         values = np.zeros(self.free + (self.x.shape[1] + 1) * self.classes)
         if self.pools is not None:
-            shape = self.free, len(self.labels), self.classes
-            values[: self.free] = fit_log_linear(self.pools.reshape(shape), self.labels).weights
+            scores = self.pools.reshape(self.free, self.classes, -1).transpose(0, 2, 1)
+            fit = partial(fit_log_linear, scores, self.labels)
+            values[: self.free] = pools.result("log-linear pool", (self.pools, self.labels), fit).weights
         return values
 
     def curvatures(self) -> tuple[np.ndarray, np.ndarray]:
@@ -238,7 +256,7 @@ class _Problem:
         from scipy.optimize import minimize
 
         probabilities = self._probabilities(start)[0]
-        spread = (probabilities * (1 - probabilities)).mean(axis=0) + SMALLEST_CURVATURE
+        spread = (probabilities * (1 - probabilities)).mean(axis=1) + SMALLEST_CURVATURE
         matrix_scale = 1 / np.sqrt(squares[:, None] * spread + strength)
         bias_scale = 1 / np.sqrt(spread + self._ridge_on_bias(strength))
         weight_scale = 1 / np.sqrt(self._pool_curvatures(probabilities) + SMALLEST_CURVATURE)
@@ -263,7 +281,7 @@ class _Problem:
         weights, matrix, bias = self.split(start)
         parts = [weights / weight_scale, (components.T @ matrix) / matrix_scale, bias / bias_scale]
         point = np.concatenate([part.ravel() for part in parts])
-        bounds = [(0, None) if index < self.free else (None, None) for index in range(len(point))]
+        bounds = [(0, None)] * self.free + [(None, None)] * (len(point) - self.free) if self.free else None
         options = {"maxiter": ITERATIONS, "gtol": 0, "ftol": 0}
         solution = minimize(
             loss_and_gradient, point, jac=True, method="L-BFGS-B", bounds=bounds, options=options, callback=stop
@@ -280,14 +298,14 @@ class _Problem:
         """Return the mean loss with ridge and prior, and its gradient."""
         weights, matrix, bias = self.split(values)
         error, loss = self._probabilities(values)
-        rows = len(error)
-        error[np.arange(rows), self.labels] -= 1
+        rows = len(self.labels)
+        error[self.labels, np.arange(rows)] -= 1
         error /= rows
         ridge_on_bias = self._ridge_on_bias(strength)
         loss += 0.5 * strength * float((matrix**2).sum()) + 0.5 * ridge_on_bias * float((bias**2).sum())
         parts = [
-            self.x.T @ error + strength * matrix,
-            error.sum(axis=0, dtype=np.float64) + ridge_on_bias * bias,
+            (error @ self.x).T + strength * matrix,
+            error.sum(axis=1, dtype=np.float64) + ridge_on_bias * bias,
         ]
         if self.pools is not None:
             prior, slope, _ = scale_prior(float(weights.sum()), rows)
@@ -300,27 +318,27 @@ class _Problem:
         return strength if self.free else 0.0
 
     def _probabilities(self, values: np.ndarray) -> tuple[np.ndarray, float]:
-        """Return probabilities (N, C) of the type of the rows, and their mean log-loss."""
+        """Return probabilities (C, N) of the type of the rows, and their mean log-loss."""
         weights, matrix, bias = self.split(values.astype(self.x.dtype))
-        scores = self.x @ matrix
-        scores += bias
+        scores = matrix.T @ self.columns
+        scores += bias[:, None]
         if self.pools is not None:
             scores += (weights @ self.pools).reshape(scores.shape)
-        scores -= scores.max(axis=1, keepdims=True)
-        label_scores = scores[np.arange(len(scores)), self.labels].sum(dtype=np.float64)
+        scores -= scores.max(axis=0)
+        label_scores = scores[self.labels, np.arange(len(self.labels))].sum(dtype=np.float64)
         np.exp(scores, out=scores)
-        sums = scores.sum(axis=1)
-        loss = (np.log(sums).sum(dtype=np.float64) - label_scores) / len(scores)
-        scores /= sums[:, None]
+        sums = scores.sum(axis=0)
+        loss = (np.log(sums).sum(dtype=np.float64) - label_scores) / len(sums)
+        scores /= sums
         return scores, float(loss)
 
     def _pool_curvatures(self, probabilities: np.ndarray) -> np.ndarray:
         """Return the second derivatives (M,) of the mean loss with respect to the pool weights."""
         if self.pools is None:
             return np.zeros(0)
-        weighted, rows = probabilities.ravel(), len(probabilities)
+        weighted, rows = probabilities.ravel(), len(self.labels)
         curvatures: list[float] = []
         for scores in self.pools:
-            means = (scores * weighted).reshape(rows, -1).sum(axis=1)
+            means = (scores * weighted).reshape(self.classes, -1).sum(axis=0)
             curvatures.append(float((scores**2) @ weighted - (means**2).sum()) / rows)
         return np.maximum(curvatures, 0.0)  # rounding of float32 can make a curvature near 0 negative

@@ -24,6 +24,7 @@ from utils.numeric.batched_training import (
     Schedule,
     independent_products,
     linear_values,
+    zero_dropped,
 )
 
 SCORES = 4  # columns to which the matrix of the attention score is padded
@@ -127,12 +128,12 @@ class _PooledHeads(BatchedHeads):
         self.before, self.kept = parts, None
         if self.threshold:
             self.kept = self._kept(pooled.shape, counts, self.threshold)
-            pooled.mul_(self.kept).div_(self.kept_share)
+            zero_dropped(pooled, self.kept).div_(self.kept_share)
         return pooled
 
     def _backward(self, gradient: Tensor, slopes: Sequence[Tensor]) -> None:
         if self.kept is not None:
-            gradient = gradient.mul(self.kept).div_(self.kept_share)
+            zero_dropped(gradient, self.kept).div_(self.kept_share)
         self._pooled_backward(gradient, self.before, slopes)
         self.saved = ()
 

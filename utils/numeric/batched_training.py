@@ -89,7 +89,10 @@ class BatchedTraining:
         self.shapes: list[tuple[int, ...]] = [*self._shapes_before(), *layers]
         """Shapes of alternating matrices (in, out) and biases (1, out); the perceptron's come last"""
         self.n_before = len(self.shapes) - len(layers)
-        self._set_values(torch.stack([_flat(self._initial(generator)) for generator in self.generators]))
+        values = torch.stack([_flat(self._initial(generator)) for generator in self.generators])
+        self._set_values(values, [torch.zeros_like(values), torch.zeros_like(values)])
+        self.steps = torch.zeros(())
+        """Number of steps taken, as AdamW counts them"""
         self.epoch = 0
 
     def run_to(self, epoch: int) -> None:
@@ -105,9 +108,7 @@ class BatchedTraining:
         if len(numbers) == len(self.rows):
             return
         indices = torch.tensor(list(numbers))
-        moments, steps = [moment[indices] for moment in self.moments], self.steps
-        self._set_values(self.values[indices])
-        self.moments, self.steps = moments, steps
+        self._set_values(self.values[indices], [moment[indices] for moment in self.moments])
         self.rows = [self.rows[number] for number in numbers]
         self.generators = [self.generators[number] for number in numbers]
         self.noise = [self.noise[number] for number in numbers]
@@ -146,16 +147,12 @@ class BatchedTraining:
         """Write the gradients of the layers before the perceptron, given that of the output of `_forward` (B, n, D)."""
 
     # -----------------------------------------------------------------------------------------------------------------
-    def _set_values(self, values: Tensor) -> None:
-        """Set the parameters, with the state of AdamW before the first step."""
-        self.values = values
+    def _set_values(self, values: Tensor, moments: Sequence[Tensor]) -> None:
+        """Set the parameters (B, P), and the first and second moments of their gradients (B, P)."""
+        self.values, self.moments = values, moments
         """Parameters float32 (B, P): padded to a multiple of `VECTOR`, so that no SIMD vector spans two fits"""
         # One buffer for the gradients of all steps: a new one of some megabytes would be mapped and cleared each time.
         self.gradients = torch.zeros_like(values)
-        self.moments: list[Tensor] = [torch.zeros_like(values), torch.zeros_like(values)]
-        """First and second moments of the gradients, (B, P) each"""
-        self.steps: Tensor = torch.zeros(())
-        """Number of steps taken, as AdamW counts them"""
         self.all_parts, self.all_slopes = self._parts(values), self._parts(self.gradients)
 
     def _parts(self, values: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ from combiner_cases import FACTS, QUICK, C, M
 
 from utils.building.ensembles import COMBINERS
 from utils.combiners.protocol import fit_nested
-from utils.numeric import setting_search
+from utils.numeric import nested_cv
 from utils.numeric.nested_cv import inner_folds
 from utils.predictions.rows import MemberOutputs
 
@@ -46,9 +46,10 @@ def outputs_of(labels: np.ndarray, shift: float, method: str) -> np.ndarray | Me
 def test_copies_follow_the_recipe_of_the_final_fit(method, n_folds, monkeypatch):
     """A copy is the recipe fitted on the other rows; class 2 is absent from those of one copy.
 
-    No path is left out by the first round, whose fits are not those of the second for the final fit.
+    The first round of the final fit reads fits that a copy of it does not have, so both read the first folds here.
     """
-    monkeypatch.setattr(setting_search, "SCREENING_ERRORS", 1e9)
+    screening = nested_cv._screening_by_first_folds
+    monkeypatch.setattr(nested_cv, "_screening_by_pairs", lambda final, _: screening(final))
     labels, folds = labels_of("one row of a class"), np.arange(N) % n_folds
     recipe = COMBINERS[method].configured(QUICK, FACTS)
     outputs = outputs_of(labels, 1.5, method)

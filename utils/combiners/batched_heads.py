@@ -6,7 +6,7 @@ than such a product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -101,12 +101,11 @@ class _PooledHeads(BatchedHeads):
     @cached_property
     def groups(self) -> list[list[int]]:
         """Members with blocks of equal widths."""
-        widths = self.shape.widths
-        return [[member for member in range(len(widths)) if widths[member] == width] for width in dict.fromkeys(widths)]
+        return _groups(self.shape)
 
     @cached_property
     def order(self) -> list[int]:
-        """Order of the members along M of mapped blocks (B, M, n, D)."""
+        """Order of the members along M of mapped blocks (B, M, n, D), and of their layers among the parameters."""
         return [member for group in self.groups for member in group]
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
@@ -143,25 +142,38 @@ class _PooledHeads(BatchedHeads):
         Returns the outputs (B, M, n, D), and the blocks (B * m, n, w) of each group of m members for the gradients.
         """
         blocks, inputs, mapped = values.split(self.shape.widths, dim=2), [], []
-        for group in self.groups:
-            block, matrix, bias = (
-                torch.stack([of_members[member] for member in group], dim=1).flatten(0, 1)
-                for of_members in (blocks, parts[::2], parts[1::2])
-            )
-            mapped.append(torch.baddbmm(bias, block, matrix).unflatten(0, (-1, len(group))))
+        for group, matrices, biases in self._by_group(parts):
+            block = torch.stack([blocks[member] for member in group], dim=1).flatten(0, 1)
+            outputs = torch.baddbmm(biases.flatten(0, 1), block, matrices.flatten(0, 1))
+            mapped.append(outputs.unflatten(0, (-1, len(group))))
             inputs.append(block)
         return mapped[0] if len(mapped) == 1 else torch.cat(mapped, dim=1), inputs
 
     def _mapped_backward(self, gradient: Tensor, inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
         """Write the gradients of the members' linear layers, given that of their outputs (B, M, n, D)."""
         by_group = gradient.split([len(group) for group in self.groups], dim=1)
-        for group, block, part in zip(self.groups, inputs, by_group, strict=True):
+        for (_, matrices, biases), block, part in zip(self._by_group(slopes), inputs, by_group, strict=True):
             outputs = part.flatten(0, 1)
-            matrices = torch.bmm(block.transpose(1, 2), outputs).unflatten(0, (-1, len(group)))
-            biases = outputs.sum(dim=1, keepdim=True).unflatten(0, (-1, len(group)))
-            for place, member in enumerate(group):
-                slopes[2 * member].copy_(matrices[:, place])
-                slopes[2 * member + 1].copy_(biases[:, place])
+            matrices.copy_(torch.bmm(block.transpose(1, 2), outputs).view(matrices.shape))
+            biases.copy_(outputs.sum(dim=1, keepdim=True).view(biases.shape))
+
+    def _by_group(self, parts: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Yield each group with views (B, m, w, D) and (B, m, 1, D) of its members' matrices and biases in `parts`.
+
+        The layers of a group follow one another, so that one operation reads or writes all of them.
+        """
+        place = 0
+        for group in self.groups:
+            matrix, bias = parts[2 * place : 2 * place + 2]
+            of_layer = matrix[0].numel() + bias[0].numel()
+            matrices, biases = (
+                torch.as_strided(
+                    first, (len(first), len(group), *first.shape[1:]), (first.stride(0), of_layer, *first.stride()[1:])
+                )
+                for first in (matrix, bias)
+            )
+            yield group, matrices, biases
+            place += len(group)
 
 
 class BatchedAttention(_PooledHeads):
@@ -171,7 +183,7 @@ class BatchedAttention(_PooledHeads):
     def maps_before(cls, shape: HeadShape) -> Mapping[str, tuple[int, int]]:
         """Return the layers of each member's token, of gated attention and of its score."""
         token = _token(shape)
-        tokens = {f"tokens.{member}": (width, token) for member, width in enumerate(shape.widths)}
+        tokens = {f"tokens.{member}": (shape.widths[member], token) for group in _groups(shape) for member in group}
         return tokens | {"gate": (token, token), "value": (token, token), "score": (token, 1)}
 
     @classmethod
@@ -248,7 +260,8 @@ class BatchedBilinear(_PooledHeads):
     @classmethod
     def maps_before(cls, shape: HeadShape) -> Mapping[str, tuple[int, int]]:
         """Return the layer of each member's projection."""
-        return {f"projections.{member}": (width, shape.rank) for member, width in enumerate(shape.widths)}
+        members = [member for group in _groups(shape) for member in group]
+        return {f"projections.{member}": (shape.widths[member], shape.rank) for member in members}
 
     @classmethod
     def perceptron_sizes(cls, shape: HeadShape) -> list[int]:
@@ -293,6 +306,12 @@ BATCHED: dict[str, type[BatchedHeads]] = {
     "cca_aligned": BatchedHeads,
 }
 """Batched training of each head of `fusion_heads.HEADS`, by the same names."""
+
+
+def _groups(shape: HeadShape) -> list[list[int]]:
+    """Return the members with blocks of equal widths."""
+    widths = shape.widths
+    return [[member for member in range(len(widths)) if widths[member] == width] for width in dict.fromkeys(widths)]
 
 
 def _token(shape: HeadShape) -> int:

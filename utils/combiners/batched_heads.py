@@ -6,7 +6,7 @@ than such a product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -142,27 +142,34 @@ class _PooledHeads(BatchedHeads):
         Returns the outputs (B, M, n, D), and the blocks (B * m, n, w) of each group of m members for the gradients.
         """
         blocks, inputs, mapped = values.split(self.shape.widths, dim=2), [], []
-        for group, matrices, biases in self._by_group(parts):
+        is_training = parts[0] is self.all_parts[0]
+        layers = self.layers_of_groups if is_training else self._layers_of_groups(parts)
+        for group, (matrices, biases) in zip(self.groups, layers, strict=True):
             block = torch.stack([blocks[member] for member in group], dim=1).flatten(0, 1)
             outputs = torch.baddbmm(biases.flatten(0, 1), block, matrices.flatten(0, 1))
             mapped.append(outputs.unflatten(0, (-1, len(group))))
             inputs.append(block)
         return mapped[0] if len(mapped) == 1 else torch.cat(mapped, dim=1), inputs
 
-    def _mapped_backward(self, gradient: Tensor, inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> None:
+    def _mapped_backward(self, gradient: Tensor, inputs: Sequence[Tensor]) -> None:
         """Write the gradients of the members' linear layers, given that of their outputs (B, M, n, D)."""
         by_group = gradient.split([len(group) for group in self.groups], dim=1)
-        for (_, matrices, biases), block, part in zip(self._by_group(slopes), inputs, by_group, strict=True):
+        for (matrices, biases), block, part in zip(self.slopes_of_groups, inputs, by_group, strict=True):
             outputs = part.flatten(0, 1)
             matrices.copy_(torch.bmm(block.transpose(1, 2), outputs).view(matrices.shape))
             biases.copy_(outputs.sum(dim=1, keepdim=True).view(biases.shape))
 
-    def _by_group(self, parts: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Yield each group with views (B, m, w, D) and (B, m, 1, D) of its members' matrices and biases in `parts`.
+    def _set_values(self, values: Tensor, moments: Sequence[Tensor]) -> None:
+        super()._set_values(values, moments)
+        self.layers_of_groups = self._layers_of_groups(self.all_parts)
+        self.slopes_of_groups = self._layers_of_groups(self.all_slopes)
+
+    def _layers_of_groups(self, parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return views (B, m, w, D) and (B, m, 1, D) of the matrices and biases of each group of m members in `parts`.
 
         The layers of a group follow one another, so that one operation reads or writes all of them.
         """
-        place = 0
+        views, place = [], 0
         for group in self.groups:
             matrix, bias = parts[2 * place : 2 * place + 2]
             of_layer = matrix[0].numel() + bias[0].numel()
@@ -172,8 +179,9 @@ class _PooledHeads(BatchedHeads):
                 )
                 for first in (matrix, bias)
             )
-            yield group, matrices, biases
+            views.append((matrices, biases))
             place += len(group)
+        return views
 
 
 class BatchedAttention(_PooledHeads):
@@ -251,7 +259,7 @@ class BatchedAttention(_PooledHeads):
         of_tokens = of_tokens.view(tokens.shape).addcmul_(weights.unsqueeze(3), pooled_gradient)
         # A positive token was neither zeroed by ReLU nor absent.
         of_mapped = torch.ops.aten.threshold_backward(of_tokens, tokens, 0)
-        self._mapped_backward(of_mapped, inputs, slopes[: 2 * n_members])
+        self._mapped_backward(of_mapped, inputs)
 
 
 class BatchedBilinear(_PooledHeads):
@@ -288,7 +296,7 @@ class BatchedBilinear(_PooledHeads):
         of_products = of_products / self._pairs**0.5
         of_total = (of_total / self._members**0.5).addcmul_(of_products, total)
         of_projected = of_total.unsqueeze(1) - of_products.unsqueeze(1) * projected
-        self._mapped_backward(torch.ops.aten.tanh_backward(of_projected, projected), inputs, slopes)
+        self._mapped_backward(torch.ops.aten.tanh_backward(of_projected, projected), inputs)
 
     @property
     def _members(self) -> int:

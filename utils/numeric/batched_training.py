@@ -166,7 +166,10 @@ class BatchedTraining:
 
         Batches of a fit differ by at most one row. Padding rows have the divisor 0.
         """
-        counts = [[len(part) for part in torch.arange(len(rows)).tensor_split(self.n_batches)] for rows in self.rows]
+        counts = []
+        for rows in self.rows:
+            least, n_larger = divmod(len(rows), self.n_batches)
+            counts.append([least + 1] * n_larger + [least] * (self.n_batches - n_larger))
         indices = torch.zeros(len(self.rows), self.n_batches, self.width, dtype=torch.int64)
         divisors = torch.zeros(indices.shape)
         for number, (rows, generator) in enumerate(zip(self.rows, self.generators, strict=True)):

@@ -136,13 +136,12 @@ class _PooledHeads(BatchedHeads):
         self._pooled_backward(gradient, self.before, slopes)
         self.saved = ()
 
-    def _mapped(self, values: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _mapped(self, values: Tensor, parts: Sequence[Tensor], *, is_training: bool) -> tuple[Tensor, list[Tensor]]:
         """Apply each member's linear layer to its block (B, n, w) of rows (B, n, W).
 
         Returns the outputs (B, M, n, D), and the blocks (B * m, n, w) of each group of m members for the gradients.
         """
         blocks, inputs, mapped = values.split(self.shape.widths, dim=2), [], []
-        is_training = parts[0] is self.all_parts[0]
         layers = self.layers_of_groups if is_training else self._layers_of_groups(parts)
         for group, (matrices, biases) in zip(self.groups, layers, strict=True):
             block = torch.stack([blocks[member] for member in group], dim=1).flatten(0, 1)
@@ -214,14 +213,14 @@ class BatchedAttention(_PooledHeads):
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
         n_members, rows = len(self.shape.widths), values.shape[1]
-        mapped, inputs = self._mapped(values, parts[: 2 * n_members])
+        mapped, inputs = self._mapped(values, parts[: 2 * n_members], is_training=counts is not None)
         tokens = mapped.relu_()  # (B, M, n, D)
         gate, gate_bias, value, value_bias, score, score_bias = parts[2 * n_members :]
         present = None
         if counts is not None:
             kept = self._kept((len(values), rows, n_members), counts, round(ABSENT * RANDOM_VALUES))
             present = kept[:, :, self.order].transpose(1, 2)
-            tokens.mul_(present.unsqueeze(3))
+            tokens.mul_(present.to(tokens.dtype).unsqueeze(3))  # a product with bool would take several times as long
         flat = tokens.flatten(1, 2)
         tanh = torch.baddbmm(value_bias, flat, value).tanh_()
         sigmoid = torch.baddbmm(gate_bias, flat, gate).sigmoid_()
@@ -282,7 +281,7 @@ class BatchedBilinear(_PooledHeads):
         return super().are_independent(shape) and shape.rank % WIDTHS == 0
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
-        mapped, inputs = self._mapped(values, parts)
+        mapped, inputs = self._mapped(values, parts, is_training=counts is not None)
         projected = mapped.tanh_()  # (B, M, n, D)
         total = projected.sum(dim=1)
         products = (total * total - (projected * projected).sum(dim=1)) / 2

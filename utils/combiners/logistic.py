@@ -62,7 +62,7 @@ class LogisticLearner:
     kinds: tuple[str, ...]
     forms: tuple[str, ...] = ("shrunk_to_pool", "ridge")
     strengths: tuple[float, ...] = STRENGTHS
-    pools: SharedFits = field(default_factory=SharedFits, compare=False)
+    pools: SharedFits = field(default_factory=SharedFits, compare=False, repr=False)
     """Log-linear pools, from which the fits on all kinds of features start"""
     thread_safe: ClassVar[bool] = True
 

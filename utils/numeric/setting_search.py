@@ -175,7 +175,7 @@ class Search:
 
     selection: Selection
     screening: Selection
-    """The selection of the first round: of rows of the same inner folds, by other or fewer fits"""
+    """The selection of the first round, by fewer or other fits"""
     held_out: np.ndarray | None = None
     """Rows to predict with the selected setting, by the fit without them, bool (N,)"""
 

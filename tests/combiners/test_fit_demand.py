@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 
+from utils.building import stacking_builder
+from utils.building.fitting import OutOfSampleRows
 from utils.combiners.fit_demand import EstimatesDemand, FitDemand
 from utils.combiners.logistic import LogisticLearner
 from utils.combiners.stacking_features import KINDS
 from utils.core.config_file import load_config
+from utils.numeric import nested_cv
 from utils.stacking_methods import COMBINERS
 
 CONFIG = load_config(PROJECT / "configs" / "ensemble_config.yaml")
@@ -86,3 +89,13 @@ def test_a_stacker_fits_as_many_at_a_time_as_have_room(monkeypatch):
         with pytest.raises(RuntimeError, match="stop"):
             stacker.fit(logits, labels, folds)
     assert numbers == [6, 64]
+
+
+@pytest.mark.parametrize(("enough", "expected"), [(2_000, 16), (20, 11)])
+def test_the_estimate_counts_the_fits_of_the_search(monkeypatch, enough, expected):
+    counted = []
+    monkeypatch.setattr(nested_cv, "ENOUGH_ROWS", enough)
+    monkeypatch.setattr(FitDemand, "refusal", lambda demand, n_fits, cores: counted.append(n_fits))
+    rows = OutOfSampleRows(None, np.arange(50) % 5)  # the estimate reads folds alone
+    stacking_builder._refusal(CONFIG, "stacking_lr", FitDemand(1.0, 1.0), rows)
+    assert counted == [expected]

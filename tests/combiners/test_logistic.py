@@ -79,6 +79,18 @@ def test_weights_of_the_pool_are_never_negative(rows):
         assert (model.weights >= 0).all()
 
 
+def test_fits_start_from_the_pool_of_their_own_rows(rows):
+    logits, labels = rows
+    learner, half = LogisticLearner(KINDS), len(labels) // 2
+    learner.predictions(logits[:, :half], labels[:half], logits)
+    other = labels[half:], logits[:, half:]
+    fresh = LogisticLearner(KINDS).predictions(other[1], other[0], logits)
+    assert learner.predictions(other[1], other[0], logits).tobytes() == fresh.tobytes()
+    changed = np.concatenate([labels[:1], (labels[1:half] + 1) % C])  # equal rows with other labels
+    fresh = LogisticLearner(KINDS).predictions(logits[:, :half], changed, logits)
+    assert learner.predictions(logits[:, :half], changed, logits).tobytes() == fresh.tobytes()
+
+
 def test_a_setting_fitted_again_is_the_model_of_the_path(rows):
     logits, labels = rows
     learner = LogisticLearner(KINDS[:1], strengths=(1.0, 0.1, 0.01))

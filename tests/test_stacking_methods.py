@@ -15,7 +15,7 @@ from utils.meta_methods import FUSERS
 from utils.numeric import nested_cv
 from utils.numeric.metrics import log_loss, softmax
 from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
-from utils.stacking_methods import COMBINERS, Calibration, calibrate, mean_probabilities
+from utils.stacking_methods import COMBINERS, Calibration, calibrate
 
 pytestmark = pytest.mark.usefixtures("small_forests")
 M, N, C = 3, 300, 3
@@ -72,7 +72,7 @@ def test_inner_copies_of_a_fold_have_read_none_of_its_labels(make, rows, enough_
     after = fit_nested(make(), logits, np.where(folds == 2, (labels + 1) % C, labels), folds)
     np.testing.assert_array_equal(after.inner[2], before.inner[2])
     assert not np.array_equal(after.inner[1], before.inner[1])
-    known, mean = np.isfinite(before.inner[2]).all(axis=1), mean_probabilities(logits)
+    known, mean = np.isfinite(before.inner[2]).all(axis=1), softmax(logits).mean(axis=0)
     np.testing.assert_array_equal(known, np.isin(folds, (1, 2, 3)) if enough_rows < N else np.ones(N, dtype=bool))
     assert log_loss(before.inner[2][known], labels[known]) < log_loss(mean[known], labels[known]) - 0.02
 
@@ -105,7 +105,7 @@ class _OneForest(ForestLearner):
 def test_a_stacker_beats_the_plain_mean_where_there_is_something_to_learn(make, rows):
     logits, labels, folds = rows
     unseen = fit_crossfitted(make(), logits, labels, folds)
-    assert log_loss(unseen, labels) < log_loss(mean_probabilities(logits), labels) - 0.05
+    assert log_loss(unseen, labels) < log_loss(softmax(logits).mean(axis=0), labels) - 0.05
 
 
 def test_the_report_tells_what_was_chosen_and_its_two_scores(make, rows):

@@ -193,9 +193,7 @@ class Stacker(Combiner):
         for other, probabilities in result.inner_nested[fold].items():
             held_out = folds[rows] == other
             others = rows[~held_out]
-            is_other = np.zeros(len(folds), dtype=bool)
-            is_other[others] = True
-            inner = nested_cv.inner_folds(labels, folds, is_other)
+            inner = nested_cv.inner_folds(labels, folds, np.isin(np.arange(len(folds)), others))
             calibration = self._calibrate(probabilities[~held_out], mean[others], labels[others], inner)
             predictions[rows[held_out]] = calibration.apply(probabilities[held_out], mean[rows[held_out]])
         return predictions

@@ -8,7 +8,7 @@ import pytest
 from utils.combiners import logistic
 from utils.combiners.logistic import LogisticLearner, fit_path
 from utils.combiners.shared_fits import SharedFits
-from utils.combiners.stacking_features import KINDS, features, standardisation
+from utils.combiners.stacking_features import KINDS, FeatureRows, features, standardisation
 from utils.numeric import pools
 from utils.numeric.metrics import log_loss, log_softmax
 
@@ -77,6 +77,20 @@ def test_weights_of_the_pool_are_never_negative(rows):
     logits[0] = -logits[2]
     for model in fit_path(logits, labels, form="shrunk_to_pool", kind=KINDS[0], strengths=[10, 0.01]):
         assert (model.weights >= 0).all()
+
+
+def test_a_path_reads_its_rows_when_it_is_fitted(rows, monkeypatch):
+    """A job on a cluster makes the paths of all fits and follows one."""
+    read, standardisation = [], FeatureRows.standardisation
+    monkeypatch.setattr(
+        FeatureRows, "standardisation", lambda table, inside: read.append(1) or standardisation(table, inside)
+    )
+    folds = [np.arange(len(rows[1])) % 3 == fold for fold in range(3)]
+    trainings = LogisticLearner(KINDS[:1]).trainings(0, *rows, folds)
+    assert read == []
+    for _ in range(2):
+        trainings[1][1].advance([0])
+    assert read == [1]
 
 
 def test_fits_start_from_the_pool_of_their_own_rows(rows):

@@ -117,8 +117,8 @@ class StackingBuilder(Builder):
         refusals = {name: _refusal(config, name, demands[name], rows) for name, rows in rows_of.items()}
         failures = {name: f"{name}: {reason}" for name, reason in refusals.items() if reason is not None}
         # The longest first, so that the others fill the cores until it ends.
-        fitted_names = sorted(names, key=lambda name: -demands[name].seconds)
-        tasks = [(name, choices[name]["chosen"]) for name in fitted_names if name not in failures]
+        by_duration = sorted(names, key=lambda name: -demands[name].seconds)
+        tasks = [(name, choices[name]["chosen"]) for name in by_duration if name not in failures]
         for name, inference in tasks:
             n_rows = len(prepared[inference][0].fold)
             logger.info("fitting %s on %d out-of-sample rows of %d members", name, n_rows, len(members))

@@ -106,7 +106,7 @@ class _PooledHeads(BatchedHeads):
     @cached_property
     def order(self) -> list[int]:
         """Order of the members along M of mapped blocks (B, M, n, D), and of their layers among the parameters."""
-        return [member for group in self.groups for member in group]
+        return _order(self.shape)
 
     def _pooled(self, values: Tensor, parts: Sequence[Tensor], counts: Sequence[int] | None) -> Tensor:
         """Return pooled features (B, n, D) of rows (B, n, W).
@@ -190,7 +190,7 @@ class BatchedAttention(_PooledHeads):
     def maps_before(cls, shape: HeadShape) -> Mapping[str, tuple[int, int]]:
         """Return the layers of each member's token, of gated attention and of its score."""
         token = _token(shape)
-        tokens = {f"tokens.{member}": (shape.widths[member], token) for group in _groups(shape) for member in group}
+        tokens = {f"tokens.{member}": (shape.widths[member], token) for member in _order(shape)}
         return tokens | {"gate": (token, token), "value": (token, token), "score": (token, 1)}
 
     @classmethod
@@ -267,8 +267,7 @@ class BatchedBilinear(_PooledHeads):
     @classmethod
     def maps_before(cls, shape: HeadShape) -> Mapping[str, tuple[int, int]]:
         """Return the layer of each member's projection."""
-        members = [member for group in _groups(shape) for member in group]
-        return {f"projections.{member}": (shape.widths[member], shape.rank) for member in members}
+        return {f"projections.{member}": (shape.widths[member], shape.rank) for member in _order(shape)}
 
     @classmethod
     def perceptron_sizes(cls, shape: HeadShape) -> list[int]:
@@ -319,6 +318,11 @@ def _groups(shape: HeadShape) -> list[list[int]]:
     """Return the members with blocks of equal widths."""
     widths = shape.widths
     return [[member for member in range(len(widths)) if widths[member] == width] for width in dict.fromkeys(widths)]
+
+
+def _order(shape: HeadShape) -> list[int]:
+    """Return the members, group by group."""
+    return [member for group in _groups(shape) for member in group]
 
 
 def _token(shape: HeadShape) -> int:

@@ -168,18 +168,22 @@ class _Path:
 
     def __init__(self, rows: _Rows, inside: np.ndarray) -> None:
         self.rows, self.inside = rows, inside
-        self.centre, self.scale = rows.table.standardisation(inside)
+        # Made by the first fit: on a cluster each job makes all paths and fits one.
+        self.standardisation: tuple[np.ndarray, np.ndarray] | None = None
         self.values: np.ndarray | None = None
         self.curvatures: tuple[np.ndarray, np.ndarray] | None = None
 
     def fit(self, strength: float) -> Coefficients:
         """Return the model of one strength."""
         table, centred, inside = self.rows.table, self.rows.centred, self.inside
+        if self.standardisation is None:
+            self.standardisation = table.standardisation(inside)
+        centre, scale = self.standardisation
         # Rebuilt for each strength: the paths of all fits are open at once, and keeping a copy of the rows for each
         # would take too much memory.
         x = table.raw[inside]
-        x -= self.centre
-        x /= self.scale
+        x -= centre
+        x /= scale
         problem = _Problem(
             x=x.astype(self.rows.dtype, copy=False),
             pools=None if centred is None else centred[:, :, inside].reshape(table.members, -1),
@@ -191,9 +195,9 @@ class _Path:
         assert self.curvatures is not None
         self.values = problem.minimise(strength, self.values, *self.curvatures)
         weights, matrix, bias = problem.split(self.values)
-        matrix = matrix / self.scale[:, None]
+        matrix = matrix / scale[:, None]
         weights = weights.copy() if problem.free else np.zeros(table.members)
-        return Coefficients(table.kind, weights, matrix, bias - self.centre @ matrix)
+        return Coefficients(table.kind, weights, matrix, bias - centre @ matrix)
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,9 @@ class BatchedTraining:
     # -----------------------------------------------------------------------------------------------------------------
     def _set_values(self, values: Tensor, moments: Sequence[Tensor]) -> None:
         """Set the parameters (B, P), and the first and second moments of their gradients (B, P)."""
-        self.values, self.moments = values, moments
+        self.values = values
         """Parameters float32 (B, P): padded to a multiple of `VECTOR`, so that no SIMD vector spans two fits"""
+        self.moments = moments
         # One buffer for the gradients of all steps: a new one of some megabytes would be mapped and cleared each time.
         self.gradients = torch.zeros_like(values)
         self.all_parts, self.all_slopes = self._parts(values), self._parts(self.gradients)

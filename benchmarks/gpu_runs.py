@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,8 +282,7 @@ def distillation_runs(bench: Bench) -> dict[str, Callable[[], object]]:
         settings = StudentTrainingSettings(bench.form.student, 1, RATE, TEMPERATURE, alpha, schedule.seed)
         model = bench.new_network(bench.form.student)
         if with_teacher:
-            with targets.of_epochs(schedule, settings.epochs) as epoch_targets:
-                train(model, settings, schedule, epoch_targets, val, device=bench.device)
+            train(model, settings, schedule, partial(targets.predict, schedule), val, device=bench.device)
         else:
             train(model, settings, replace(schedule, is_shared=False), None, val, device=bench.device)
         del model

@@ -179,6 +179,25 @@ def test_the_last_job_has_the_cores_of_those_that_have_ended(start_method, monke
     assert threads == 4 or is_spawned
 
 
+def started_at(item):
+    """The process and the time of a job, which is long enough for every process to take one."""
+    started = time.monotonic()
+    time.sleep(0.2)
+    return item, os.getpid(), started
+
+
+def test_processes_take_items_by_the_start_order_and_results_are_in_order(start_method):
+    order = [3, 1, 2, 0]
+    found = list(engines.Local().map(started_at, range(4), n_processes=2, are_long=True, start_order=order))
+    assert [item for item, _, _ in found] == [0, 1, 2, 3]
+    here, in_worker = [], []
+    for item, process, _ in sorted(found, key=lambda job: job[2]):
+        (here if process == os.getpid() else in_worker).append(item)
+    assert in_worker[0] == 3
+    for items in (here, in_worker):
+        assert items == [item for item in order if item in items]
+
+
 def test_what_a_process_warns_of_and_raises_arrives_here(at_once, heard):
     assert list(engines.Local().map(warned, range(4), n_processes=2)) == [0, 1, 2, 3]
     assert [f"job {item} has something to say" in heard.text for item in range(4)] == [True] * 4

@@ -1,9 +1,11 @@
-"""The teacher's passes run ahead of the student in other processes, with equal bytes."""
+"""The teacher's passes and the control run beside the student in other processes, with equal bytes."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from stored_predictions import workspace_at
 from student_runs import SMALL, store_of
 
 from utils.core import engines, worker_processes
+from utils.core.errors import UserError
 from utils.distillation import epoch_predictions, teachers
 from utils.training.batch_schedule import NEVER, BatchSchedule
 from utils.training.image_source import ImageSource
@@ -28,10 +31,14 @@ def passes(built, monkeypatch):
     preprocessing = store.catalog.members["CustomConvNeXt"].image_preprocessing
     source = ImageSource(train, preprocessing, "full", image_cache=store.workspace.image_cache, threads=1)
 
-    def opened(cores):
+    def opened(cores, beside=None):
         monkeypatch.setattr(engines, "cores", lambda: cores)
         schedule = BatchSchedule(source, 32, 5, np.full(len(source), NEVER), mix="both", is_shared=True)
-        return epoch_predictions.epoch_predictions(store, teacher, schedule, EPOCHS)
+        predict = partial(epoch_predictions.predict_epoch, store, teacher, schedule)
+        n_processes = epoch_predictions.n_processes(store, len(source), EPOCHS)
+        if not epoch_predictions.uses_one_thread(store, teacher):
+            n_processes = 1
+        return epoch_predictions.epoch_predictions(predict, EPOCHS, beside, n_processes=n_processes)
 
     return opened
 
@@ -84,3 +91,45 @@ def test_passes_stay_here_where_they_would_take_memory_or_threads(passes, monkey
     with passes(2) as predict:
         predict(0)
         assert workers(0) == 0
+
+
+@forks
+@pytest.mark.parametrize("first", [0, 2, EPOCHS], ids=["from the first epoch", "resumed", "resumed after the last"])
+def test_the_job_beside_runs_once_in_a_worker_where_one_is_started(passes, tmp_path, first):
+    def beside():
+        with (tmp_path / "calls").open("a") as calls:
+            calls.write("called\n")
+        return os.getpid()
+
+    for cores in (1, 2):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        with passes(cores, beside) as predict:
+            for epoch in range(first, EPOCHS):
+                predict(epoch)
+            assert (predict.result_beside() == os.getpid()) == (cores == 1 or first == EPOCHS)
+        assert (tmp_path / "calls").read_text() == "called\n"
+    assert workers(0) == 0
+
+
+@forks
+def test_the_job_beside_starts_before_the_passes(passes, tmp_path):
+    def beside():
+        (tmp_path / "started").touch()
+
+    with passes(2, beside) as predict:
+        predict(0)
+        assert (tmp_path / "started").exists()
+        assert workers(1) == 1
+
+
+@forks
+def test_an_error_of_the_job_beside_is_raised_with_its_result(passes):
+    def beside():
+        raise UserError("the loss became nan")
+
+    with passes(2, beside) as predict:
+        for epoch in range(EPOCHS):
+            predict(epoch)
+        with pytest.raises(UserError, match="the loss became nan"):
+            predict.result_beside()
+    assert workers(0) == 0

@@ -11,7 +11,7 @@ import torch
 
 from utils.core import engines
 from utils.exporting import conversion, export_formats
-from utils.exporting.conversion import ConversionJob
+from utils.exporting.conversion import ConversionJob, ParityChecks
 from utils.exporting.exported_network import ExportSignature, ExportSource
 from utils.exporting.parity_check import FileRunError, ReferenceBatches
 from utils.exporting.parity_rows import ParitySample
@@ -55,8 +55,18 @@ def written_entry(job: ConversionJob) -> dict:
     return export_formats.entry_of_files(job.staged, [job.staged / "torchscript" / "it.pt"], seconds=0.1)
 
 
+def checked_after_writing(job: ConversionJob, status: dict) -> list[tuple[str, dict]]:
+    """The results of checks, none of which starts before all files are written."""
+    with ParityChecks(job, list(status)) as checks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "_start", lambda **_: None)
+        for name, entry in status.items():
+            checks.add(name, entry)
+        patch.undo()
+        return list(checks.results())
+
+
 def test_a_file_that_agrees_gets_its_parity(job):
-    ((_, entry),) = conversion.check_parity(job, {"torchscript": written_entry(job)})
+    ((_, entry),) = checked_after_writing(job, {"torchscript": written_entry(job)})
     assert (entry["status"], entry["source_digest"]) == ("ok", "source")
     assert entry["parity"]["max_abs_diff"] < 1e-6
     assert entry["parity"]["rows"] == 8
@@ -65,7 +75,7 @@ def test_a_file_that_agrees_gets_its_parity(job):
 
 def test_a_file_that_differs_is_moved_to_failed(job):
     job.sample.expected.probabilities[3] = [1, 0, 0]
-    ((_, entry),) = conversion.check_parity(job, {"torchscript": written_entry(job)})
+    ((_, entry),) = checked_after_writing(job, {"torchscript": written_entry(job)})
     assert (entry["status"], entry["path"], entry["files"]) == ("failed", None, {})
     assert "it.pt" in entry["reason"]
     assert (job.staged / "failed" / "torchscript" / "it.pt").is_file()
@@ -74,7 +84,7 @@ def test_a_file_that_differs_is_moved_to_failed(job):
 
 def test_a_file_that_was_not_written_is_not_run(job):
     skipped = export_formats.format_entry("skipped", reason="no tools")
-    assert list(conversion.check_parity(job, {"tflite": skipped})) == [("tflite", skipped)]
+    assert checked_after_writing(job, {"tflite": skipped}) == [("tflite", skipped)]
     assert not job.scratch.exists()
 
 
@@ -84,6 +94,7 @@ class Process:
     running: ClassVar[list[str]] = []
     most: ClassVar[list[int]] = []
     error: ClassVar[Exception | None] = None
+    has_ended: ClassVar[bool] = False
 
     def __init__(self, format_name, *_, **__):
         self.name = format_name
@@ -124,7 +135,7 @@ def test_formats_are_checked_side_by_side_where_cores_and_memory_allow(
     formats = ("state_dict", "torchscript", "onnx")
     status = entries(job, *formats, size_mb=size_mb)
     status["tflite"] = export_formats.format_entry("skipped", reason="no tools")
-    checked = dict(conversion.check_parity(job, status))
+    checked = dict(checked_after_writing(job, status))
     assert list(checked) == list(status)
     assert [checked[name]["reason"] for name in formats] == [f"{name} was not run" for name in formats]
     assert checked["tflite"] == status["tflite"]
@@ -152,7 +163,7 @@ def test_formats_of_weights_share_a_process_and_are_run_alone_where_it_fails(job
             raise FileRunError(f"{self.files[0].parent.name} was not run")
 
     monkeypatch.setattr(conversion, "RuntimeProcess", Runtime)
-    checked = dict(conversion.check_parity(job, status))
+    checked = dict(checked_after_writing(job, status))
     assert {name: entry["reason"] for name, entry in checked.items()} == {
         name: f"{name} was not run" for name in status
     }
@@ -164,8 +175,42 @@ def test_processes_end_with_the_check(job, processes, monkeypatch):
     monkeypatch.setattr(engines, "cores", lambda: 2)
     monkeypatch.setattr(processes, "error", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        list(conversion.check_parity(job, entries(job, "state_dict", "torchscript", "onnx")))
+        checked_after_writing(job, entries(job, "state_dict", "torchscript", "onnx"))
     assert processes.most == [1, 2]
+    assert processes.running == []
+
+
+WRITTEN_IN_TURN = ("state_dict", "checkpoint", "torchscript", "onnx")
+
+
+@pytest.mark.parametrize(
+    ("cores", "size_mb", "end_at_once", "started"),
+    [
+        pytest.param(1, 1.0, False, [[], [], [], []], id="no core is free while files are written"),
+        pytest.param(2, 1.0, False, [[], ["state_dict"], ["state_dict"], ["state_dict"]], id="one core is free"),
+        pytest.param(
+            *(2, 1.0, True, [[], ["state_dict"], ["state_dict", "torchscript"], ["state_dict", "torchscript", "onnx"]]),
+            id="one core, and each check ends before the next format is written",
+        ),
+        pytest.param(
+            *(3, 1.0, False, [[], ["state_dict"], ["state_dict", "torchscript"], ["state_dict", "torchscript"]]),
+            id="two cores are free",
+        ),
+        pytest.param(8, 501.0, False, [[], [], [], []], id="large files, beside the network in memory"),
+    ],
+)
+def test_a_check_starts_while_the_next_format_is_written(
+    job, processes, monkeypatch, cores, size_mb, end_at_once, started
+):
+    monkeypatch.setattr(engines, "cores", lambda: cores)
+    monkeypatch.setattr(processes, "has_ended", end_at_once)
+    status, found = entries(job, *WRITTEN_IN_TURN, size_mb=size_mb), []
+    with ParityChecks(job, WRITTEN_IN_TURN) as checks:
+        for name, entry in status.items():
+            checks.add(name, entry)
+            found.append(list(processes.running))
+        assert found == started
+        assert [name for name, _ in checks.results()] == list(WRITTEN_IN_TURN)
     assert processes.running == []
 
 

@@ -18,6 +18,7 @@ from finished_workspace import at
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from utils.core import engines
 from utils.core.artifacts import read_arrays, read_json, write_json
 from utils.core.errors import ConfigError, UserError
 from utils.exporting import (
@@ -180,6 +181,7 @@ def test_a_weight_that_changes_after_writing_is_caught(own_export, monkeypatch, 
         change_a_weight(staged / done[kind]["path"])
         return done
 
+    monkeypatch.setattr(engines, "cores", lambda: 1)  # so that no check starts before all formats are written
     monkeypatch.setattr(export_formats, "write_packaged_formats", sabotaged)
     result = run(own_export, NAME, kind, "onnx", force=True)
     entry = result.document["formats"][kind]

@@ -92,9 +92,11 @@ class Local:
         threads_per_job: int | None = None,
         are_long: bool = False,
         gpu: float = 0.0,
+        start_order: Sequence[int] | None = None,
     ) -> Generator[Any, None, None]:
         """`Engine.map`; with one thread and one process, a job starts after the previous result has been consumed.
 
+        Processes take the items in the order of the indices `start_order`, by default in order.
         Within a job, no further processes are used, and threads have its share of the cores: all of them once no other
         job of its set runs.
         """
@@ -106,6 +108,7 @@ class Local:
                 description=description or "jobs",
                 n_processes=n_processes,
                 are_long=are_long,
+                start_order=start_order,
             )
             return
         if worker_processes.is_within_job():

@@ -62,11 +62,13 @@ def run_jobs(
     description: str,
     n_processes: int,
     are_long: bool,
+    start_order: Sequence[int] | None = None,
 ) -> Iterator[Any]:
     """Return `function(*shared, job)` for each job, in order, by this process and at most `n_processes - 1` workers.
 
-    Workers start if the jobs `are_long`, or if the remaining jobs will take twice as long as the start of a worker. If
-    a worker dies, its jobs run here. Every job uses one thread.
+    Workers start if the jobs `are_long`, or if the remaining jobs will take twice as long as the start of a worker.
+    Processes take the jobs by `start_order`, indices of all jobs, by default in order. If a worker dies, its jobs run
+    here. Every job uses one thread.
     """
     run, method, seconds = _Jobs(function, jobs, shared), start_method(), 0.0
     for done in range(len(jobs)):
@@ -74,7 +76,8 @@ def run_jobs(
         expected = seconds / max(1, done) * remaining
         if remaining > 1 and (are_long or expected > 2 * START_SECONDS[method]):
             n_workers = min(n_processes, remaining, MAX_PROCESSES) - 1
-            yield from _run_side_by_side(run, range(done, len(jobs)), n_workers, method, description)
+            waiting = [number for number in start_order or range(len(jobs)) if number >= done]
+            yield from _run_side_by_side(run, waiting, n_workers, method, description)
             return
         start = time.monotonic()
         result = run(done)
@@ -137,8 +140,10 @@ class _WarningRecorder(logging.Handler):
         self.warnings.append((record.levelno, record.getMessage()))
 
 
-def _run_side_by_side(run: _Jobs, numbers: range, n_workers: int, method: str, description: str) -> Iterator[Any]:
-    """Return the results of the jobs with these indices, in order; every process takes the next job when it is free."""
+def _run_side_by_side(
+    run: _Jobs, numbers: Sequence[int], n_workers: int, method: str, description: str
+) -> Iterator[Any]:
+    """Return the results of the jobs with these indices, sorted; a process that is free takes the next of `numbers`."""
     waiting = deque(numbers)
     futures: dict[int, Future[Any]] = {}
     results: dict[int, Any] = {}
@@ -172,7 +177,7 @@ def _run_side_by_side(run: _Jobs, numbers: range, n_workers: int, method: str, d
             warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
             for _ in range(n_workers):
                 submit_next()
-        for number in numbers:
+        for number in sorted(numbers):
             while number not in results:
                 with lock:
                     future = futures.get(number)

@@ -1,15 +1,15 @@
-"""The teacher's predictions for the student's views of each epoch, computed ahead of its training where cores are free.
+"""The teacher's predictions for the student's views of each epoch, and the control's training beside the student's.
 
-They depend on the epoch alone, not on the student, so that worker processes compute those of the next epochs while the
-student trains. The teacher is the expensive part: a pass of all its networks per epoch.
+Neither depends on the student. Where cores are free, worker processes train the control and compute the predictions of
+the next epochs while the student trains; the bytes are the same. With `consistent` targets, the predictions are the
+expensive part: a pass of all the teacher's networks per epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils import base_back
 from utils.core import engines, worker_processes
@@ -23,73 +23,97 @@ from utils.predictions.store import Store
 if TYPE_CHECKING:
     import torch
 
-    from utils.distillation.student_training import EpochTargets
     from utils.training.batch_schedule import BatchSchedule
 
 MAX_BYTES = 2**28  # of the predictions of all epochs, which may all be ready before the student needs them
 BYTES_PER_PARAMETER = 2  # of a checkpoint in half precision, so that the number of parameters is not underestimated
 
 
-@contextmanager
-def epoch_predictions(
-    store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epochs: int
-) -> Iterator[EpochTargets]:
-    """Within the block, a function that returns the predictions of an epoch; epochs are called for in order.
+class EpochPredictions:
+    """The teacher's predictions of consecutive epochs, and the result of a job that may run beside their use.
 
-    Passes run in processes beside the training if each uses one thread on the CPU and the predictions fit in memory;
-    their bytes are the same.
+    Parameters
+    ----------
+    predict : epoch -> the predictions for the views of that epoch
+    epochs : number of epochs
+    beside : the job; None without one
+    n_processes : number of processes; with 1, everything runs in this process when it is called for
     """
-    if not _can_run_ahead(store, teacher, len(batch_schedule.image_source), epochs):
-        yield partial(_predict_epoch, store, teacher, batch_schedule)
-        return
-    with closing(_Ahead(store, teacher, batch_schedule, epochs)) as ahead:
-        yield ahead
 
-
-class _Ahead:
-    """Predictions of consecutive epochs, beginning with the first that is called for."""
-
-    def __init__(self, store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epochs: int) -> None:
-        self.shared, self.epochs = (store, teacher, batch_schedule), epochs
-        self.next_epoch: int | None = None
-        self.results: Generator[Targets, None, None] | None = None
+    def __init__(
+        self, predict: Callable[[int], Targets], epochs: int, beside: Callable[[], Any] | None, *, n_processes: int
+    ) -> None:
+        self._predict, self._epochs, self._beside, self._n_processes = predict, epochs, beside, n_processes
+        self._next_epoch: int | None = None
+        self._results: Generator[Any, None, None] | None = None
 
     def __call__(self, epoch: int) -> Targets:
-        if self.results is None or epoch != self.next_epoch:
+        """Predictions of an epoch; epochs are called for in order, beginning with any."""
+        if self._n_processes == 1:
+            return self._predict(epoch)
+        if self._results is None or epoch != self._next_epoch:
             self.close()
-            self.results = engines.Local().map(
-                _predict_epoch,
-                range(epoch, self.epochs),
-                shared=self.shared,
-                description="the teacher's passes",
-                n_processes=engines.cores(),
+            epochs = range(epoch, self._epochs)
+            jobs = [*epochs] if self._beside is None else [*epochs, None]
+            self._results = engines.Local().map(
+                _run,
+                jobs,
+                shared=(self._predict, self._beside),
+                description="distillation",
+                n_processes=self._n_processes,
                 threads_per_job=1,
                 are_long=True,
+                # The job beside is the longest, so that it starts first.
+                start_order=sorted(range(len(jobs)), key=lambda index: jobs[index] is not None),
             )
-        self.next_epoch = epoch + 1
-        return next(self.results)
+        self._next_epoch = epoch + 1
+        return next(self._results)
+
+    def result_beside(self) -> Any:
+        """The result of the job, after the last epoch: waits for it, or runs it if it has not run."""
+        assert self._beside is not None
+        if self._results is None or self._next_epoch != self._epochs:
+            return self._beside()
+        return next(self._results)
 
     def close(self) -> None:
-        """End the passes that are running."""
-        if self.results is not None:
-            self.results.close()
+        """End everything that is running."""
+        if self._results is not None:
+            self._results.close()
 
 
-def _can_run_ahead(store: Store, teacher: Teacher, rows: int, epochs: int) -> bool:
-    rule = base_back.load_bundled("threads")
+@contextmanager
+def epoch_predictions(
+    predict: Callable[[int], Targets], epochs: int, beside: Callable[[], Any] | None = None, *, n_processes: int
+) -> Iterator[EpochPredictions]:
+    """`EpochPredictions` whose processes end with the block."""
+    with closing(EpochPredictions(predict, epochs, beside, n_processes=n_processes)) as predictions:
+        yield predictions
+
+
+def n_processes(store: Store, rows: int, epochs: int) -> int:
+    """Number of processes among which the epochs of a training on `rows` images can be divided.
+
+    1 without forks or free cores, and if predictions are embeddings or too large to keep those of all epochs.
+    """
     has_no_core = worker_processes.is_within_job() or engines.cores() == 1
     if has_no_core or not engines.current().shares_memory or worker_processes.start_method() != worker_processes.FORK:
-        return False
+        return 1
     if streaming.resolve_device(store.config.device) != "cpu" or store.config.distillation.feature_weight != 0:
-        return False
-    one_thread = all(
+        return 1
+    return engines.cores() if rows * len(store.catalog.classes) * 4 * epochs <= MAX_BYTES else 1
+
+
+def uses_one_thread(store: Store, teacher: Teacher) -> bool:
+    """Whether every network of the teacher predicts on one thread, as in a forked process."""
+    rule = base_back.load_bundled("threads")
+    return all(
         rule.number_of_threads("streaming", n_bytes // BYTES_PER_PARAMETER, img_size) == 1
         for n_bytes, img_size in teachers.network_sizes(store, teacher)
     )
-    return one_thread and rows * len(store.catalog.classes) * 4 * epochs <= MAX_BYTES
 
 
-def _predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epoch: int) -> Targets:
+def predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epoch: int) -> Targets:
     """The teacher's predictions for the student's training views in an epoch (Beyer et al. 2022)."""
 
     def batches(preprocessing: Preprocessing) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -100,3 +124,8 @@ def _predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule
     return teachers.predict_views(
         store, teacher, len(batch_schedule.image_source), batches, embeddings=matches_embeddings
     )
+
+
+def _run(predict: Callable[[int], Targets], beside: Callable[[], Any], epoch: int | None) -> Any:
+    """The predictions of an epoch, or the result of the job beside for None."""
+    return beside() if epoch is None else predict(epoch)

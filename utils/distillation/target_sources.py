@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,8 +18,7 @@ from utils.core import estimates
 from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import LeakageError, UserError
-from utils.distillation import soft_targets, teachers
-from utils.distillation.epoch_predictions import epoch_predictions
+from utils.distillation import epoch_predictions, soft_targets, teachers
 from utils.distillation.soft_targets import Targets
 from utils.distillation.teachers import Teacher
 from utils.networks.preprocessing import Preprocessing
@@ -33,8 +31,6 @@ from utils.training.image_source import EVALUATION_BATCH_SIZE, NO_AUGMENTATION, 
 
 if TYPE_CHECKING:
     import torch
-
-    from utils.distillation.student_training import EpochTargets
 
 logger = logging.getLogger("disease_pipeline")
 
@@ -56,8 +52,10 @@ class StudentTargets:
     kind: str
     batch_schedule: BatchSchedule
     """Batch schedule of the first seed."""
-    of_epochs: Callable[[BatchSchedule, int], AbstractContextManager[EpochTargets]]
-    """(batch schedule, number of epochs) -> a block with the teacher's predictions for the views of each epoch."""
+    predict: Callable[[BatchSchedule, int], Targets]
+    """(batch schedule, epoch) -> the teacher's predictions for the views of that epoch"""
+    uses_one_thread: bool
+    """Whether `predict` computes on one thread, so that forked processes can call it"""
     digest: str | None
     """Digest of the stored targets; None if the teacher predicts in every epoch."""
 
@@ -186,7 +184,8 @@ def prepare(
         device=streaming.resolve_device(store.config.device),
     )
     if kind == CONSISTENT:
-        return StudentTargets(kind, batch_schedule, partial(epoch_predictions, store, teacher), None)
+        predict = partial(epoch_predictions.predict_epoch, store, teacher)
+        return StudentTargets(kind, batch_schedule, predict, epoch_predictions.uses_one_thread(store, teacher), None)
     if batch_schedule.n_views and (note := recurrence_note(settings.epochs, batch_schedule.n_views)):
         logger.warning("%s", note)
     path = store.workspace.distillation(ensemble) / "targets.npz"
@@ -208,10 +207,10 @@ def prepare(
         soft_targets.save(path, key, arrays)
     table, digest = soft_targets.unpack(arrays), soft_targets.content_digest(arrays)
 
-    def stored(schedule: BatchSchedule, epochs: int) -> AbstractContextManager[EpochTargets]:
-        return nullcontext(lambda epoch: Targets(table[schedule.view_numbers(epoch), np.arange(count)]))
+    def stored(schedule: BatchSchedule, epoch: int) -> Targets:
+        return Targets(table[schedule.view_numbers(epoch), np.arange(count)])
 
-    return StudentTargets(kind, batch_schedule, stored, digest)
+    return StudentTargets(kind, batch_schedule, stored, uses_one_thread=True, digest=digest)
 
 
 def _oof_targets(store: Store, teacher: Teacher, image_source: ImageSource, crossfit: np.ndarray) -> np.ndarray:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils import base_back
 from utils.core.artifacts import digest_of
 from utils.core.links import remove_file
-from utils.distillation import students, teachers
+from utils.distillation import epoch_predictions, students, teachers
 from utils.distillation.controls import ALONE, STUDENT
+from utils.distillation.epoch_predictions import EpochPredictions
 from utils.distillation.students import Student
 from utils.distillation.teachers import Teacher
 from utils.numeric.metrics import clipped_log, log_loss, softmax
@@ -71,6 +75,7 @@ class TrainedPair:
 
     student: StudentTrainingResult
     alone: StudentTrainingResult
+    """The control's, without weights"""
     probabilities: Mapping[str, Mapping[str, np.ndarray]]
     """{student, alone: {split: probabilities (N, C)}} for val and test."""
 
@@ -96,7 +101,8 @@ class PairTraining:
             return float(configured), None
         labels, losses = self.images.store.images("val").labels, {}
         for weight in FEATURE_WEIGHTS:
-            log_probs = clipped_log(self._student(0, weight)[1]["val"])
+            with self._epoch_predictions(0) as predictions:
+                log_probs = clipped_log(self._student(0, weight, predictions)[1]["val"])
             losses[weight] = log_loss(softmax(log_probs / fit_temperature(log_probs, labels)), labels)
         best = min(losses, key=lambda weight: (losses[weight], weight))
         logger.info(
@@ -109,18 +115,43 @@ class PairTraining:
         """Train the student and its control of one seed, or read the results of an earlier run.
 
         The control is the same network with the same initial weights, trained without a teacher on the same number of
-        images with the same augmentation, mixing and label loss.
+        images with the same augmentation, mixing and label loss. It is trained beside the student where a core is free.
         """
-        student, student_probabilities = self._student(number, feature_weight)
-        alone, alone_probabilities = self._alone(number)
+        train_control = partial(self._alone, number)
+        beside = train_control if self._control_uses_one_thread(number) else None
+        with self._epoch_predictions(number, beside) as predictions:
+            student, student_probabilities = self._student(number, feature_weight, predictions)
+            alone, alone_probabilities = train_control() if beside is None else predictions.result_beside()
         return TrainedPair(student, alone, {STUDENT: student_probabilities, ALONE: alone_probabilities})
 
-    def _student(self, number: int, feature_weight: float) -> tuple[StudentTrainingResult, dict[str, np.ndarray]]:
+    def _epoch_predictions(
+        self, number: int, beside: Callable[[], object] | None = None
+    ) -> AbstractContextManager[EpochPredictions]:
+        """The teacher's predictions for the student of one seed, computed together with the job `beside`."""
+        targets, store = self.targets, self.images.store
+        schedule, epochs = targets.of_seed(self._seed(number)), store.config.distillation.epochs
+        n_processes = 1
+        if targets.uses_one_thread and (targets.digest is None or beside is not None):
+            n_processes = epoch_predictions.n_processes(store, len(schedule.image_source), epochs)
+        predict = partial(targets.predict, schedule)
+        return epoch_predictions.epoch_predictions(predict, epochs, beside, n_processes=n_processes)
+
+    def _control_uses_one_thread(self, number: int) -> bool:
+        """Whether the control is trained on one thread, as in a forked process."""
+        saved = self._progress(ALONE, number).load()
+        if saved is not None and saved.get("threads") is not None:
+            return bool(saved["threads"] == 1)
+        model = students.initial_network(self.images.store, self.images.student, self.members, seed=self._seed(number))
+        rule, img_size = base_back.load_bundled("threads"), self.images.student.img_size
+        return bool(rule.threads_of_network("student", model, img_size, self.images.device) == 1)
+
+    def _student(
+        self, number: int, feature_weight: float, predictions: EpochPredictions
+    ) -> tuple[StudentTrainingResult, dict[str, np.ndarray]]:
         schedule = self.targets.of_seed(self._seed(number))
         name = f"{STUDENT}_features" if feature_weight else STUDENT
         settings = replace(self._settings(number), feature_weight=feature_weight)
-        with self.targets.of_epochs(schedule, settings.epochs) as epoch_targets:
-            return self._trained(name, number, settings, schedule, epoch_targets)
+        return self._trained(name, number, settings, schedule, predictions)
 
     def _alone(self, number: int) -> tuple[StudentTrainingResult, dict[str, np.ndarray]]:
         from utils.training.batch_schedule import NEVER, BatchSchedule
@@ -139,7 +170,9 @@ class PairTraining:
             device=of_student.device,
         )
         epochs = -(-settings.epochs * len(of_student.image_source) // len(source))
-        return self._trained(ALONE, number, replace(self._settings(number), epochs=epochs, alpha=0.0), schedule, None)
+        settings_alone = replace(self._settings(number), epochs=epochs, alpha=0.0)
+        result, probabilities = self._trained(ALONE, number, settings_alone, schedule, None)
+        return replace(result, weights={}), probabilities  # nothing reads them, and a worker would have to send them
 
     def _trained(
         self,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from utils import base_back
 from utils.core import engines
@@ -64,20 +64,27 @@ class ConversionJob:
     """Folder of files that only the conversion needs."""
 
 
-def write_files(job: ConversionJob, network: ExportNetwork, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Write the files of the formats that are converted from the network: {format: entry}, without parity."""
+def write_files(
+    job: ConversionJob,
+    network: ExportNetwork,
+    formats: Sequence[str],
+    on_entry: Callable[[str, dict[str, Any]], object],
+) -> None:
+    """Write the files of the formats that are converted from the network.
+
+    `on_entry(format, entry)` is called as soon as a format is written; its entry has no parity yet.
+    """
     import torch
 
     name = job.source.name
-    status: dict[str, dict[str, Any]] = {}
     # The packaging compares the traced graph with the network; a discontinuity may move a probability by up to 1.
     network.parity_tolerance = 1.0 if job.source.is_discontinuous else parity_check.TOLERANCE  # type: ignore[assignment]  # nn.Module types attributes as Tensor or Module
     network.onnx_exporter = job.onnx_exporter  # type: ignore[assignment]
     if packaged := [format_name for format_name in PACKAGED if format_name in formats]:
         logger.info("export %s: writing %s", name, ", ".join(packaged))
         sample = [torch.from_numpy(array[None]) for array in job.sample.inputs[0]]
-        status |= export_formats.write_packaged_formats(
-            network, name, packaged, job.staged, sample, job.description, job.source.classes
+        export_formats.write_packaged_formats(
+            network, name, packaged, job.staged, sample, job.description, job.source.classes, on_entry
         )
     if TFLITE in formats:
         logger.info("export %s: writing tflite", name)
@@ -85,10 +92,9 @@ def write_files(job: ConversionJob, network: ExportNetwork, formats: Sequence[st
         def open_network() -> tuple[ExportNetwork, tuple[Tensor, ...]]:
             return _fixed_size_network(job, network)
 
-        status[TFLITE] = export_formats.write_tflite(open_network, name, job.staged, job.scratch / "converter")
+        on_entry(TFLITE, export_formats.write_tflite(open_network, name, job.staged, job.scratch / "converter"))
     if TENSORRT in formats:
-        status[TENSORRT] = export_formats.tensorrt_entry(name, job.description)
-    return status
+        on_entry(TENSORRT, export_formats.tensorrt_entry(name, job.description))
 
 
 def write_reduced_files(job: ConversionJob, onnx_file: Path, formats: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -110,33 +116,65 @@ def write_reduced_files(job: ConversionJob, onnx_file: Path, formats: Sequence[s
     return status
 
 
-def check_parity(job: ConversionJob, status: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (format, entry) with the parity of the format's files, in the order of `status`.
+class ParityChecks:
+    """The parity checks of an export's files; the processes that run the files end with the context.
 
     Each format runs in a new process, several at a time where cores and memory allow; formats of weights only share
-    one, which rebuilds the networks. Files that fail the check are moved to `failed/`, and their entry says so.
+    one, which rebuilds the networks. A check starts as soon as its files are written, while the next are being written.
     """
-    n_processes = _number_of_processes(job, status)
-    groups: dict[str, list[str]] = {}
-    for name, entry in status.items():
-        if entry["status"] == "ok":
-            groups.setdefault(WEIGHTS[0] if name in WEIGHTS else name, []).append(name)
-    waiting = list(groups.values())
-    running: dict[str, _Check] = {}
-    with ExitStack() as processes:
-        for format_name, entry in status.items():
-            while waiting and len({check for check in running.values() if check.is_running}) < n_processes:
-                check = _Check(job, waiting.pop(0), status, processes)
-                running |= dict.fromkeys(check.files, check)
+
+    def __init__(self, job: ConversionJob, formats: Sequence[str]) -> None:
+        """`formats` are those that will be added."""
+        self._job, self._formats = job, formats
+        self._status: dict[str, dict[str, Any]] = {}
+        self._checks: dict[str, _Check] = {}
+        self._processes = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._processes.close()
+
+    def add(self, format_name: str, entry: dict[str, Any]) -> None:
+        """Add the entry of a format whose files are written; this process goes on writing, which takes a core."""
+        self._status[format_name] = entry
+        self._start(n_reserved=1)
+
+    def results(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (format, entry) with the parity of the format's files, in the order in which they were added.
+
+        Files that fail the check are moved to `failed/`, and their entry says so.
+        """
+        for format_name, entry in self._status.items():
+            self._start()
             checked = entry
-            if format_name in running:
-                checked = _checked_entry(job, running.pop(format_name), format_name, entry)
+            if format_name in self._checks:
+                checked = _checked_entry(self._job, self._checks[format_name], format_name, entry)
             if checked["status"] == "failed":
-                export_folder.move_to_failed(job.staged, format_name)
+                export_folder.move_to_failed(self._job.staged, format_name)
             level = logging.INFO if checked["status"] == "ok" else logging.WARNING
             summary = export_formats.summarize_entry(checked)
-            logger.log(level, "export %s, %s: %s", job.source.name, format_name, summary)
+            logger.log(level, "export %s, %s: %s", self._job.source.name, format_name, summary)
             yield format_name, checked
+
+    def _start(self, n_reserved: int = 0) -> None:
+        """Start checks of written files while processes are free; `n_reserved` of them are not."""
+        n_processes = _number_of_processes(self._job, self._status) - n_reserved
+        for names in self._waiting():
+            if sum(check.is_running for check in set(self._checks.values())) >= n_processes:
+                return
+            check = _Check(self._job, names, self._status, self._processes)
+            self._checks |= dict.fromkeys(names, check)
+
+    def _waiting(self) -> list[list[str]]:
+        """The formats of each process that has not been started, and whose files are all written."""
+        groups: dict[str, list[str]] = {}
+        for name in self._formats:
+            groups.setdefault(WEIGHTS[0] if name in WEIGHTS else name, []).append(name)
+        complete = [group for group in groups.values() if all(name in self._status for name in group)]
+        written = [[name for name in group if self._status[name]["status"] == "ok"] for group in complete]
+        return [group for group in written if group and group[0] not in self._checks]
 
 
 class _Check:
@@ -163,8 +201,8 @@ class _Check:
 
     @property
     def is_running(self) -> bool:
-        """Whether nobody has waited for the process yet."""
-        return self._process is not None
+        """Whether the process has not ended."""
+        return self._process is not None and not self._process.has_ended
 
     def outputs(self, format_name: str) -> list[FileOutputs]:
         """Wait for the outputs of the format's files, in order; FileRunError if one of them does not run."""

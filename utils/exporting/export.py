@@ -29,7 +29,7 @@ from utils.exporting import (
     exported_programs,
     parity_rows,
 )
-from utils.exporting.conversion import ConversionJob
+from utils.exporting.conversion import ConversionJob, ParityChecks
 from utils.exporting.export_formats import CUSTOM, FORMATS
 from utils.exporting.exported_network import UINT8_NHWC, ExportSignature, ExportSource
 from utils.exporting.reduced_precision import REDUCED
@@ -187,15 +187,23 @@ def write_export(store: Store, request: ExportRequest) -> dict[str, dict[str, An
         )
         score = read_record(workspace.ensemble_metrics(source.name, "test"), remedy="Evaluate again", form=SCORES)
         steps = 2 * sum(name != CUSTOM for name in request.missing)  # writing and checking
-        with progress_bar(steps, f"export {source.name}", unit="step") as advance:
-            status = conversion.write_files(job, network, request.missing)
+        status: dict[str, dict[str, Any]] = {}
+        with (
+            progress_bar(steps, f"export {source.name}", unit="step") as advance,
+            ParityChecks(job, request.missing) as checks,
+        ):
+
+            def on_entry(format_name: str, entry: dict[str, Any]) -> None:
+                checks.add(format_name, entry)
+                advance(1)
+
+            conversion.write_files(job, network, request.missing, on_entry)
             del network  # frees memory for the runtimes that check the files
-            advance(len(status))
             onnx_folder = request.folder if "onnx" in request.reusable else staged
             onnx_file = onnx_folder / "onnx" / f"{source.name}.onnx"
-            reduced = conversion.write_reduced_files(job, onnx_file, request.missing)
-            advance(len(reduced))
-            for name, entry in conversion.check_parity(job, status | reduced):
+            for name, entry in conversion.write_reduced_files(job, onnx_file, request.missing).items():
+                on_entry(name, entry)
+            for name, entry in checks.results():
                 status[name] = entry
                 advance(1)
         # Recorded before the swap, so that an interruption in between leaves no unrecorded export.

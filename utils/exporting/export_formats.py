@@ -63,11 +63,12 @@ def write_packaged_formats(
     sample: Tensor | Sequence[Tensor],
     description: Mapping[str, Any],
     classes: Sequence[str],
+    on_entry: Callable[[str, dict[str, Any]], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write formats with the bundled base pipeline's packaging: {format: entry}. A failed format does not stop others.
 
-    `sample` holds the inputs of the network, or its only input, with a batch dimension. Raises UserError for a name
-    that is not a valid file name.
+    `on_entry(format, entry)` is called as soon as a format is written. `sample` holds the inputs of the network, or its
+    only input, with a batch dimension. Raises UserError for a name that is not a valid file name.
     """
     try:
         summary = base_back.bundled_export().export_and_package_model(
@@ -80,6 +81,7 @@ def write_packaged_formats(
             training_metadata=description,
             class_names=list(classes),
             logger_inst=logger,
+            on_entry=on_entry,
         )
     except ValueError as error:
         raise UserError(f"{name}: cannot be exported, {error}") from error

@@ -141,6 +141,11 @@ class RuntimeProcess:
             self._process.kill()
         self._process.communicate()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has ended, so that `outputs` does not wait."""
+        return self._process.poll() is not None
+
     def outputs(self, seconds: float = TIMEOUT_SECONDS) -> list[FileOutputs]:
         """Wait for the process and return the outputs of each file.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,13 +38,15 @@ def export_and_package_model(
     num_classes: int | None = None,
     logger_inst: Any = None,
     class_names: Sequence[str] | None = None,
+    on_entry: Callable[[str, dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Write `deploy_root/<arch_name>/` in the requested formats; None means EXPORT_FORMATS and DEPLOY_DIR.
 
     `sample_input` is one batch `(B, 3, H, W)`, or one per input of the model. A format is `ok` only after its files
     were opened again and gave the model's logits; an existing, intact file made from the same weights is kept unless
-    `force`. The model keeps its device and mode. Raises ValueError, before anything is written, for an unknown format,
-    an invalid name, a sample that is not a batch of images, and classes that do not fit the logits.
+    `force`. The model keeps its device and mode. `on_entry(format, entry)` is called after each format. Raises
+    ValueError, before anything is written, for an unknown format, an invalid name, a sample that is not a batch of
+    images, and classes that do not fit the logits.
     """
     formats = known_formats(settings.EXPORT_FORMATS if export_formats is None else export_formats)
     if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", arch_name):
@@ -56,7 +58,7 @@ def export_and_package_model(
     if class_names is None:
         log.warning(f"export {arch_name}: no class names were given; the classes are called 0 to {package.width - 1}")
     folder = Path(settings.DEPLOY_DIR if deploy_root is None else deploy_root) / arch_name
-    return write_package(folder, package, formats, device=device_of(model), force=force, log=log)
+    return write_package(folder, package, formats, device=device_of(model), force=force, log=log, on_entry=on_entry)
 
 
 def device_of(model: nn.Module) -> str:
@@ -65,7 +67,14 @@ def device_of(model: nn.Module) -> str:
 
 
 def write_package(
-    folder: Path, package: Package, formats: Sequence[str], *, device: str, force: bool, log: Any
+    folder: Path,
+    package: Package,
+    formats: Sequence[str],
+    *,
+    device: str,
+    force: bool,
+    log: Any,
+    on_entry: Callable[[str, dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Write the formats and the four records; returns the record of `export_and_package_model`."""
     stamp = datetime.now(UTC).isoformat(timespec="seconds")
@@ -84,6 +93,8 @@ def write_package(
         level = log.error if results[name]["status"] == "failed" else log.debug
         reason = results[name]["reason"] or "opened again, answers agree"
         level(f"export {package.arch_name}, {name}: " + ("already there" if name in kept else reason))
+        if on_entry is not None:
+            on_entry(name, results[name])
 
     status = _others(folder, earlier, results, weights_digest, log) | results
     checksums: dict[str, str] = {}

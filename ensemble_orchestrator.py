@@ -10,6 +10,7 @@ Nothing heavy is imported before a command is typed, and then only what that com
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -319,6 +320,9 @@ def _log_file() -> str:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(*subprocesses.GC_THRESHOLDS)
     terminal.prepare_streams()
     subprocesses.end_with_caller()
-    sys.exit(main())
+    exit_status = main()
+    gc.freeze()  # otherwise collections at exit take a second
+    sys.exit(exit_status)

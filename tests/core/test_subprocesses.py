@@ -161,3 +161,31 @@ environment = os.environ | {{"PYTHONPATH": folder}}
 {STARTS}
 """
     assert killed_with_its_processes(tmp_path, program) == []
+
+
+PROGRAM = """
+import atexit, gc, runpy, sys
+atexit.register(lambda: print(gc.get_threshold(), gc.get_freeze_count() > 1000))
+sys.argv = [{path!r}, *{arguments!r}]
+runpy.run_path({path!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "exit_code"),
+    [("ensemble_orchestrator.py", ["discover"], 1), ("BASE-BACK/src/main.py", ["--stages", "export"], 1)],
+)
+def test_programs_do_not_collect_garbage_at_exit(tmp_path, path, arguments, exit_code):
+    code = PROGRAM.format(path=str(PROJECT / path), arguments=[*arguments, "--workspace", str(tmp_path)])
+    found, output, _ = subprocesses.run_program([sys.executable, "-c", code], os.environ)
+    assert (found, output.splitlines()[-1:]) == (exit_code, ["(10000, 10, 10) True"])
+
+
+def test_scripts_do_not_collect_garbage_at_exit(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, gc, sys\n"
+        "atexit.register(lambda: print(sys.argv[1], gc.get_threshold(), gc.get_freeze_count() > 1000))\n"
+    )
+    command = subprocesses.script_command(sys.executable, str(script), "argument")
+    assert subprocesses.run_program(command, os.environ)[:2] == (0, "argument (10000, 10, 10) True\n")

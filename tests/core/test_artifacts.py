@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import pickle
 import stat
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -369,6 +370,14 @@ def test_a_key_that_a_record_lacks_is_named_with_the_file_at_any_depth(tmp_path)
     with pytest.raises(UserError, match=r"record.json: damaged, it has no 'c'; .* Make it again"):
         found["a"][0]["c"]
     assert artifacts.read_record(tmp_path / "none.json", remedy="Make it again") is None
+
+
+def test_a_record_reaches_another_process_as_plain_values(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text('{"a": [{"b": 1}]}')
+    copy = pickle.loads(pickle.dumps(artifacts.read_record(path, remedy="Make it again")))
+    assert copy == {"a": [{"b": 1}]}
+    assert (type(copy), type(copy["a"][0])) == (dict, dict)
 
 
 def test_arrays_are_opened_by_several_threads(tmp_path):

@@ -9,6 +9,7 @@ from given_predictions import CONFIG, NAMES, empty_workspace, opened, take_in, w
 
 from utils.building import build_commands
 from utils.building.ensembles import Provenance, RowSet
+from utils.core import engines, worker_processes
 from utils.core.errors import ContaminatedError, UserError
 from utils.evaluation import evaluation_inputs, evaluation_results, scoring
 from utils.evaluation.evaluation_inputs import EvaluationSettings, UncertaintyOptions
@@ -44,6 +45,27 @@ def test_all_models_are_ranked_without_a_file(inputs):
     assert results.ranking["inputs_digest"] == "digest"
     assert results.ranking["label_issues"] == results.label_issues.summary
     assert results.metrics["bayes"]["vs_soft_voting"]["name"] == "soft_voting_ensemble"
+
+
+@pytest.mark.skipif(worker_processes.start_method() != "fork", reason="models are divided among forks only")
+@pytest.mark.parametrize("n_cores", [2, 50], ids=["several models in each", "a process without models"])
+def test_many_models_are_divided_among_processes_with_equal_records(inputs, monkeypatch, n_cores):
+    expected, processes = evaluation_results.compute(inputs), []
+    run_jobs = worker_processes.run_jobs
+
+    def counted(*arguments, **options):
+        processes.append(options["n_processes"])
+        return run_jobs(*arguments, **options)
+
+    monkeypatch.setattr(worker_processes, "run_jobs", counted)
+    monkeypatch.setattr(evaluation_results, "MANY_MODELS", len(expected.metrics))
+    monkeypatch.setattr(engines, "cores", lambda: n_cores)
+    found = evaluation_results.compute(inputs)
+    assert processes == [min(n_cores, worker_processes.MAX_PROCESSES)]
+    assert list(found.metrics) == list(expected.metrics)
+    for name, record in found.metrics.items():
+        assert record | {"created": None} == expected.metrics[name] | {"created": None}
+    assert found.ranking["rows"] == expected.ranking["rows"]
 
 
 def test_one_model_has_no_ranking(inputs):

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from utils.core import engines, worker_processes
 from utils.evaluation.report import report_figures
 from utils.evaluation.report.report_figures import Bar
 
@@ -92,3 +93,26 @@ def test_figures_are_kept_up_to_a_number(monkeypatch):
     draw = report_figures._drawn_once(lambda value: calls.append(value) or str(value))
     assert [draw(value) for value in (1, 2, 1, 3, 1)] == ["1", "2", "1", "3", "1"]
     assert calls == [1, 2, 3, 1]
+
+
+def test_figures_of_a_page_are_drawn_together_in_processes(monkeypatch):
+    monkeypatch.setattr(engines, "cores", lambda: 2)
+    monkeypatch.setattr(worker_processes, "START_SECONDS", dict.fromkeys(worker_processes.START_SECONDS, 0.0))
+    expected = [draw("together") for draw in FIGURES.values()]
+    for draw in (getattr(report_figures, name) for name in FIGURES):
+        monkeypatch.setattr(report_figures, draw.__name__, report_figures._drawn_once(draw.__wrapped__))
+    with report_figures.drawn_together() as fill:
+        placeholders = [draw("together") for draw in FIGURES.values()]
+        again = [draw("together") for draw in FIGURES.values()]
+        assert len(set(placeholders)) == len(FIGURES)
+        assert placeholders == again
+        assert not any("svg" in placeholder for placeholder in placeholders)
+        page = fill("|".join([*placeholders, *again]))
+    assert page.split("|") == expected * 2
+    assert [draw("together") for draw in FIGURES.values()] == expected  # from the cache, outside the block
+
+
+def test_figures_after_a_page_that_failed_are_drawn_at_once():
+    with pytest.raises(RuntimeError, match="no section"), report_figures.drawn_together():
+        raise RuntimeError("no section")
+    assert "<svg" in report_figures.confusion([[1, 0], [0, 1]], ["ant", "bee"], "after a failed page")

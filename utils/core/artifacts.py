@@ -135,6 +135,10 @@ class _Record(dict[str, Any]):
     source: tuple[Path, str]
     """Its file, and the remedy for a damaged file."""
 
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        """Pickle as a plain dictionary, since the class of each file exists in one process only."""
+        return dict, (dict(self),)
+
     def __missing__(self, key: str) -> Any:
         raise _no_record(*self.source, f"it has no {key!r}")
 

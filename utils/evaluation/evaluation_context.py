@@ -80,11 +80,10 @@ class EvaluationContext:
     def __init__(
         self, inputs: EvaluationInputs, models: Sequence[ScoredModel], references: Mapping[str, ScoredModel | None]
     ) -> None:
-        """`references` are {vs_best_single, vs_soft_voting: reference model}."""
+        """`models` are those that get a record, `references` {vs_best_single, vs_soft_voting: reference model}."""
         self.inputs, self.references = inputs, references
-        compared = {id(model): model for model in (*models, *references.values()) if model is not None}
-        self.index = {key: number for number, key in enumerate(compared)}
-        probabilities = [model.probabilities for model in compared.values()]
+        self.index = {id(model): number for number, model in enumerate(models)}
+        probabilities = [model.probabilities for model in models]
         settings, rows = inputs.settings, inputs.rows
         self.samples = bootstrap_metrics(probabilities, rows.labels, groups=inputs.groups, seed=settings.seed)
         self._ood_scores: dict[tuple[str, str], tuple[np.ndarray, Floats]] = {}

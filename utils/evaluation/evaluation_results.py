@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from utils.building import ensembles, recommendation
+from utils.core import engines, worker_processes
 from utils.core.errors import ContaminatedError, LeakageError, UserError
 from utils.evaluation import evaluated_rows, score_ranking, score_records
 from utils.evaluation.evaluation_context import EvaluationContext
@@ -25,6 +26,8 @@ from utils.predictions.training_evidence import Scores
 SOFT_VOTING = "soft_voting_ensemble"
 PEERS = {"soft_voting": SOFT_VOTING, "greedy_selection_ensemble": "greedy_selection_ensemble"}
 """{key in the ranking: ensemble that others are compared with}"""
+MANY_MODELS = 10
+"""Number of models from which their records take longer than starting processes that share the work"""
 RECOMMENDED = ("name", "reason", "note", "evidence", "latency_ms", "not_compared")
 """Keys of the recommendation that the ranking copies under the same name"""
 
@@ -59,8 +62,7 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
     models = [model for model in inputs.models if model.kind == "ensemble" or model.name in inputs.ranked]
     if name is not None:
         models = [by_name[name]]
-    context = EvaluationContext(inputs, models, references(inputs, recommended["best_single"]))
-    metrics = {model.name: score_records.metrics_record(model, context) for model in models}
+    metrics = _metrics(inputs, models, references(inputs, recommended["best_single"]))
     suspicions = [
         problem for model in models if model.name in inputs.declared for problem in _suspicions(inputs, model)
     ]
@@ -84,6 +86,36 @@ def compute(inputs: EvaluationInputs) -> EvaluationResults:
         "inputs_digest": inputs.inputs_digest,
     }
     return EvaluationResults(scored, metrics, ranking, issues, suspicions)
+
+
+def _metrics(
+    inputs: EvaluationInputs, models: Sequence[ScoredModel], compared_with: Mapping[str, ScoredModel | None]
+) -> dict[str, dict[str, Any]]:
+    """Return {name: `metrics.json`} of the models; many models are divided among processes where they can be forked."""
+    n_processes = 1
+    if len(models) >= MANY_MODELS and worker_processes.start_method() == worker_processes.FORK:
+        n_processes = min(engines.cores(), worker_processes.MAX_PROCESSES)
+    records = engines.Local().map(
+        _records,
+        np.array_split(np.arange(len(models)), n_processes),
+        shared=(inputs, models, compared_with),
+        description="scores",
+        n_processes=n_processes,
+        are_long=True,
+    )
+    return {record["name"]: record for of_process in records for record in of_process}
+
+
+def _records(
+    inputs: EvaluationInputs,
+    models: Sequence[ScoredModel],
+    compared_with: Mapping[str, ScoredModel | None],
+    indices: np.ndarray,
+) -> list[dict[str, Any]]:
+    """Return the records of the models with these indices, which share bootstrap samples."""
+    chosen = [models[index] for index in indices.tolist()]
+    context = EvaluationContext(inputs, chosen, compared_with)
+    return [score_records.metrics_record(model, context) for model in chosen]
 
 
 def _suspicions(inputs: EvaluationInputs, model: ScoredModel) -> list[Problem]:

@@ -14,11 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
+from utils.core import engines
+from utils.core.artifacts import digest_of
 from utils.core.display_text import join_names, printable
 from utils.evaluation.drawing import library_defaults
 
@@ -155,16 +157,73 @@ def _drawn_once(draw: Callable[P, str]) -> Callable[P, str]:
     """
     drawn: dict[str, str] = {}
 
+    def keep(key: str, svg: str) -> None:
+        if len(drawn) >= MAX_KEPT:
+            drawn.clear()
+        drawn[key] = svg
+
     @wraps(draw)
     def figure(*args: P.args, **kwargs: P.kwargs) -> str:
         key = json.dumps([args, kwargs], default=_plain)
-        if key not in drawn:
-            if len(drawn) >= MAX_KEPT:
-                drawn.clear()
-            drawn[key] = draw(*args, **kwargs)
-        return drawn[key]
+        if key in drawn:
+            return drawn[key]
+        if _requests is not None:
+            # Text of users is escaped, so that none equals it.
+            placeholder = f"<!-- figure {draw.__name__} {digest_of(key)} -->"
+            _requests[placeholder] = _Request(draw.__name__, args, kwargs, partial(keep, key))
+            return placeholder
+        svg = draw(*args, **kwargs)
+        keep(key, svg)
+        return svg
 
     return figure
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A figure that is drawn later."""
+
+    name: str
+    """Function of this module that draws it"""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keep: Callable[[str], None]
+    """Caches the SVG."""
+
+
+_requests: dict[str, _Request] | None = None
+"""{placeholder: figure} within `drawn_together`"""
+
+
+@contextmanager
+def drawn_together() -> Iterator[Callable[[str], str]]:
+    """Within the block, figures are placeholders; the context value is a function that fills them into a page.
+
+    The figures are drawn when the page is filled, in several processes if they take long.
+    """
+    global _requests
+    requests: dict[str, _Request] = {}
+    _requests = requests
+    try:
+        yield partial(_filled, requests)
+    finally:
+        _requests = None
+
+
+def _filled(requests: Mapping[str, _Request], page: str) -> str:
+    jobs = [(request.name, request.args, request.kwargs) for request in requests.values()]
+    drawn = engines.Local().map(_draw, jobs, description="figures", n_processes=engines.cores())
+    for (placeholder, request), svg in zip(requests.items(), drawn, strict=True):
+        request.keep(svg)
+        page = page.replace(placeholder, svg)
+    return page
+
+
+def _draw(job: tuple[str, tuple[Any, ...], dict[str, Any]]) -> str:
+    """Draw a figure by the name of its function, since the undecorated functions cannot be imported."""
+    name, args, kwargs = job
+    svg: str = globals()[name].__wrapped__(*args, **kwargs)
+    return svg
 
 
 @_drawn_once

@@ -75,6 +75,14 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
 
 def render(config: Config, sources: ReportSources, key: str) -> str:
     """Return the page as one HTML text, with the digest of its records as `key`."""
+    from utils.evaluation.report.report_figures import drawn_together
+
+    with drawn_together() as fill:
+        return fill(_template().render(_context(config, sources, key)))
+
+
+def _context(config: Config, sources: ReportSources, key: str) -> dict[str, Any]:
+    """Return the values of the template."""
     from utils.evaluation.report import (
         example_maps,
         report_audit,
@@ -95,7 +103,7 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
     scores, maps = report_scores.scores(data), example_maps.read(data)
     shown = {"members": members, "learned": any(_rows(learned)), "external": sets, "audit": audit, "scores": scores}
     empty = {anchor for anchor, content in shown.items() if not content}
-    context = {
+    return {
         "key": key,
         "title": f"{subject(config, data.workspace)}: evaluation report",
         "focus": data.focus,
@@ -128,7 +136,6 @@ def render(config: Config, sources: ReportSources, key: str) -> str:
         "provenance": report_sections.provenance(config, data),
         "sections": [(anchor, title) for anchor, title in _sections() if anchor not in empty],
     }
-    return _template().render(context)
 
 
 def subject(config: Config, workspace: Workspace) -> str:

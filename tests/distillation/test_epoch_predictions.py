@@ -15,6 +15,7 @@ from student_runs import SMALL, store_of
 from utils.core import engines, worker_processes
 from utils.core.errors import UserError
 from utils.distillation import epoch_predictions, teachers
+from utils.distillation.open_networks import OpenNetworks
 from utils.training.batch_schedule import NEVER, BatchSchedule
 from utils.training.image_source import ImageSource
 
@@ -34,7 +35,7 @@ def passes(built, monkeypatch):
     def opened(cores, beside=None):
         monkeypatch.setattr(engines, "cores", lambda: cores)
         schedule = BatchSchedule(source, 32, 5, np.full(len(source), NEVER), mix="both", is_shared=True)
-        predict = partial(epoch_predictions.predict_epoch, store, teacher, schedule)
+        predict = partial(epoch_predictions.predict_epoch, store, teacher, OpenNetworks(), schedule)
         n_processes = epoch_predictions.n_processes(store, len(source), EPOCHS)
         if not epoch_predictions.uses_one_thread(store, teacher):
             n_processes = 1

@@ -18,6 +18,7 @@ from varied_images import write_varied_images
 from utils.core.config_file import load_config
 from utils.discovery import discover
 from utils.distillation import teachers
+from utils.distillation.open_networks import OpenNetworks
 from utils.inference.predict import predict
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, extraction
@@ -107,6 +108,6 @@ def test_a_teachers_members_are_shown_the_same_images_by_their_own_preprocessing
     expected = {name: softmax(timm_logits(*networks[name], images.paths)) for name in ("clip", "lite", "vit")}
     for names in (("clip",), ("lite",), ("clip", "lite", "vit")):
         teacher = replace(single, ensemble=replace(single.ensemble, members=names))
-        predicted = teachers.predict_views(store, teacher, len(source), source.evaluation_batches)
+        predicted = teachers.predict_views(store, teacher, len(source), source.evaluation_batches, OpenNetworks())
         mean = np.mean([expected[name] for name in names], axis=0)
         np.testing.assert_allclose(predicted.log_probabilities, np.log(mean), atol=1e-3, err_msg=", ".join(names))

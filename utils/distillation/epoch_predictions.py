@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from utils import base_back
 from utils.core import engines, worker_processes
 from utils.distillation import teachers
+from utils.distillation.open_networks import OpenNetworks
 from utils.distillation.soft_targets import Targets
 from utils.distillation.teachers import Teacher
 from utils.networks.preprocessing import Preprocessing
@@ -113,7 +114,9 @@ def uses_one_thread(store: Store, teacher: Teacher) -> bool:
     )
 
 
-def predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule, epoch: int) -> Targets:
+def predict_epoch(
+    store: Store, teacher: Teacher, open_networks: OpenNetworks, batch_schedule: BatchSchedule, epoch: int
+) -> Targets:
     """The teacher's predictions for the student's training views in an epoch (Beyer et al. 2022)."""
 
     def batches(preprocessing: Preprocessing) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -122,7 +125,7 @@ def predict_epoch(store: Store, teacher: Teacher, batch_schedule: BatchSchedule,
 
     matches_embeddings = store.config.distillation.feature_weight != 0
     return teachers.predict_views(
-        store, teacher, len(batch_schedule.image_source), batches, embeddings=matches_embeddings
+        store, teacher, len(batch_schedule.image_source), batches, open_networks, embeddings=matches_embeddings
     )
 
 

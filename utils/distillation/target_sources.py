@@ -19,6 +19,7 @@ from utils.core.artifacts import digest_of
 from utils.core.config import Config
 from utils.core.errors import LeakageError, UserError
 from utils.distillation import epoch_predictions, soft_targets, teachers
+from utils.distillation.open_networks import OpenNetworks
 from utils.distillation.soft_targets import Targets
 from utils.distillation.teachers import Teacher
 from utils.networks.preprocessing import Preprocessing
@@ -184,7 +185,7 @@ def prepare(
         device=streaming.resolve_device(store.config.device),
     )
     if kind == CONSISTENT:
-        predict = partial(epoch_predictions.predict_epoch, store, teacher)
+        predict = partial(epoch_predictions.predict_epoch, store, teacher, OpenNetworks())
         return StudentTargets(kind, batch_schedule, predict, epoch_predictions.uses_one_thread(store, teacher), None)
     if batch_schedule.n_views and (note := recurrence_note(settings.epochs, batch_schedule.n_views)):
         logger.warning("%s", note)
@@ -200,7 +201,7 @@ def prepare(
         if kind == VIEWS:
             n_images = max(1, batch_schedule.n_views) * count
             views = partial(all_views, batch_schedule)
-            targets = teachers.predict_views(store, teacher, n_images, views).log_probabilities
+            targets = teachers.predict_views(store, teacher, n_images, views, OpenNetworks()).log_probabilities
         else:
             targets = _oof_targets(store, teacher, image_source, crossfit)
         arrays = soft_targets.pack(targets.reshape(-1, count, targets.shape[1]))
@@ -224,7 +225,7 @@ def _oof_targets(store: Store, teacher: Teacher, image_source: ImageSource, cros
         for rows, images in image_source.evaluation_batches(preprocessing, start=n_train, device=device):
             yield rows - n_train, images
 
-    predicted = teachers.predict_views(store, teacher, n_unlabeled, batches)
+    predicted = teachers.predict_views(store, teacher, n_unlabeled, batches, OpenNetworks())
     return np.concatenate([crossfit, predicted.log_probabilities])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,11 +16,10 @@ from utils.building.command_hints import build_command
 from utils.building.ensembles import Ensemble
 from utils.core.artifacts import digest_of
 from utils.core.errors import UserError, did_you_mean
+from utils.distillation.open_networks import OpenNetworks
 from utils.distillation.soft_targets import Targets, log_probabilities
 from utils.ensemble_methods import SoftVoting
-from utils.networks import memory
-from utils.networks.construction import NetworkSpec, evaluation_format
-from utils.networks.embeddings import EmbeddingExtractor
+from utils.networks.construction import NetworkSpec
 from utils.networks.preprocessing import Preprocessing
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, extraction, fold_networks, member_selection, streaming, training_data
@@ -203,9 +201,15 @@ def predict_split(store: Store, teacher: Teacher, split: str) -> tuple[Rows, np.
 
 
 def predict_views(
-    store: Store, teacher: Teacher, count: int, batches: ViewBatches, *, embeddings: bool = False
+    store: Store,
+    teacher: Teacher,
+    count: int,
+    batches: ViewBatches,
+    open_networks: OpenNetworks,
+    *,
+    embeddings: bool = False,
 ) -> Targets:
-    """Predictions of `count` augmented images, optionally with embeddings; one network is in memory at a time.
+    """Predictions of `count` augmented images, optionally with embeddings.
 
     Raises UserError if embeddings are requested and no member has any.
     """
@@ -221,7 +225,9 @@ def predict_views(
             catalog.check_current(store.workspace, member, store.digests, *([stage] if stage else []))
             spec = member.network(store.workspace, stage=stage)
             keeps_embeddings = reads_embeddings and stage is None
-            network_logits, member_embeddings = _run(store, spec, count, batches, keeps_embeddings=keeps_embeddings)
+            network_logits, member_embeddings = _run(
+                store, spec, count, batches, open_networks, keeps_embeddings=keeps_embeddings
+            )
             if member_embeddings is not None:
                 of_members.append(member_embeddings)
             if stage is not None:
@@ -254,7 +260,13 @@ def predict_views(
 
 
 def _run(
-    store: Store, spec: NetworkSpec, count: int, batches: ViewBatches, *, keeps_embeddings: bool
+    store: Store,
+    spec: NetworkSpec,
+    count: int,
+    batches: ViewBatches,
+    open_networks: OpenNetworks,
+    *,
+    keeps_embeddings: bool,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Logits (N, C) of one network, and its embeddings (N, D) with `keeps_embeddings`, else None."""
     import torch
@@ -263,35 +275,23 @@ def _run(
     on_cuda = torch.device(device).type == "cuda"
     logits = np.empty((count, len(spec.classes)), dtype=np.float32)
     embeddings: np.ndarray | None = None
-    model = streaming.open_network(spec)
-    layout = evaluation_format(model)
-    model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     rule = base_back.load_bundled("threads")
-    n_threads = rule.threads_of_network("streaming", model, spec.img_size, device)
-    outputs: EmbeddingExtractor | None = None
-    try:
-        outputs = EmbeddingExtractor(model, str(spec.checkpoint))
+    with open_networks.network(spec, device) as network:
         for indices, images in batches(spec.preprocessing):
             # Only around the network: images created in inference mode could not be used for training.
             precision = torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else nullcontext()
-            with torch.inference_mode(), rule.intra_op_threads(n_threads), precision:
-                device_images = images.to(device=device, memory_format=layout)
+            with torch.inference_mode(), rule.intra_op_threads(network.threads), precision:
+                device_images = images.to(device=device, memory_format=network.layout)
                 if keeps_embeddings:
                     if embeddings is None:
-                        outputs.probe(device_images)
-                    batch_logits, batch_embeddings = outputs(device_images)
+                        network.outputs.probe(device_images)
+                    batch_logits, batch_embeddings = network.outputs(device_images)
                 else:
-                    batch_logits, batch_embeddings = model(device_images), None
+                    batch_logits, batch_embeddings = network.model(device_images), None
             rows = indices.numpy()
             logits[rows] = batch_logits[:, : len(spec.classes)].float().cpu().numpy()
             if batch_embeddings is not None:
                 if embeddings is None:
                     embeddings = np.empty((count, batch_embeddings.shape[1]), np.float32)
                 embeddings[rows] = batch_embeddings.float().cpu().numpy()
-    finally:
-        memory.safe_delete_model(model)
-        reference = weakref.ref(model)
-        del model
-        outputs = None  # refers to the model
-        memory.cleanup_memory([reference])
     return logits, embeddings

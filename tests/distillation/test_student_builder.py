@@ -21,8 +21,9 @@ from stored_predictions import workspace_at
 from student_runs import QUICK, SMALL, config, distill, record, store_of
 
 from utils.building import ensembles, recommendation
+from utils.core import engines, worker_processes
 from utils.core.errors import LeakageError, UserError
-from utils.distillation import student_builder, target_sources, teachers, trained_pairs
+from utils.distillation import open_networks, student_builder, target_sources, teachers, trained_pairs
 from utils.distillation.students import ensemble_name
 from utils.evaluation.evaluate import evaluate
 from utils.numeric.metrics import log_loss, softmax
@@ -206,8 +207,35 @@ def test_a_combiner_s_targets_do_not_change_with_the_labels_of_their_own_fold(ow
             np.testing.assert_allclose(np.exp(log_probabilities[place]), expected[sample_id], atol=1e-5)
 
 
+@pytest.mark.skipif(worker_processes.start_method() != "fork", reason="the control is trained in a fork only")
+@pytest.mark.parametrize("kind", ["oof", "consistent"])
+def test_the_control_is_trained_in_another_process_with_equal_results(own, monkeypatch, tmp_path, kind):
+    train_control = trained_pairs.PairTraining._alone
+
+    def noted(run, number):
+        (tmp_path / f"cores.{engines.cores()}.{os.getpid()}").touch()
+        return train_control(run, number)
+
+    monkeypatch.setattr(trained_pairs.PairTraining, "_alone", noted)
+    found = {}
+    for cores in (1, 2):
+        monkeypatch.setattr(engines, "cores", lambda cores=cores: cores)
+        distill(own, SMALL, f"distillation.targets={kind}", "distillation.epochs=2", force=True)
+        history = record(own, SMALL)["history"]
+        found[cores] = history, weights(own), (own.distillation("distilled_convnext") / "controls.npz").read_bytes()
+    processes = dict(path.name.split(".")[1:] for path in tmp_path.glob("cores.*"))
+    assert processes["1"] == str(os.getpid()) != processes["2"]
+    (history, network, controls), (other_history, other_network, other_controls) = found[1], found[2]
+    assert history == other_history
+    assert network.keys() == other_network.keys()
+    assert all(torch.equal(network[name], other_network[name]) for name in network)
+    assert controls == other_controls
+
+
 def test_consistent_hands_teacher_and_student_the_same_tensors(own, monkeypatch):
-    """And one network of the teacher's is in memory at a time."""
+    """And one network of the teacher's is in memory at a time where they are too large to stay."""
+    monkeypatch.setattr(engines, "cores", lambda: 1)  # so that everything runs in this process
+    monkeypatch.setattr(open_networks, "KEPT_BYTES", 0)
     shown: dict[str, list[torch.Tensor]] = {}
     networks, residents = [], []
 

@@ -69,7 +69,8 @@ def build_student(
     )
     if force:
         remove_progress(store.workspace.distillation(student.ensemble))
-    run = PairTraining(images, targets, members, [digest, kind])
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    run = PairTraining(images, targets, members, n_parameters, [digest, kind])
     feature_weight, val_log_loss = run.chosen_feature_weight()
     trainings = [run.train(number, feature_weight) for number in range(settings.seeds)]
     trained, alone = trainings[0].student, trainings[0].alone

@@ -88,6 +88,8 @@ class PairTraining:
     targets: StudentTargets
     members: Sequence[Member]
     """Members of the teacher."""
+    n_parameters: int
+    """Of the student"""
     key: Sequence[str]
     """Key that a progress file must have been written with."""
 
@@ -141,9 +143,8 @@ class PairTraining:
         saved = self._progress(ALONE, number).load()
         if saved is not None and saved.get("threads") is not None:
             return bool(saved["threads"] == 1)
-        model = students.initial_network(self.images.store, self.images.student, self.members, seed=self._seed(number))
-        rule, img_size = base_back.load_bundled("threads"), self.images.student.img_size
-        return bool(rule.threads_of_network("student", model, img_size, self.images.device) == 1)
+        rule = base_back.load_bundled("threads")
+        return bool(rule.number_of_threads("student", self.n_parameters, self.images.student.img_size) == 1)
 
     def _student(
         self, number: int, feature_weight: float, predictions: EpochPredictions

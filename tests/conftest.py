@@ -22,6 +22,11 @@ import warm
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
+if (PROJECT / ".git").exists():  # not in copies, which `mutants` changes twice within a second
+    # Python keeps compiled files unless told otherwise; without them every worker compiles all tests, and every program
+    # that a test starts some 400 modules.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 # Settings are read once, by the first test file that imports a base module, which is while pytest collects.
 SETTINGS_FOLDER = tempfile.mkdtemp(prefix="settings-")
 atexit.register(shutil.rmtree, SETTINGS_FOLDER, ignore_errors=True)

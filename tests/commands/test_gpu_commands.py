@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from fake_cuda import fake_cuda
 from in_process import run
 
 SMALL = (
-    *("device=cuda", "dataset.num_workers=0", "dataset.batch_size=16", "exports.enable=false"),
+    *("device=cuda", "dataset.num_workers=0", "dataset.batch_size=4", "exports.enable=false"),
     *("runs.score_ensemble.methods=[soft_voting,weighted]", "runs.model_soup.methods=[uniform]"),
     *("runs.model_soup.enable=true", "runs.stacking.enable=false", "runs.meta_fuser.enable=false"),
     *("runs.fusion.enable=true", "runs.fusion.fusion_methods=[concat_mlp]", "runs.fusion.fusion_config.epochs=1"),
@@ -21,8 +22,9 @@ SMALL = (
 OPTIONS = [word for value in SMALL for word in ("--set", value)]
 
 
-def test_a_pipeline_runs_on_the_device(trained, tmp_path, monkeypatch):
-    workspace = Path(shutil.copytree(trained, tmp_path / "w"))
+def test_a_pipeline_runs_on_the_device(synthetic, tmp_path, monkeypatch):
+    workspace = Path(shutil.copytree(synthetic, tmp_path / "w"))
+    gc.freeze()  # the product collects garbage after every network on a GPU, which looks at all that is imported
     with fake_cuda(monkeypatch) as device:
         for command in ("pipeline", "evaluate"):
             done = run(command, *(OPTIONS if command == "pipeline" else ()), "--quiet", "--json", workspace=workspace)

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import made_once, run_python
 from given_predictions import write
+from in_process import run
 
 OPTIONS = (
     *("--config", "configs/votes.yaml", "--json", "--quiet"),
     *("--set", "runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,greedy_selection]"),
+    *("--set", "runs.score_ensemble.pool=log_linear"),
     *("--set", "runs.stacking.enable=true", "--set", "runs.stacking.meta_learners=[lr,mlp]"),
     *("--set", "runs.stacking.mlp_config.epochs=4", "--set", "runs.stacking.mlp_config.hidden_dims=[4]"),
     *("--set", "runs.meta_fuser.enable=true", "--set", "runs.meta_fuser.fuser_type=attention"),
@@ -46,9 +48,9 @@ LOOKED_AT = "ensembles/ensemble_catalog.json"
 """Its time says when discovery last looked, by which `status` knows what came later; its bytes stay."""
 
 
-def pipeline(workspace: Path, *more: str, options: tuple[str, ...] = OPTIONS) -> dict:
+def pipeline(workspace: Path, options: tuple[str, ...] = OPTIONS) -> dict:
     """The document of one run."""
-    done = run_python("ensemble_orchestrator.py", "pipeline", *options, *more, "--workspace", str(workspace))
+    done = run_python("ensemble_orchestrator.py", "pipeline", *options, "--workspace", str(workspace))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -119,7 +121,7 @@ def everything(tmp_path_factory, synthetic) -> Path:
 
     def make(workspace: Path) -> None:
         shutil.copytree(synthetic, workspace, dirs_exist_ok=True)
-        document = pipeline(workspace, options=SHORT)
+        document = pipeline(workspace, SHORT)
         assert built(document) >= FAMILIES
         assert document["export"]["formats"]["onnx"]["status"] == "ok"
 
@@ -150,7 +152,9 @@ def test_nothing_changed_nothing_done_with_every_family_on(everything):
 )
 def test_a_changed_key_redoes_what_depends_on_it(copy, key, anew):
     before = times(copy)
-    assert built(pipeline(copy, "--set", key)) == anew
+    done = run("pipeline", *OPTIONS, "--set", key, workspace=copy)
+    assert done.code == 0, done.stderr
+    assert built(done.document) == anew
     after = times(copy)
     changed = {Path(name) for name in before.keys() | after.keys() if after.get(name) != before.get(name)}
     assert {path.parts[:2] for path in changed} == {("models", name) for name in anew}

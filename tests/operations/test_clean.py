@@ -228,10 +228,10 @@ def test_the_quota_is_kept_before_a_command_that_decodes_and_told(own_copy):
     packs = list((own_copy / "image_cache").glob("*.npz"))
     assert packs
     done = run(own_copy, "discover", "--set", "cache.quota_gb=0.0001")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert all(path.exists() for path in packs)  # decodes nothing, so it needs no room
     done = run(own_copy, "build-ensemble", "--set", "cache.quota_gb=0.0001")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert "more than the 0.0001 GB of cache.quota_gb" in done.stderr
     assert not any(path.exists() for path in packs)
     assert "up to date" in done.stdout

@@ -45,7 +45,7 @@ def test_predictions_that_a_forced_build_removed_are_stored_again(own_copy):
     for path in files_of:
         path.unlink()
     assert status(workspace).document["evaluation"]["state"] == "stale"
-    assert run(own_copy, "evaluate").returncode == 0
+    assert run(own_copy, "evaluate").code == 0
     assert status(workspace).document["evaluation"]["state"] == "current"
     assert {path: path.read_bytes() for path in files_of} == files_of
 
@@ -67,7 +67,7 @@ def test_the_next_command_leads_from_images_to_a_ranking(trained, tmp_path):
     """Doing what it says, again and again, ends."""
     base = Path(shutil.copytree(trained, tmp_path / "w"))
     commands = []
-    while (found := json.loads(run(base, "status", "--json").stdout)).get("next"):
+    while (found := run(base, "status", "--json").document).get("next"):
         words = found["next"].split()
         assert words[:2] == ["python", "ensemble_orchestrator.py"]
         commands.append(words[2])
@@ -79,7 +79,7 @@ def test_the_next_command_leads_from_images_to_a_ranking(trained, tmp_path):
 
 def test_an_empty_workspace_is_told_how_to_train(tmp_path):
     done = run(tmp_path, "status")
-    assert done.returncode == 0
+    assert done.code == 0
     assert f"next: train networks: make demo, or python {PROJECT}/BASE-BACK/src/main.py --workspace {tmp_path}" in (
         done.stdout
     )
@@ -250,12 +250,12 @@ def test_a_reader_is_not_blocked_and_sees_who_writes(own_copy):
     process = subprocess.Popen(command, cwd=PROJECT, stdin=pipe, stdout=pipe, text=True)
     assert process.stdout.readline() == "held\n"
     done = run(own_copy, "status", "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     writer = json.loads(done.stdout)["writer"]
     assert (writer["command"], writer["pid"], writer["dead"]) == ("stack", process.pid, False)
-    assert run(own_copy, "clean").returncode == 0  # lists only
+    assert run(own_copy, "clean").code == 0  # lists only
     refused = run(own_copy, "clean", "--confirm")
-    assert refused.returncode == 1
+    assert refused.code == 1
     assert f"`stack`, process {process.pid}" in refused.stderr
     process.communicate()
     assert not at(own_copy).lock.exists()

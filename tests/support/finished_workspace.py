@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import in_process
 import pytest
-from conftest import PROJECT, run_python
+from conftest import PROJECT
 
 from utils.core.config_file import load_config
 from utils.core.workspace import Workspace
@@ -41,5 +42,5 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def run(base: Path, *options: str):
-    return run_python(str(PROJECT / "ensemble_orchestrator.py"), *options, *DEMO, "--workspace", str(base))
+def run(base: Path, *options: str) -> in_process.Done:
+    return in_process.run(*options, *DEMO, workspace=base)

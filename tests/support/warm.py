@@ -29,7 +29,8 @@ import own_folders
 
 LARGE = (
     *("numpy", "torch", "torch._dynamo", "timm", "torchvision.transforms", "scipy.optimize", "sklearn.linear_model"),
-    *("onnxruntime", "safetensors.torch", "PIL.Image", "yaml", "pydantic"),
+    *("onnxruntime", "safetensors.torch", "PIL.Image", "yaml", "pydantic", "jinja2"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
 )
 HERE = Path(__file__).resolve().parents[2]
 RUNS_A_PATH = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path("

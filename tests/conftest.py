@@ -211,10 +211,13 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory, trained: Path, orchestrator) -> Path:
-    """A copy of the trained workspace after `pipeline`. Shared: read it, never write into it."""
+    """A copy of the trained workspace after `pipeline`, without the folder that was split.
+
+    Shared: read it, never write into it.
+    """
 
     def make(workspace: Path) -> None:
-        shutil.copytree(trained, workspace, dirs_exist_ok=True)
+        shutil.copytree(trained, workspace, dirs_exist_ok=True, ignore=shutil.ignore_patterns("Data"))
         done = orchestrator("pipeline", "--config", "configs/votes.yaml", workspace=workspace)
         assert done.returncode == 0, done.stderr
 

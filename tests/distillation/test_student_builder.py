@@ -98,8 +98,10 @@ assert "soup_building" not in " ".join(sys.modules)
 np.save(sys.argv[3], logits_of(model, DecodedDataset.of_split("test", extra["img_size"]), 32))
 """
     path = taught.checkpoint("CustomMobileOne", "distilled")
-    arguments = ("-c", program, str(PROJECT / "BASE-BACK" / "src"), str(path), str(tmp_path / "logits.npy"))
-    done = run_python(*arguments, environment={"DBT_BASE_DIR": str(taught.base)}, cwd=tmp_path)
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    arguments = (str(PROJECT / "BASE-BACK" / "src"), str(path), str(tmp_path / "logits.npy"))
+    done = run_python(str(script), *arguments, environment={"DBT_BASE_DIR": str(taught.base)}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     kept = np.load(taught.predictions("CustomMobileOne_distilled", "test") / "logits.npy")
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), kept, atol=1e-4)
@@ -302,7 +304,8 @@ def test_without_cross_fitted_predictions_oof_is_refused(own):
 
 
 def test_views_are_asked_about_once_and_found_again(own, monkeypatch, caplog):
-    views = ("distillation.targets=views", "distillation.views=2", "distillation.teacher=CustomConvNeXt")
+    of_views = ("distillation.epochs=1", "distillation.targets=views", "distillation.views=2")
+    views = (*of_views, "distillation.teacher=CustomConvNeXt")
     passes = []
     shown = teachers.predict_views
     monkeypatch.setattr(
@@ -316,7 +319,7 @@ def test_views_are_asked_about_once_and_found_again(own, monkeypatch, caplog):
     distill(own, SMALL, *views, "distillation.temperature=2")
     assert len(passes) == 1
     with logged(caplog):
-        distill(own, SMALL, *views[:2], "distillation.teacher=CustomResNetMish")
+        distill(own, SMALL, *of_views, "distillation.teacher=CustomResNetMish")
     assert "targets of another teacher" in caplog.text
     assert len(passes) == 2
 
@@ -324,14 +327,15 @@ def test_views_are_asked_about_once_and_found_again(own, monkeypatch, caplog):
 # matched embeddings ---------------------------------------------------------------------------------------------------
 def test_embeddings_are_matched_on_request_and_auto_takes_what_val_prefers(own, monkeypatch):
     """Both students are trained; the val rows that chose are no longer out of sample for the one that is kept."""
-    distill(own, SMALL, "distillation.feature_weight=1")
+    short = (SMALL, "distillation.epochs=1")
+    distill(own, *short, "distillation.feature_weight=1")
     matched, weights_of_matched = record(own, SMALL), weights(own)
     assert matched["feature_weight"] == {"value": 1.0, "val_log_loss": None}
     assert matched["targets"]["kind"] == "consistent"  # not views, as the cost of the passes would decide
     assert catalog.load(own).members["CustomConvNeXt_distilled"].selection == "last"
-    distill(own, SMALL, "distillation.targets=consistent")
+    distill(own, *short, "distillation.targets=consistent")
     plain = record(own, SMALL)["history"]["student"]
-    distill(own, SMALL, "distillation.feature_weight=auto")
+    distill(own, *short, "distillation.feature_weight=auto")
     chosen = record(own, SMALL)
     losses = chosen["feature_weight"]["val_log_loss"]
     assert losses.keys() == {"0", "1"}
@@ -341,7 +345,7 @@ def test_embeddings_are_matched_on_request_and_auto_takes_what_val_prefers(own, 
     assert "held_out" in json.dumps(json.loads((own.models / "distilled_convnext" / "ensemble.json").read_text()))
     # With the order of the losses reversed it takes the other one.
     monkeypatch.setattr(trained_pairs, "log_loss", lambda *given: -log_loss(*given))
-    distill(own, SMALL, "distillation.feature_weight=auto", force=True)
+    distill(own, *short, "distillation.feature_weight=auto", force=True)
     other = record(own, SMALL)
     assert other["feature_weight"]["value"] == 1 - chosen["feature_weight"]["value"]
     is_matched = all(torch.equal(tensor, weights_of_matched[name]) for name, tensor in weights(own).items())
@@ -349,12 +353,12 @@ def test_embeddings_are_matched_on_request_and_auto_takes_what_val_prefers(own, 
 
 
 def test_best_is_the_recommended_one_and_a_soup_or_member_may_teach(own):
-    distill(own, SMALL, "distillation.teacher=best")
+    distill(own, SMALL, "distillation.epochs=1", "distillation.teacher=best")
     store = store_of(own)
     saved = {name: ensembles.load(own, name) for name in ensembles.names(own) if not name.startswith("distilled")}
     members = {member.name: member for member in member_selection.select(store.catalog, store.config)}
     assert record(own, SMALL)["teacher"] == recommendation.recommended(store, members, saved)["name"]
-    distill(own, SMALL, "distillation.teacher=CustomResNetMish")
+    distill(own, SMALL, "distillation.epochs=1", "distillation.teacher=CustomResNetMish")
     assert record(own, SMALL)["teacher"] == "CustomResNetMish"
 
 
@@ -404,8 +408,9 @@ def test_images_without_labels_join_with_the_teacher_s_words_alone(own, tmp_path
     folder = write_noise(tmp_path / "more")
     val_image = next((own.split_dir / "val").glob("*/*.png"))
     shutil.copy(val_image, folder / "of_val.png")
+    settings = (SMALL, "distillation.epochs=1", f"distillation.unlabeled_dir={folder}", "distillation.targets=views")
     with logged(caplog):
-        distill(own, SMALL, f"distillation.unlabeled_dir={folder}", "distillation.targets=views")
+        distill(own, *settings)
     assert "1 of 6 images" in caplog.text
     found = record(own, SMALL)
     assert found["targets"]["unlabeled"] == 5
@@ -414,7 +419,7 @@ def test_images_without_labels_join_with_the_teacher_s_words_alone(own, tmp_path
         assert np.isfinite(arrays["values"]).all()
     (folder / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"1 unreadable image.*broken\.png"):
-        distill(own, SMALL, f"distillation.unlabeled_dir={folder}", "distillation.targets=views")
+        distill(own, *settings)
 
 
 # teachers known by their predictions alone ----------------------------------------------------------------------------
@@ -457,7 +462,7 @@ def test_what_killed_trainings_left_is_counted_and_goes_with_the_next_one(own):
 def test_kill_nine_in_the_middle_and_again_gives_equal_weights(own, tmp_path, options):
     undisturbed = workspace_at(Path(shutil.copytree(own.base, tmp_path / "undisturbed")))
     unlabeled = f"distillation.unlabeled_dir={write_noise(tmp_path / 'more')}"
-    longer = (SMALL, "distillation.epochs=4", unlabeled, *options)
+    longer = (SMALL, "distillation.epochs=3", unlabeled, *options)
     distill(undisturbed, *longer)
     settings = [word for override in (*QUICK, *longer) for word in ("--set", override)]
     command = [sys.executable, str(PROJECT / "ensemble_orchestrator.py"), "distill", *settings]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -20,6 +21,19 @@ from utils.core import errors
 
 QUICK = ("--config", "configs/quick_ensemble.yaml")
 DEMO = ("--config", "configs/votes.yaml")
+FROM_ANYWHERE = {"PYTHONPATH": str(PROJECT)}
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Write a program into a file, as which it starts where torch is imported already; returns its path."""
+
+    def write(code: str) -> str:
+        path = tmp_path / "program.py"
+        path.write_text(code)
+        return str(path)
+
+    return write
 
 
 def test_help_lists_what_works_and_loads_nothing_heavy():
@@ -213,10 +227,12 @@ FAILING = (
         ("evaluate", "ranking.json", "replace"),
     ],
 )
-def test_a_full_disk_names_the_file_and_the_remedy_and_leaves_nothing_half_written(own_copy, command, place, way):
+def test_a_full_disk_names_the_file_and_the_remedy_and_leaves_nothing_half_written(
+    own_copy, script, command, place, way
+):
     before = {path: path.read_bytes() for path in own_copy.rglob("*.json")}
     options = ("--force", "--quiet", *DEMO, "--workspace", str(own_copy))
-    done = run_python("-c", FAILING, place, way, command, *options)
+    done = run_python(script(FAILING), place, way, command, *options, environment=FROM_ANYWHERE)
     assert done.returncode == 1
     line = done.stderr.strip().splitlines()[-1]
     assert f"{place}: cannot be written (" in line
@@ -295,7 +311,7 @@ def test_a_file_that_vanishes_in_between_is_named_with_a_remedy(own_copy):
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interruption_leaves_nothing_half_written(own_copy, sent, code):
+def test_interruption_leaves_nothing_half_written(own_copy, script, sent, code):
     hold = (
         "import sys, time, signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
@@ -309,8 +325,9 @@ def test_interruption_leaves_nothing_half_written(own_copy, sent, code):
     )
     shutil.rmtree(own_copy / "ensembles" / "predictions")
     process = subprocess.Popen(
-        [sys.executable, "-c", hold, "build-ensemble", "--force", *DEMO, "--workspace", str(own_copy)],
+        [sys.executable, script(hold), "build-ensemble", "--force", *DEMO, "--workspace", str(own_copy)],
         cwd=PROJECT,
+        env=os.environ | FROM_ANYWHERE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

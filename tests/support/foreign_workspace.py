@@ -29,6 +29,7 @@ TRAIN = """
 import json, os, sys
 from pathlib import Path
 
+sys.dont_write_bytecode = True  # whatever a test finds there was written by what it runs
 sys.path.insert(0, sys.argv[1])
 expected = Path(sys.argv[2])
 
@@ -143,7 +144,7 @@ def build(parent: Path) -> ForeignWorkspace:
     script.write_text(TRAIN.lstrip("\n"), encoding="utf-8")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("DBT_", "BASE_BACK", "PYTHON"))}
     done = subprocess.run(
-        [sys.executable, "-B", str(script), str(base_back / "src"), str(expected)],
+        [sys.executable, str(script), str(base_back / "src"), str(expected)],
         cwd=cwd,
         env=clean | {"DBT_BASE_DIR": str(workspace), "OMP_NUM_THREADS": "1"},
         capture_output=True,

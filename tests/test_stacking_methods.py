@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ QUICK = {
 CONFIG = validate(QUICK, source=Path("of the test"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows():
     """Two members that confuse the last two classes, and one that tells those apart alone: a stacker can gain."""
     rng = np.random.default_rng(11)
@@ -53,23 +53,40 @@ def enough_rows(request, monkeypatch):
 
 
 @pytest.fixture(params=sorted(COMBINERS))
-def make(request):
-    return partial(COMBINERS[request.param].configured, CONFIG, FACTS)
+def method(request):
+    return request.param
 
 
-def test_a_fold_is_answered_by_what_has_not_read_its_labels(make, rows):
+def changed(labels, folds):
+    """Other labels in one fold."""
+    return np.where(folds == 2, (labels + 1) % C, labels)
+
+
+@pytest.fixture(scope="module")
+def fitted(rows, small_forests):
+    """A stacker fitted on the rows, and the predictions of its copies: once for all tests that only ask it."""
     logits, labels, folds = rows
-    before = fit_crossfitted(make(), logits, labels, folds)
-    changed = np.where(folds == 2, (labels + 1) % C, labels)
-    after = fit_crossfitted(make(), logits, changed, folds)
+
+    @cache
+    def fit(method, has_few_rows):
+        recipe = COMBINERS[method].configured(CONFIG, FACTS)
+        return recipe, fit_nested(recipe, logits, labels, folds)
+
+    return lambda method: fit(method, nested_cv.ENOUGH_ROWS > N)  # then all folds select for one another
+
+
+def test_a_fold_is_answered_by_what_has_not_read_its_labels(method, rows, fitted):
+    logits, labels, folds = rows
+    before = fitted(method)[1].crossfit
+    after = fit_crossfitted(COMBINERS[method].configured(CONFIG, FACTS), logits, changed(labels, folds), folds)
     np.testing.assert_array_equal(after[folds == 2], before[folds == 2])
     assert not np.array_equal(after[folds != 2], before[folds != 2])
 
 
-def test_inner_copies_of_a_fold_have_read_none_of_its_labels(make, rows, enough_rows):
+def test_inner_copies_of_a_fold_have_read_none_of_its_labels(method, rows, fitted, enough_rows):
     logits, labels, folds = rows
-    before = fit_nested(make(), logits, labels, folds)
-    after = fit_nested(make(), logits, np.where(folds == 2, (labels + 1) % C, labels), folds)
+    before = fitted(method)[1]
+    after = fit_nested(COMBINERS[method].configured(CONFIG, FACTS), logits, changed(labels, folds), folds)
     np.testing.assert_array_equal(after.inner[2], before.inner[2])
     assert not np.array_equal(after.inner[1], before.inner[1])
     known, mean = np.isfinite(before.inner[2]).all(axis=1), softmax(logits).mean(axis=0)
@@ -102,17 +119,18 @@ class _OneForest(ForestLearner):
         return super().predictions(logits, labels, held_out)[:1]
 
 
-def test_a_stacker_beats_the_plain_mean_where_there_is_something_to_learn(make, rows):
-    logits, labels, folds = rows
-    unseen = fit_crossfitted(make(), logits, labels, folds)
+def test_a_stacker_beats_the_plain_mean_where_there_is_something_to_learn(method, rows, fitted):
+    logits, labels, _ = rows
+    unseen = fitted(method)[1].crossfit
     assert log_loss(unseen, labels) < log_loss(softmax(logits).mean(axis=0), labels) - 0.05
 
 
-def test_the_report_tells_what_was_chosen_and_its_two_scores(make, rows):
-    report = make().fit(*rows).report(FACTS.names)
+def test_the_report_tells_what_was_chosen_and_its_two_scores(method, fitted):
+    stacker = fitted(method)[0]
+    report = stacker.report(FACTS.names)
     assert report["selection_score"] < report["cross_validated_log_loss"]
-    assert 0 < report["settings_tried"] <= len(make().learner.settings())
-    assert report["setting"] in [dict(setting) for setting in make().learner.settings()]
+    assert 0 < report["settings_tried"] <= len(stacker.learner.settings())
+    assert report["setting"] in [dict(setting) for setting in stacker.learner.settings()]
 
 
 def test_useless_learners_fall_back_to_the_mean():
@@ -141,12 +159,11 @@ def test_the_mean_that_a_stacker_falls_back_to_has_a_temperature_of_its_own():
     assert raw.mean_temperature == 1
 
 
-def test_a_stacker_of_an_earlier_version_has_no_temperature_of_the_mean(rows):
-    logits, labels, folds = rows
-    fitted = COMBINERS["stacking_lr"].configured(CONFIG, FACTS).fit(logits, labels, folds)
-    state = {name: values for name, values in fitted.state().items() if name != "mean_temperature"}
-    assert type(fitted).from_state(state).calibration.mean_temperature == 1
-    assert type(fitted).from_state(fitted.state()).calibration == fitted.calibration
+def test_a_stacker_of_an_earlier_version_has_no_temperature_of_the_mean(fitted):
+    stacker = fitted("stacking_lr")[0]
+    state = {name: values for name, values in stacker.state().items() if name != "mean_temperature"}
+    assert type(stacker).from_state(state).calibration.mean_temperature == 1
+    assert type(stacker).from_state(stacker.state()).calibration == stacker.calibration
 
 
 def test_temperature_and_weight_are_applied_in_this_order():

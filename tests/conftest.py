@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -126,7 +127,19 @@ def small_forests() -> Iterator[None]:
     from utils.combiners import forest
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forest, "TREES", 20)
+        patch.setattr(forest, "TREES", 10)
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_paths() -> Iterator[None]:
+    """For tests that do not depend on the number of strengths of the ridge: logistic stackers have three of seven."""
+    from utils import stacking_methods
+    from utils.combiners import logistic
+
+    learner = partial(logistic.LogisticLearner, strengths=logistic.STRENGTHS[::3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stacking_methods, "LogisticLearner", learner)
         yield
 
 

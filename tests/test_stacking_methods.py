@@ -17,7 +17,7 @@ from utils.numeric.metrics import log_loss, softmax
 from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 from utils.stacking_methods import COMBINERS, Calibration, calibrate
 
-pytestmark = pytest.mark.usefixtures("small_forests")
+pytestmark = pytest.mark.usefixtures("small_forests", "short_paths")
 M, N, C = 3, 300, 3
 FACTS = MemberFacts(("a", "b", "c"), np.full(M, 0.7), np.full(M, np.nan), np.full(M, np.nan))
 QUICK = {
@@ -63,7 +63,7 @@ def changed(labels, folds):
 
 
 @pytest.fixture(scope="module")
-def fitted(rows, small_forests):
+def fitted(rows, small_forests, short_paths):
     """A stacker fitted on the rows, and the predictions of its copies: once for all tests that only ask it."""
     logits, labels, folds = rows
 

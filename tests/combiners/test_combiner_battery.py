@@ -20,7 +20,7 @@ from utils.numeric.metrics import log_loss_per_row
 from utils.numeric.uniform_mixture import mixed_with_uniform
 from utils.predictions.rows import MemberOutputs
 
-pytestmark = pytest.mark.usefixtures("small_forests")
+pytestmark = pytest.mark.usefixtures("small_forests", "short_paths")
 WIDTHS = (5, 8, 4, 6)
 
 

@@ -14,7 +14,7 @@ from utils.numeric import nested_cv
 from utils.numeric.nested_cv import inner_folds
 from utils.predictions.rows import MemberOutputs
 
-pytestmark = pytest.mark.usefixtures("small_forests")
+pytestmark = pytest.mark.usefixtures("small_forests", "short_paths")
 WIDTHS = (5, 8, 4, 6)
 N = 40
 

@@ -21,7 +21,7 @@ from utils.meta_methods import FUSERS, MetaFuserCombiner
 from utils.numeric.metrics import accuracy
 from utils.predictions.rows import MemberRows, Rows, align
 
-pytestmark = pytest.mark.usefixtures("small_forests")
+pytestmark = pytest.mark.usefixtures("small_forests", "short_paths")
 SHAPE = {"hidden_dims": [8], "epochs": 4, "lr": 0.01}
 LEARNERS = [*sorted(stacking_methods.COMBINERS), *(f"meta_fuser {kind}" for kind in sorted(FUSERS))]
 

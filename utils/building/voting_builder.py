@@ -58,7 +58,12 @@ class VotingBuilder(Builder):
         tasks = list(zip(recipes, kinds, strict=True))
         n_logits = max(each.rows.logits.size for each in rows.values())
         results = family_fits.fit_each(
-            _fit, tasks, shared=(rows,), description="combinations", n_logits=n_logits, are_nested=False
+            _fit,
+            tasks,
+            shared=(rows,),
+            description="combinations",
+            n_logits=n_logits,
+            are_nested=any(recipe.learns for recipe in recipes),
         )
         for name, kind, fitted in zip(names, kinds, results, strict=True):
             if isinstance(fitted, UserError):

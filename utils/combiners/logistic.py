@@ -33,6 +33,7 @@ SINGLE_PRECISION = 2**18  # numbers of features from which rows are float32; wit
 EVALUATIONS = 100  # of a path of strengths
 VECTORS = 30  # of the size of all weights, most of them the history of L-BFGS-B
 FLOPS = 1e10  # operations per second in products of matrices, on one core
+EVALUATION_SECONDS = 1e-3  # of an evaluation beside its products: with few rows, a fit takes 0.5 s
 DECOMPOSED = 40  # times rows x classes: columns squared up to which the decomposition takes less time than the fits
 
 
@@ -71,7 +72,7 @@ class LogisticLearner:
         weights = (members * classes + classes) * classes
         evaluations = EVALUATIONS * len(self.forms) * len(self.kinds)
         n_bytes = 8.0 * (VECTORS * weights + 6 * rows * (members + 1) * classes)
-        return FitDemand(n_bytes, evaluations * 4 * rows * weights / FLOPS)
+        return FitDemand(n_bytes, evaluations * (EVALUATION_SECONDS + 4 * rows * weights / FLOPS))
 
     def settings(self) -> Sequence[Mapping[str, Any]]:
         """Return the settings: forms times kinds times strengths, the strongest ridge first."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.core import engines
 from utils.core.artifacts import digest_of, open_array, read_json, write_array, write_json
 from utils.core.errors import LeakageError, UserError
 from utils.core.links import remove_file
@@ -96,6 +97,7 @@ def aligned(store: Store, members: Sequence[Member]) -> EmbeddedRows:
     train, explained = {}, {}
     trunk_members = [member for member in members if _has_unseen_trunk(member)]
     extraction.ensure(store, trunk_members, ("train",))
+    _run_fold_networks(store, [member for member in members if _needs_alignment(store, member, trunk_members)])
     for member in members:
         if training_data.predicts_unseen_train_rows(store, member):
             rows = store.rows(member, "train", embeddings=True)
@@ -112,6 +114,32 @@ def aligned(store: Store, members: Sequence[Member]) -> EmbeddedRows:
     store.digests.save()
     joined = _joined(store, members, train)
     return replace(joined, facts={n: {**facts, "explained": explained.get(n)} for n, facts in joined.facts.items()})
+
+
+def _needs_alignment(store: Store, member: Member, trunk_members: Sequence[Member]) -> bool:
+    """Return whether the embeddings of a member's out-of-fold rows are those of its fold networks."""
+    is_seen = not training_data.predicts_unseen_train_rows(store, member)
+    return is_seen and member not in trunk_members and member.source != IMPORTED
+
+
+def _run_fold_networks(store: Store, members: Sequence[Member]) -> None:
+    """Store the aligned embeddings of members' out-of-fold rows, several members at a time where cores allow."""
+    device = streaming.resolve_device(store.config.device)
+    streamed = engines.Local().map(
+        _align,
+        members,
+        shared=(store,),
+        description="fold networks",
+        n_processes=extraction.n_processes(store, members, device),
+    )
+    for number, (member, _) in enumerate(zip(members, streamed, strict=True), start=1):
+        logger.info("[%d/%d] aligned the fold networks of %s", number, len(members), member.name)
+
+
+def _align(store: Store, member: Member) -> None:
+    out_of_fold = store.oof(member, embeddings=False)
+    assert out_of_fold is not None, "reason_not_aligned comes first"
+    _of_fold_networks(store, member, out_of_fold)
 
 
 def _has_unseen_trunk(member: Member) -> bool:
@@ -254,7 +282,6 @@ def _embeddings(store: Store, member: Member, number: int, rows: MemberRows) -> 
     catalog.check_current(store.workspace, member, store.digests, stage=stage)
     row_of = {sample_id: row for row, sample_id in enumerate(train.sample_ids)}
     images = [train.take([row_of[sample_id] for sample_id in rows.sample_ids.tolist()]), store.images("val")]
-    logger.info("streaming %s of %s over its %d rows and val", stage, member.name, len(rows.sample_ids))
     batches = list(
         streaming.stream(
             member.network(store.workspace, stage=stage),

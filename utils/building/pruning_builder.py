@@ -66,7 +66,7 @@ class PruningBuilder(Builder):
         extra_inputs = latency.latency_inputs(facts, records)
         recipes = [COMBINERS[name].configured(config, facts) for name in names]
         results = family_fits.fit_each(
-            _fit, recipes, shared=(rows,), description="prunings", n_logits=rows.rows.logits.size, are_nested=False
+            _fit, recipes, shared=(rows,), description="prunings", n_logits=rows.rows.logits.size, are_nested=True
         )
         reasons: dict[str, str] = {}
         for name, fitted in zip(names, results, strict=True):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils import base_back
-from utils.core import engines, estimates
+from utils.core import engines, estimates, worker_processes
 from utils.core.progress_bar import progress_bar
 from utils.networks.checkpoints import reading_ahead
 from utils.predictions import catalog, image_splits, inspection, output_writing, row_groups, streaming, training_data
@@ -87,6 +87,15 @@ def job_threads(store: Store, members: Sequence[Member], device: str) -> int | N
             n_parameters = spec.checkpoint.stat().st_size // FLOAT_BYTES
             numbers.append(rule.number_of_threads("streaming", n_parameters, spec.img_size))
     return max(numbers)
+
+
+def n_processes(store: Store, members: Sequence[Member], device: str) -> int:
+    """Number of processes among which members can be divided, each with one network at a time.
+
+    1 unless all networks use one thread of the CPU and processes can be forked.
+    """
+    is_forked = worker_processes.start_method() == worker_processes.FORK
+    return engines.cores() if is_forked and job_threads(store, members, device) == 1 else 1
 
 
 def _prepare(store: Store, missing: Sequence[tuple[Member, list[str]]], device: str, threads: int) -> None:

@@ -110,7 +110,7 @@ def key(store: Store, member: Member, split: str, inference: str) -> str:
 
 
 def ensure(store: Store, members: Sequence[Member], splits: Sequence[str], inference: str) -> None:
-    """Run the networks that `inference` selects on the splits that the store lacks, one network in memory at a time."""
+    """Run the networks that `inference` selects on the splits that the store lacks, one at a time in each process."""
     extraction.ensure(store, members, splits)
     if inference == FULL:
         return
@@ -118,15 +118,20 @@ def ensure(store: Store, members: Sequence[Member], splits: Sequence[str], infer
     engine = engines.current()
     device = streaming.resolve_device(store.config.device) if missing else "cpu"
     share = GPU_SHARE if device != "cpu" else 0.0
-    for _ in engine.map(
+    to_stream = [member for member, _ in missing]
+    streamed = engine.map(
         _stream,
         missing,
         shared=(store, engine.worker_device(device)),
         description="fold networks",
-        threads_per_job=extraction.job_threads(store, [member for member, _ in missing], device),
+        n_processes=extraction.n_processes(store, to_stream, device),
+        threads_per_job=extraction.job_threads(store, to_stream, device),
         gpu=share,
-    ):
-        pass
+    )
+    for number, ((member, gaps), _) in enumerate(zip(missing, streamed, strict=True), start=1):
+        logger.info(
+            "[%d/%d] streamed the fold networks of %s over %s", number, len(missing), member.name, ", ".join(gaps)
+        )
     store.digests.save()
 
 
@@ -190,7 +195,6 @@ def _stream(store: Store, device: str, job: tuple[Member, Sequence[str]]) -> Non
     names = stages(member)
     means = {split.split: FoldMean(len(split.paths), len(order)) for split in images}
     for stage in names:
-        logger.info("streaming %s of %s over %s", stage, member.name, ", ".join(splits))
         batches = streaming.stream(
             member.network(store.workspace, stage=stage),
             images,

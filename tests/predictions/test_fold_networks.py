@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from stored_predictions import CONFIG, workspace_at
 
+from utils.building import embedding_rows
+from utils.core import engines, worker_processes
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.discovery import discover
 from utils.numeric.metrics import softmax
-from utils.predictions import catalog, fold_networks, streaming
+from utils.predictions import catalog, extraction, fold_networks, streaming
 from utils.predictions.store import Store
 
 NAME = "CustomConvNeXt"
@@ -132,3 +134,25 @@ def test_the_mean_of_networks_is_that_of_their_probabilities_whatever_the_batche
     found = mean.mean(3)
     assert found.dtype == np.float32
     np.testing.assert_allclose(np.exp(found), probabilities.mean(axis=0), atol=1e-6)
+
+
+@pytest.mark.skipif(worker_processes.start_method() != "fork", reason="members are divided among forks only")
+def test_members_are_divided_among_processes_with_equal_bytes(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(worker_processes, "START_SECONDS", dict.fromkeys(worker_processes.START_SECONDS, 0.0))
+    found = {}
+    for cores in (1, 2):
+        monkeypatch.setattr(engines, "cores", lambda cores=cores: cores)
+        workspace = workspace_at(Path(shutil.copytree(trained, tmp_path / f"{cores}")))
+        config = load_config(CONFIG, overrides=["device=cpu"])
+        discover.discover(config, workspace)
+        store = Store(config, workspace, catalog.load(workspace))
+        members = [member for member in store.catalog.members.values() if member.source == "trained"]
+        assert extraction.n_processes(store, members, "cpu") == cores
+        fold_networks.ensure(store, members, ("val",), "folds")
+        aligned = embedding_rows.aligned(store, members)
+        means = [workspace.fold_predictions(member.name, "val").read_bytes() for member in members]
+        found[cores] = means, aligned.facts, aligned.rows
+    (means, facts, rows), (other_means, other_facts, other_rows) = found[1], found[2]
+    assert means == other_means
+    assert facts == other_facts
+    assert all(np.array_equal(one, other) for one, other in zip(rows.embeddings, other_rows.embeddings, strict=True))

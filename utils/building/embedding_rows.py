@@ -97,7 +97,7 @@ def aligned(store: Store, members: Sequence[Member]) -> EmbeddedRows:
     train, explained = {}, {}
     trunk_members = [member for member in members if _has_unseen_trunk(member)]
     extraction.ensure(store, trunk_members, ("train",))
-    _run_fold_networks(store, [member for member in members if _needs_alignment(store, member, trunk_members)])
+    to_align: list[Member] = []
     for member in members:
         if training_data.predicts_unseen_train_rows(store, member):
             rows = store.rows(member, "train", embeddings=True)
@@ -108,38 +108,31 @@ def aligned(store: Store, members: Sequence[Member]) -> EmbeddedRows:
         if member in trunk_members:
             out_of_fold = replace(out_of_fold, embeddings=_of_trunk(store, member, out_of_fold))
         elif member.source != IMPORTED:
-            embeddings, explained[member.name] = _of_fold_networks(store, member, out_of_fold)
-            out_of_fold = replace(out_of_fold, embeddings=embeddings)
+            to_align.append(member)
         train[member.name] = out_of_fold
+    _run_fold_networks(store, to_align, train)
+    for member in to_align:
+        stored = _stored_embeddings(store, member)
+        assert stored is not None, "it has just been written"
+        embeddings, explained[member.name] = stored
+        train[member.name] = replace(train[member.name], embeddings=embeddings)
     store.digests.save()
     joined = _joined(store, members, train)
     return replace(joined, facts={n: {**facts, "explained": explained.get(n)} for n, facts in joined.facts.items()})
 
 
-def _needs_alignment(store: Store, member: Member, trunk_members: Sequence[Member]) -> bool:
-    """Return whether the embeddings of a member's out-of-fold rows are those of its fold networks."""
-    is_seen = not training_data.predicts_unseen_train_rows(store, member)
-    return is_seen and member not in trunk_members and member.source != IMPORTED
-
-
-def _run_fold_networks(store: Store, members: Sequence[Member]) -> None:
-    """Store the aligned embeddings of members' out-of-fold rows, several members at a time where cores allow."""
-    device = streaming.resolve_device(store.config.device)
-    streamed = engines.Local().map(
+def _run_fold_networks(store: Store, members: Sequence[Member], out_of_fold: Mapping[str, MemberRows]) -> None:
+    """Store the aligned embeddings of members that lack them, several members at a time where cores allow."""
+    missing = [member for member in members if _stored_embeddings(store, member) is None]
+    finished = engines.Local().map(
         _align,
-        members,
+        [(member, out_of_fold[member.name]) for member in missing],
         shared=(store,),
         description="fold networks",
-        n_processes=extraction.n_processes(store, members, device),
+        n_processes=extraction.n_processes(store, missing, streaming.resolve_device(store.config.device)),
     )
-    for number, (member, _) in enumerate(zip(members, streamed, strict=True), start=1):
-        logger.info("[%d/%d] aligned the fold networks of %s", number, len(members), member.name)
-
-
-def _align(store: Store, member: Member) -> None:
-    out_of_fold = store.oof(member, embeddings=False)
-    assert out_of_fold is not None, "reason_not_aligned comes first"
-    _of_fold_networks(store, member, out_of_fold)
+    for number, (member, _) in enumerate(zip(missing, finished, strict=True), start=1):
+        logger.info("[%d/%d] aligned the embeddings of the fold networks of %s", number, len(missing), member.name)
 
 
 def _has_unseen_trunk(member: Member) -> bool:
@@ -225,15 +218,29 @@ def _embeddings_of(rows: MemberRows) -> np.ndarray:
     return rows.embeddings
 
 
-def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[np.ndarray, list[float]]:
-    """Compute and store aligned embeddings of out-of-fold rows; return them, float32 (N, D), with each map's R^2."""
+def _alignment_key(store: Store, member: Member) -> str:
+    """Return the digest of everything that a member's aligned embeddings depend on."""
+    splits = store.catalog.splits
+    return digest_of(
+        [
+            *(VERSION, fold_networks.digest(member, FOLDS), store.key(member, "val")),
+            *(splits["train"]["digest"], splits["val"]["digest"]),
+        ]
+    )
+
+
+def _stored_embeddings(store: Store, member: Member) -> tuple[np.ndarray, list[float]] | None:
+    """Return the aligned embeddings of out-of-fold rows, float32 (N, D), with each map's R^2; None if not stored."""
     path = store.workspace.embeddings(member.name, OUT_OF_FOLD)
-    record_path = store.workspace.embeddings_record(member.name, OUT_OF_FOLD)
-    oof_key = store.catalog.splits["train"]["digest"], store.catalog.splits["val"]["digest"]
-    key = digest_of([VERSION, fold_networks.digest(member, FOLDS), store.key(member, "val"), *oof_key])
-    record = read_json(record_path, remedy=AGAIN)
-    if record is not None and record.get("key") == key and path.is_file():
-        return open_array(path, remedy=AGAIN), record["explained"]
+    record = read_json(store.workspace.embeddings_record(member.name, OUT_OF_FOLD), remedy=AGAIN)
+    if record is None or record.get("key") != _alignment_key(store, member) or not path.is_file():
+        return None
+    return open_array(path, remedy=AGAIN), record["explained"]
+
+
+def _align(store: Store, member_and_rows: tuple[Member, MemberRows]) -> None:
+    """Compute and store the aligned embeddings of a member's out-of-fold rows."""
+    member, rows = member_and_rows
     full = _embeddings_of(store.rows(member, "val", embeddings=True))
     fold = rows.fold
     assert fold is not None, "rows are out-of-fold here"
@@ -252,8 +259,7 @@ def _of_fold_networks(store: Store, member: Member, rows: MemberRows) -> tuple[n
         to_full = fit_ridge_map(val_embeddings, full)
         embeddings[inside] = to_full.apply(held_out)
         explained.append(to_full.explained)
-    _write(store, member, rows, embeddings, {"key": key, "explained": explained})
-    return embeddings, explained
+    _write(store, member, rows, embeddings, {"key": _alignment_key(store, member), "explained": explained})
 
 
 def _write(store: Store, member: Member, rows: MemberRows, embeddings: np.ndarray, facts: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,9 @@ from student_runs import SMALL, store_of
 from utils.core import engines, worker_processes
 from utils.core.errors import UserError
 from utils.distillation import epoch_predictions, teachers
+from utils.distillation.epoch_predictions import EpochPredictions
 from utils.distillation.open_networks import OpenNetworks
+from utils.predictions import extraction
 from utils.training.batch_schedule import NEVER, BatchSchedule
 from utils.training.image_source import ImageSource
 
@@ -37,9 +40,9 @@ def passes(built, monkeypatch):
         schedule = BatchSchedule(source, 32, 5, np.full(len(source), NEVER), mix="both", is_shared=True)
         predict = partial(epoch_predictions.predict_epoch, store, teacher, OpenNetworks(), schedule)
         n_processes = epoch_predictions.n_processes(store, len(source), EPOCHS)
-        if not epoch_predictions.uses_one_thread(store, teacher):
+        if not extraction.use_one_thread(teachers.network_sizes(store, teacher)):
             n_processes = 1
-        return epoch_predictions.epoch_predictions(predict, EPOCHS, beside, n_processes=n_processes)
+        return closing(EpochPredictions(predict, EPOCHS, beside, n_processes=n_processes))
 
     return opened
 
@@ -84,11 +87,13 @@ def test_a_training_that_fails_leaves_no_worker(passes):
 
 @forks
 @pytest.mark.parametrize(
-    ("name", "value"), [("MAX_BYTES", 1000), ("BYTES_PER_PARAMETER", 1e-6)], ids=["memory", "networks of two threads"]
+    ("module", "name", "value"),
+    [(epoch_predictions, "MAX_BYTES", 1000), (extraction, "HALF_BYTES", 1e-6)],
+    ids=["memory", "networks of two threads"],
 )
-def test_passes_stay_here_where_they_would_take_memory_or_threads(passes, monkeypatch, name, value):
+def test_passes_stay_here_where_they_would_take_memory_or_threads(passes, monkeypatch, module, name, value):
     monkeypatch.setenv("DBT_NUM_THREADS", "0")  # the number of threads is that of the table
-    monkeypatch.setattr(epoch_predictions, name, value)
+    monkeypatch.setattr(module, name, value)
     with passes(2) as predict:
         predict(0)
         assert workers(0) == 0

@@ -35,7 +35,7 @@ def fit_each(
     Args:
         n_logits: size of the logits (M, N, C) that each item is fitted on. Fits that run at a time take at most half of
             the machine's memory.
-        are_nested: whether the fits are nested cross-validations of learners, which take seconds.
+        are_nested: whether some of the fits are nested cross-validations, which take seconds with many logits.
         n_bytes: memory of the largest fit, where it is more than the logits suggest.
     """
     most = int(physical_memory() / 2 / max(BYTES_PER_LOGIT * n_logits, n_bytes))

@@ -68,7 +68,8 @@ class Mixed:
 def mixed_each(store: Store, methods: Sequence[str], backbones: Sequence[Member]) -> Iterator[Mixed | UserError]:
     """Mix the checkpoints of each backbone, side by side on the CPU if every network is small enough for one thread."""
     shared = (store, tuple(methods))
-    if streaming.resolve_device(store.config.device) == "cpu" and extraction.job_threads(store, backbones, "cpu") == 1:
+    is_on_cpu = streaming.resolve_device(store.config.device) == "cpu"
+    if is_on_cpu and extraction.use_one_thread(extraction.network_sizes(store, backbones)):
         return family_fits.run_each(_mixed, backbones, shared=shared, description="soups", are_long=True)
     return (family_fits.result_or_error(_mixed, shared, member) for member in backbones)
 

@@ -8,10 +8,8 @@ expensive part: a pass of all the teacher's networks per epoch.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from utils import base_back
 from utils.core import engines, worker_processes
 from utils.distillation import teachers
 from utils.distillation.open_networks import OpenNetworks
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from utils.training.batch_schedule import BatchSchedule
 
 MAX_BYTES = 2**28  # of the predictions of all epochs, which may all be ready before the student needs them
-BYTES_PER_PARAMETER = 2  # of a checkpoint in half precision, so that the number of parameters is not underestimated
 
 
 class EpochPredictions:
@@ -42,7 +39,12 @@ class EpochPredictions:
     """
 
     def __init__(
-        self, predict: Callable[[int], Targets], epochs: int, beside: Callable[[], Any] | None, *, n_processes: int
+        self,
+        predict: Callable[[int], Targets],
+        epochs: int,
+        beside: Callable[[], Any] | None = None,
+        *,
+        n_processes: int,
     ) -> None:
         self._predict, self._epochs, self._beside, self._n_processes = predict, epochs, beside, n_processes
         self._next_epoch: int | None = None
@@ -73,23 +75,15 @@ class EpochPredictions:
     def result_beside(self) -> Any:
         """The result of the job, after the last epoch: waits for it, or runs it if it has not run."""
         assert self._beside is not None
-        if self._results is None or self._next_epoch != self._epochs:
+        if self._results is None:
             return self._beside()
+        assert self._next_epoch == self._epochs
         return next(self._results)
 
     def close(self) -> None:
         """End everything that is running."""
         if self._results is not None:
             self._results.close()
-
-
-@contextmanager
-def epoch_predictions(
-    predict: Callable[[int], Targets], epochs: int, beside: Callable[[], Any] | None = None, *, n_processes: int
-) -> Iterator[EpochPredictions]:
-    """`EpochPredictions` whose processes end with the block."""
-    with closing(EpochPredictions(predict, epochs, beside, n_processes=n_processes)) as predictions:
-        yield predictions
 
 
 def n_processes(store: Store, rows: int, epochs: int) -> int:
@@ -103,15 +97,6 @@ def n_processes(store: Store, rows: int, epochs: int) -> int:
     if streaming.resolve_device(store.config.device) != "cpu" or store.config.distillation.feature_weight != 0:
         return 1
     return engines.cores() if rows * len(store.catalog.classes) * 4 * epochs <= MAX_BYTES else 1
-
-
-def uses_one_thread(store: Store, teacher: Teacher) -> bool:
-    """Whether every network of the teacher predicts on one thread, as in a forked process."""
-    rule = base_back.load_bundled("threads")
-    return all(
-        rule.number_of_threads("streaming", n_bytes // BYTES_PER_PARAMETER, img_size) == 1
-        for n_bytes, img_size in teachers.network_sizes(store, teacher)
-    )
 
 
 def predict_epoch(

@@ -23,7 +23,7 @@ from utils.distillation.open_networks import OpenNetworks
 from utils.distillation.soft_targets import Targets
 from utils.distillation.teachers import Teacher
 from utils.networks.preprocessing import Preprocessing
-from utils.predictions import streaming
+from utils.predictions import extraction, streaming
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.rows import UNKNOWN
 from utils.predictions.store import Store
@@ -186,7 +186,8 @@ def prepare(
     )
     if kind == CONSISTENT:
         predict = partial(epoch_predictions.predict_epoch, store, teacher, OpenNetworks())
-        return StudentTargets(kind, batch_schedule, predict, epoch_predictions.uses_one_thread(store, teacher), None)
+        uses_one_thread = extraction.use_one_thread(teachers.network_sizes(store, teacher))
+        return StudentTargets(kind, batch_schedule, predict, uses_one_thread, None)
     if batch_schedule.n_views and (note := recurrence_note(settings.epochs, batch_schedule.n_views)):
         logger.warning("%s", note)
     path = store.workspace.distillation(ensemble) / "targets.npz"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -136,7 +136,7 @@ class PairTraining:
         if targets.uses_one_thread and (targets.digest is None or beside is not None):
             n_processes = epoch_predictions.n_processes(store, len(schedule.image_source), epochs)
         predict = partial(targets.predict, schedule)
-        return epoch_predictions.epoch_predictions(predict, epochs, beside, n_processes=n_processes)
+        return closing(EpochPredictions(predict, epochs, beside, n_processes=n_processes))
 
     def _control_uses_one_thread(self, number: int) -> bool:
         """Whether the control is trained on one thread, as in a forked process."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from utils import base_back
@@ -23,6 +23,7 @@ logger = logging.getLogger("disease_pipeline")
 STREAMED_SPLITS = ("val", "test")
 """Splits that one pass of a member covers: for the out-of-sample rows and the later evaluation."""
 FLOAT_BYTES = 4  # bytes of a parameter in a checkpoint
+HALF_BYTES = 2  # of a parameter in half precision, by which the number of parameters is not underestimated
 GPU_SHARE = 0.5  # share of a GPU per member on a cluster: one member loads weights while another runs
 
 
@@ -80,13 +81,12 @@ def job_threads(store: Store, members: Sequence[Member], device: str) -> int | N
     """Number of threads of the largest network, which is the number of cores per job on a cluster; None on a GPU."""
     if device != "cpu":
         return None
-    rule, numbers = base_back.load_bundled("threads"), [1]
-    for member in members:
-        spec = member.network(store.workspace)
-        if spec.checkpoint.is_file():
-            n_parameters = spec.checkpoint.stat().st_size // FLOAT_BYTES
-            numbers.append(rule.number_of_threads("streaming", n_parameters, spec.img_size))
-    return max(numbers)
+    rule = base_back.load_bundled("threads")
+    numbers = [
+        rule.number_of_threads("streaming", n_bytes // FLOAT_BYTES, img_size)
+        for n_bytes, img_size in network_sizes(store, members)
+    ]
+    return max([1, *numbers])
 
 
 def n_processes(store: Store, members: Sequence[Member], device: str) -> int:
@@ -94,8 +94,23 @@ def n_processes(store: Store, members: Sequence[Member], device: str) -> int:
 
     1 unless all networks use one thread of the CPU and processes can be forked.
     """
-    is_forked = worker_processes.start_method() == worker_processes.FORK
-    return engines.cores() if is_forked and job_threads(store, members, device) == 1 else 1
+    can_fork = device == "cpu" and worker_processes.start_method() == worker_processes.FORK
+    return engines.cores() if can_fork and use_one_thread(network_sizes(store, members)) else 1
+
+
+def network_sizes(store: Store, members: Sequence[Member]) -> list[tuple[int, int]]:
+    """(bytes of the checkpoint, input size in px) of each member's network whose file exists."""
+    specs = [member.network(store.workspace) for member in members]
+    return [(spec.checkpoint.stat().st_size, spec.img_size) for spec in specs if spec.checkpoint.is_file()]
+
+
+def use_one_thread(sizes: Iterable[tuple[int, int]]) -> bool:
+    """Whether networks of these sizes (bytes of the checkpoint, input size in px) all use one thread on the CPU.
+
+    A forked process must: an operation of two threads never ends there once its parent has run one.
+    """
+    rule = base_back.load_bundled("threads")
+    return all(rule.number_of_threads("streaming", n_bytes // HALF_BYTES, img_size) == 1 for n_bytes, img_size in sizes)
 
 
 def _prepare(store: Store, missing: Sequence[tuple[Member, list[str]]], device: str, threads: int) -> None:

@@ -133,6 +133,23 @@ def with_jobs_inside(item):
     return processes == {os.getpid()}, n_threads_inside(8)
 
 
+def test_libraries_that_are_loaded_later_are_limited_too():
+    code = """
+import json
+import numpy, threadpoolctl
+from utils.core.worker_processes import limited
+with limited(1):
+    before = len(threadpoolctl.threadpool_info())
+import scipy.linalg
+with limited(1):
+    print(json.dumps([before, [library["num_threads"] for library in threadpoolctl.threadpool_info()]]))
+"""
+    done = run_python("-c", code, environment={"OMP_NUM_THREADS": "2"})
+    before, threads = json.loads(done.stdout)
+    assert len(threads) > before > 0
+    assert set(threads) == {1}
+
+
 def n_threads_inside(wanted):
     return len({thread for _, thread in engines.Local().map(with_thread, range(wanted), n_threads=wanted)})
 

@@ -21,6 +21,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from utils.core import subprocesses
@@ -111,9 +112,15 @@ def limited(threads: int | None) -> AbstractContextManager[Any]:
     """Limit the threads of every loaded library within a block; None: no limit."""
     if threads is None:
         return nullcontext()
-    from threadpoolctl import threadpool_limits
+    return _loaded_libraries(len(sys.modules)).limit(limits=threads)
 
-    return threadpool_limits(limits=threads)
+
+@lru_cache(maxsize=1)
+def _loaded_libraries(_n_modules: int) -> Any:
+    """The libraries with thread pools; searched again, which takes 3 to 15 ms, once further modules are imported."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 @dataclass(frozen=True)

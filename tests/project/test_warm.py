@@ -12,6 +12,8 @@ import pytest
 import warm
 from conftest import PROJECT, run_python
 
+from utils.core import subprocesses
+
 SAY = PROJECT / "tests" / "support" / "warm_program.py"
 
 
@@ -25,6 +27,15 @@ def test_streams_arguments_folder_environment_and_exit_code_are_its_own(tmp_path
     assert process._process is not None, "it is a fork"
     out, err = process.communicate(timeout=60)
     assert out.splitlines() == [f"{SAY} tell a b", str(tmp_path), "MINE PATH", "__main__ torch: True utils: False"]
+    assert (err, process.returncode) == ("to stderr\n", 5)
+
+
+def test_a_script_that_the_product_starts_is_a_fork():
+    command = subprocesses.script_command(sys.executable, str(SAY), "tell")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process._process is not None
+    out, err = process.communicate(timeout=60)
+    assert out.splitlines()[3] == "__main__ torch: True utils: False"
     assert (err, process.returncode) == ("to stderr\n", 5)
 
 

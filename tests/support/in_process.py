@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import logging
@@ -14,9 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+from PIL import Image, PngImagePlugin
+
 import ensemble_orchestrator
 from utils.core import messages
+from utils.core.artifacts import replacing
+from utils.core.display_text import printable
 from utils.evaluation import score_plots
+from utils.evaluation.report import report_figures
 
 
 @dataclass(frozen=True)
@@ -60,20 +67,46 @@ def own_settings() -> Iterator[None]:
 
 @contextmanager
 def few_plots() -> Iterator[None]:
-    """Draw one kind of plots: all six took a third of a pipeline, and a test of their own sees to each."""
-    kinds = score_plots.KINDS
-    score_plots.KINDS = {"reliability": score_plots.reliability}
-    try:
+    """Draw one kind of plots, since all six took a third of a pipeline and each has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_plots, "KINDS", {"reliability": score_plots.reliability})
         yield
-    finally:
-        score_plots.KINDS = kinds
+
+
+@contextmanager
+def empty_figures() -> Iterator[None]:
+    """Write one kind of plots as a single pixel and the figures of the report as empty SVG: matplotlib took a seventh
+    of all tests. Tests of plots and of the report draw them (`drawn_figures`)."""
+
+    def write_pixel(picture: score_plots.Picture) -> None:
+        source = PngImagePlugin.PngInfo()
+        source.add_text("Source", picture.digest)
+        with replacing(picture.path) as temporary:
+            Image.new("L", (1, 1)).save(temporary, format="PNG", pnginfo=source)
+
+    def empty(job: tuple[str, tuple[Any, ...], dict[str, Any]]) -> str:
+        label = html.escape(printable(job[1][-1]))
+        return f'<svg class="figure" role="img" aria-label="{label}" viewBox="0 0 1 1"></svg>'
+
+    with few_plots(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_plots, "_draw", write_pixel)
+        patch.setattr(report_figures, "_draw", empty)
+        yield
+
+
+@contextmanager
+def drawn_figures() -> Iterator[None]:
+    """Let `run` draw figures within the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "empty_figures", few_plots)
+        yield
 
 
 def run(*argv: str | Path, workspace: Path | None = None) -> Done:
-    """`python ensemble_orchestrator.py ARGV --workspace WORKSPACE`, with one kind of plots."""
+    """`python ensemble_orchestrator.py ARGV --workspace WORKSPACE`, with empty figures unless `drawn_figures`."""
     place = () if workspace is None else ("--workspace", str(workspace))
     out, err = io.StringIO(), io.StringIO()
-    with own_settings(), few_plots(), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+    with own_settings(), empty_figures(), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
         for name in ("DBT_ENSEMBLE_DIR", "DBT_BASE_DIR", "DBT_GROUP_REGEX"):
             os.environ.pop(name, None)
         try:

@@ -33,8 +33,8 @@ LARGE = (
     *("matplotlib.figure", "matplotlib.backends.backend_agg"),
 )
 HERE = Path(__file__).resolve().parents[2]
-RUNS_A_PATH = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path("
-"""How the export certificate starts its program."""
+RUNS_A_PATH = "import gc, runpy, sys; gc.set_threshold("
+"""How `utils.core.subprocesses.script_command` starts a script."""
 
 
 def suits(command: Any) -> bool:

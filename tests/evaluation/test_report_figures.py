@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from utils.core import engines, worker_processes
-from utils.evaluation.report import report_figures
+from utils.evaluation.report import figure_cache, report_figures
 from utils.evaluation.report.report_figures import Bar
 
 BINS = {"confidence": [0.25, 0.75], "accuracy": [None, 0.8], "count": [0, 10]}
@@ -25,7 +25,7 @@ FIGURES = {
 
 @pytest.mark.parametrize("kind", FIGURES)
 def test_a_figure_is_labelled_svg_in_the_colours_of_the_page(kind, monkeypatch):
-    monkeypatch.setattr(report_figures, "MAX_KEPT", 1)
+    monkeypatch.setattr(figure_cache, "MAX_KEPT", 1)
     svg = FIGURES[kind]('errors < 5 & "more"')
     root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
     assert root.attrib["aria-label"] == 'errors < 5 & "more"'
@@ -88,9 +88,9 @@ def test_a_figure_of_equal_values_is_drawn_once(monkeypatch):
 
 
 def test_figures_are_kept_up_to_a_number(monkeypatch):
-    monkeypatch.setattr(report_figures, "MAX_KEPT", 2)
+    monkeypatch.setattr(figure_cache, "MAX_KEPT", 2)
     calls = []
-    draw = report_figures._drawn_once(lambda value: calls.append(value) or str(value))
+    draw = figure_cache.drawn_once(lambda value: calls.append(value) or str(value))
     assert [draw(value) for value in (1, 2, 1, 3, 1)] == ["1", "2", "1", "3", "1"]
     assert calls == [1, 2, 3, 1]
 
@@ -100,8 +100,8 @@ def test_figures_of_a_page_are_drawn_together_in_processes(monkeypatch):
     monkeypatch.setattr(worker_processes, "START_SECONDS", dict.fromkeys(worker_processes.START_SECONDS, 0.0))
     expected = [draw("together") for draw in FIGURES.values()]
     for draw in (getattr(report_figures, name) for name in FIGURES):
-        monkeypatch.setattr(report_figures, draw.__name__, report_figures._drawn_once(draw.__wrapped__))
-    with report_figures.drawn_together() as fill:
+        monkeypatch.setattr(report_figures, draw.__name__, figure_cache.drawn_once(draw.__wrapped__))
+    with figure_cache.drawn_together() as fill:
         placeholders = [draw("together") for draw in FIGURES.values()]
         again = [draw("together") for draw in FIGURES.values()]
         assert len(set(placeholders)) == len(FIGURES)
@@ -114,6 +114,6 @@ def test_figures_of_a_page_are_drawn_together_in_processes(monkeypatch):
 
 
 def test_figures_after_a_page_that_failed_are_drawn_at_once():
-    with pytest.raises(RuntimeError, match="no section"), report_figures.drawn_together():
+    with pytest.raises(RuntimeError, match="no section"), figure_cache.drawn_together():
         raise RuntimeError("no section")
     assert "<svg" in report_figures.confusion([[1, 0], [0, 1]], ["ant", "bee"], "after a failed page")

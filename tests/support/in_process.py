@@ -23,7 +23,7 @@ from utils.core import messages
 from utils.core.artifacts import replacing
 from utils.core.display_text import printable
 from utils.evaluation import score_plots
-from utils.evaluation.report import report_figures
+from utils.evaluation.report import figure_cache
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ def empty_figures() -> Iterator[None]:
         with replacing(picture.path) as temporary:
             Image.new("L", (1, 1)).save(temporary, format="PNG", pnginfo=source)
 
-    def empty(job: tuple[str, tuple[Any, ...], dict[str, Any]]) -> str:
-        label = html.escape(printable(job[1][-1]))
+    def empty(job: tuple[str, str, tuple[Any, ...], dict[str, Any]]) -> str:
+        label = html.escape(printable(job[2][-1]))
         return f'<svg class="figure" role="img" aria-label="{label}" viewBox="0 0 1 1"></svg>'
 
     with few_plots(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(score_plots, "_draw", write_pixel)
-        patch.setattr(report_figures, "_draw", empty)
+        patch.setattr(figure_cache, "_draw", empty)
         yield
 
 

@@ -92,6 +92,11 @@ def start_method() -> str:
     return SPAWN if sys.platform != "linux" or (torch is not None and torch.cuda.is_available()) else FORK
 
 
+def can_fork() -> bool:
+    """Return whether workers share this process's memory as it is when they start."""
+    return start_method() == FORK
+
+
 def run_recorded(function: Callable[..., Any], *arguments: Any) -> tuple[Any, list[JobWarning]]:
     """Run one job in another process; return its result and the warnings that it logged."""
     recorder = _WarningRecorder()

@@ -92,7 +92,7 @@ def n_processes(store: Store, rows: int, epochs: int) -> int:
     1 without forks or free cores, and if predictions are embeddings or too large to keep those of all epochs.
     """
     has_no_core = worker_processes.is_within_job() or engines.cores() == 1
-    if has_no_core or not engines.current().shares_memory or worker_processes.start_method() != worker_processes.FORK:
+    if has_no_core or not engines.current().shares_memory or not worker_processes.can_fork():
         return 1
     if streaming.resolve_device(store.config.device) != "cpu" or store.config.distillation.feature_weight != 0:
         return 1

@@ -93,7 +93,7 @@ def _metrics(
 ) -> dict[str, dict[str, Any]]:
     """Return {name: `metrics.json`} of the models; many models are divided among processes where they can be forked."""
     n_processes = 1
-    if len(models) >= MANY_MODELS and worker_processes.start_method() == worker_processes.FORK:
+    if len(models) >= MANY_MODELS and worker_processes.can_fork():
         n_processes = min(engines.cores(), worker_processes.MAX_PROCESSES)
     records = engines.Local().map(
         _records,

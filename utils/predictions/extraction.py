@@ -94,8 +94,9 @@ def n_processes(store: Store, members: Sequence[Member], device: str) -> int:
 
     1 unless all networks use one thread of the CPU and processes can be forked.
     """
-    can_fork = device == "cpu" and worker_processes.start_method() == worker_processes.FORK
-    return engines.cores() if can_fork and use_one_thread(network_sizes(store, members)) else 1
+    if device != "cpu" or not worker_processes.can_fork():
+        return 1
+    return engines.cores() if use_one_thread(network_sizes(store, members)) else 1
 
 
 def network_sizes(store: Store, members: Sequence[Member]) -> list[tuple[int, int]]:

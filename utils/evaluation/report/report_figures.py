@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.core import engines
-from utils.core.artifacts import digest_of
 from utils.core.display_text import join_names, printable
 from utils.evaluation.drawing import library_defaults
+from utils.evaluation.report.figure_cache import drawn_once
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-P = ParamSpec("P")
 
 INK, MUTED, LINE, ACCENT, SECOND, THIRD = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f", "#101112"
 VARIABLES = {
@@ -47,7 +42,6 @@ PLACES = [
     *((x, y, side) for y in (22, -22, 34, -34) for x, side in ((4, "left"), (-4, "right"))),
 ]
 """Candidate positions of a point's label: offset in points to the right and up, and text alignment; best first."""
-MAX_KEPT = 64  # figures of each kind that are kept in memory
 MAX_NUMBERED_CLASSES = 15  # with more, cells are too small for numbers
 MAX_TICK_LABELS = 40
 SETTINGS: dict[Any, Any] = {
@@ -143,90 +137,7 @@ def _checksum(text: str) -> int:
     return zlib.crc32(text.encode("utf-8", "backslashreplace"))
 
 
-def _plain(value: Any) -> Any:
-    """Convert an argument of a figure that JSON cannot represent to a list or a dictionary."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    return sorted(value) if isinstance(value, set) else vars(value)
-
-
-def _drawn_once(draw: Callable[P, str]) -> Callable[P, str]:
-    """Cache a figure: return the SVG of an earlier call with equal arguments if there is one.
-
-    A pipeline writes the page after every stage that changes a part of it, and drawing takes most of that time.
-    """
-    drawn: dict[str, str] = {}
-
-    def keep(key: str, svg: str) -> None:
-        if len(drawn) >= MAX_KEPT:
-            drawn.clear()
-        drawn[key] = svg
-
-    @wraps(draw)
-    def figure(*args: P.args, **kwargs: P.kwargs) -> str:
-        key = json.dumps([args, kwargs], default=_plain)
-        if key in drawn:
-            return drawn[key]
-        if _requests is not None:
-            # Text of users is escaped, so that none equals it.
-            placeholder = f"<!-- figure {draw.__name__} {digest_of(key)} -->"
-            _requests[placeholder] = _Request(draw.__name__, args, kwargs, partial(keep, key))
-            return placeholder
-        svg = draw(*args, **kwargs)
-        keep(key, svg)
-        return svg
-
-    return figure
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A figure that is drawn later."""
-
-    name: str
-    """Function of this module that draws it"""
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    keep: Callable[[str], None]
-    """Caches the SVG."""
-
-
-_requests: dict[str, _Request] | None = None
-"""{placeholder: figure} within `drawn_together`"""
-
-
-@contextmanager
-def drawn_together() -> Iterator[Callable[[str], str]]:
-    """Within the block, figures are placeholders; the context value is a function that fills them into a page.
-
-    The figures are drawn when the page is filled, in several processes if they take long.
-    """
-    global _requests
-    requests: dict[str, _Request] = {}
-    _requests = requests
-    try:
-        yield partial(_filled, requests)
-    finally:
-        _requests = None
-
-
-def _filled(requests: Mapping[str, _Request], page: str) -> str:
-    jobs = [(request.name, request.args, request.kwargs) for request in requests.values()]
-    drawn = engines.Local().map(_draw, jobs, description="figures", n_processes=engines.cores())
-    for (placeholder, request), svg in zip(requests.items(), drawn, strict=True):
-        request.keep(svg)
-        page = page.replace(placeholder, svg)
-    return page
-
-
-def _draw(job: tuple[str, tuple[Any, ...], dict[str, Any]]) -> str:
-    """Draw a figure by the name of its function, since the undecorated functions cannot be imported."""
-    name, args, kwargs = job
-    svg: str = globals()[name].__wrapped__(*args, **kwargs)
-    return svg
-
-
-@_drawn_once
+@drawn_once
 def forest(bars: Sequence[Bar], axis: str, label: str) -> str:
     """Draw a forest plot: values with their intervals, the first at the top."""
     with _drawing(label, height=0.9 + 0.2 * len(bars)) as drawing:
@@ -245,7 +156,7 @@ def forest(bars: Sequence[Bar], axis: str, label: str) -> str:
     return drawing.svg
 
 
-@_drawn_once
+@drawn_once
 def front(points: Mapping[str, tuple[float, float]], best: set[str], focus: str, axis: str, label: str) -> str:
     """Draw score against cost, {name: (cost, score)}, on a logarithmic cost axis; label models on the Pareto front."""
     with _drawing(label, height=3.6) as drawing:
@@ -309,7 +220,7 @@ def _plain_ticks(axes: Axes, costs: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-@_drawn_once
+@drawn_once
 def reliability(panels: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> str:
     """Draw reliability diagrams of panels (title, bins), with the number of rows per bin below."""
     width = min(WIDTH, 1.2 + 2.6 * len(panels))
@@ -334,7 +245,7 @@ def reliability(panels: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> 
     return drawing.svg
 
 
-@_drawn_once
+@drawn_once
 def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], label: str) -> str:
     """Draw a confusion matrix: rows are true classes, columns predicted ones, colours fractions of the true class."""
     counts = np.asarray(matrix, dtype=float)
@@ -343,7 +254,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], label: st
     return _cells(fractions, cells, classes, ("true class", "predicted class"), label)
 
 
-@_drawn_once
+@drawn_once
 def pairs(matrix: np.ndarray, names: Sequence[str], label: str) -> str:
     """Draw a symmetric matrix (M, M) of pairwise values from -1 to 1, coloured by absolute value."""
     cells = [[f"{value:.2f}" for value in row] for row in matrix]
@@ -382,7 +293,7 @@ def _cells(
     return drawing.svg
 
 
-@_drawn_once
+@drawn_once
 def risk_coverage(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str) -> str:
     """Draw risk-coverage curves {name: (coverage, risk)}: error rate of the answered rows, against their fraction."""
     with _drawing(label, height=3.2) as drawing:
@@ -398,7 +309,7 @@ def risk_coverage(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     return drawing.svg
 
 
-@_drawn_once
+@drawn_once
 def class_curves(
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     areas: Mapping[str, float],

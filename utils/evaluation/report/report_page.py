@@ -75,7 +75,7 @@ def inputs_digest(config: Config, workspace: Workspace, split: str) -> str:
 
 def render(config: Config, sources: ReportSources, key: str) -> str:
     """Return the page as one HTML text, with the digest of its records as `key`."""
-    from utils.evaluation.report.report_figures import drawn_together
+    from utils.evaluation.report.figure_cache import drawn_together
 
     with drawn_together() as fill:
         return fill(_template().render(_context(config, sources, key)))

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,9 @@ def _sections() -> list[tuple[str, str]]:
     ]
 
 
+@cache
 def _template() -> Any:
-    """Return the page's template; every value is made printable, then escaped."""
+    """Return the page's template, parsed once per process; every value is made printable, then escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
 

@@ -128,7 +128,7 @@ import utils.losses.focal, utils.core.errors, utils.training.progress, utils.net
 ours = core, networks, training, utils.core.errors, utils.training.progress, utils.networks.soups
 print(json.dumps([module.__file__ for module in (*ours, utils.losses.focal)]))
 """
-    files, messages = foreign.run("-c", code)
+    files, messages = foreign.run_script(code)
     assert all(Path(file).is_relative_to(PROJECT / "utils") for file in files[:-1])
     assert files[-1] == str(theirs / "losses" / "focal.py")
     assert messages.count("src/utils/core.py, src/utils/networks/, src/utils/training/ cannot be imported") == 1

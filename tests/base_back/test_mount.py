@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,7 @@ def strangers(foreign: Mount) -> Mount:
 
 
 def test_the_printed_import_block_works_from_any_folder(mount: Mount) -> None:
-    script = mount.cwd.parent / "probe" / "script.py"
-    script.write_text(
+    code = (
         "import utils, utils.core.messages\nutils.core.messages.set_up_logging(level='DEBUG')\n"
         + BLOCK
         + """
@@ -101,7 +101,7 @@ print(json.dumps({
 }))
 """
     )
-    printed, errors = mount.run(str(script))
+    printed, errors = mount.run_script(code)
     assert_whole(printed["look"], mount)
     assert printed["look"]["path"][-1] == str(mount.base_back / "src")
     assert {"config.settings", "utils._base", "utils.datasets", "models", "training", "export"} <= set(
@@ -211,7 +211,8 @@ images = WindowsCompatibleImageFolder("Data")
 batches = list(DataLoader(images, 1, collate_fn=operator.itemgetter(0), num_workers=1, multiprocessing_context=context))
 print(json.dumps([same, printed, ours_first, theirs_first, sorted(label for _, label in batches)]))
 """
-    (same, printed, ours_first, theirs_first, labels), errors = mount.run("-c", code)
+    run = mount.run_script if method == "fork" else partial(mount.run, "-c")  # the others start Python themselves
+    (same, printed, ours_first, theirs_first, labels), errors = run(code)
     assert same is True
     assert printed == "ours"
     assert ours_first["torch"] is (method == "fork")
@@ -313,7 +314,7 @@ after = {name: id(sys.modules[name]) for name in before}
 files = [sys.modules[name].__file__ for name in ("config.settings", "export", "models", "utils.datasets")]
 print(json.dumps([done["successful_exports"], same, before == after, files]))
 """
-    (done, same, kept, files), _ = mount.run("-c", code, str(mount.cwd / "deploy"))
+    (done, same, kept, files), _ = mount.run_script(code, str(mount.cwd / "deploy"))
     assert (done, same, kept) == (["state_dict", "onnx"], True, True)
     assert all(file.startswith(os.path.realpath(mount.base_back)) for file in map(os.path.realpath, files))
 
@@ -330,7 +331,7 @@ from utils import logger
 from probe import look
 print(json.dumps([datasets.__name__, datasets.logger is logger, look()]))
 """
-    (name, same, seen), _ = foreign.run("-c", code)
+    (name, same, seen), _ = foreign.run_script(code)
     assert (name, same) == ("utils.datasets", True)
     assert "utils.checkpoint_manager" in seen["files"]
     assert_whole(seen, foreign)

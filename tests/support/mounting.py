@@ -59,7 +59,16 @@ class Mount:
     more: dict[str, str] = field(default_factory=dict)
 
     def run(self, *command: str) -> tuple[Any, str]:
-        """What a Python process with these arguments printed as JSON, and its standard error."""
+        """What a fresh Python process with these arguments printed as JSON, and its standard error."""
+        return self._run("-u", *command)
+
+    def run_script(self, code: str, *arguments: str) -> tuple[Any, str]:
+        """The same of a script outside the working directory, which may start where torch is imported already."""
+        script = self.cwd.parent / "probe" / "script.py"
+        script.write_text(code)
+        return self._run(str(script), *arguments)
+
+    def _run(self, *command: str) -> tuple[Any, str]:
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("DBT_", "BASE_BACK", "PYTHON"))
         }
@@ -74,7 +83,7 @@ class Mount:
         }
         environment = {name: value for name, value in environment.items() if value}
         done = subprocess.run(
-            [sys.executable, "-u", *command], cwd=self.cwd, env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, *command], cwd=self.cwd, env=environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return json.loads(done.stdout), done.stderr

@@ -34,11 +34,13 @@ except OSError as error:
 @pytest.mark.parametrize(("way", "name"), [("json", "a.json"), ("arrays", "a.npz"), ("checkpoint", "a.pth")])
 def test_a_file_that_the_disk_does_not_take_is_named_and_the_old_one_stays(tmp_path, way, name):
     """The limit of a process, which the system keeps as it keeps that of a disk."""
-    code = WRITE.format(src=str(PROJECT / "BASE-BACK" / "src"))
-    done = run_python("-c", code, str(tmp_path / name), way, environment={"DBT_BASE_DIR": str(tmp_path / "w")})
-    assert done.stdout == f"[Errno 27] File too large: '{tmp_path / name}'\n", done.stderr
-    assert (tmp_path / name).read_bytes() == b"before"
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    script, folder = tmp_path / "write.py", tmp_path / "folder"
+    script.write_text(WRITE.format(src=str(PROJECT / "BASE-BACK" / "src")), encoding="utf-8")
+    folder.mkdir()
+    done = run_python(str(script), str(folder / name), way, environment={"DBT_BASE_DIR": str(tmp_path / "w")})
+    assert done.stdout == f"[Errno 27] File too large: '{folder / name}'\n", done.stderr
+    assert (folder / name).read_bytes() == b"before"
+    assert [path.name for path in folder.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file or directory", "another"), RuntimeError("boom")])

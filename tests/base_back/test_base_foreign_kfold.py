@@ -212,8 +212,9 @@ except ExternalError as error:
 def test_our_modules_are_the_same_before_and_after(case, tmp_path):
     from conftest import PROJECT
 
-    code = CALL.format(src=str(PROJECT / "BASE-BACK" / "src"), folder=str(case.base_back))
-    done = run_python("-c", code, environment=PIXELS | {"DBT_BASE_DIR": str(tmp_path)}, cwd=tmp_path)
+    script = tmp_path / "call.py"
+    script.write_text(CALL.format(src=str(PROJECT / "BASE-BACK" / "src"), folder=str(case.base_back)))
+    done = run_python(str(script), environment=PIXELS | {"DBT_BASE_DIR": str(tmp_path)}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "CustomNobody" in done.stderr

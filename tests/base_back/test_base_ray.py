@@ -29,8 +29,9 @@ def test_an_address_belongs_to_ray(tmp_path):
 def test_a_missing_ray_is_named_with_its_remedy(tmp_path):
     write_digits(tmp_path / "Data", per_class=12)
     code = f"import sys; sys.modules['ray'] = None; sys.path.insert(0, {str(PROJECT / 'BASE-BACK' / 'src')!r})"
-    call = "import main; sys.exit(main.main(sys.argv[1:]))"
-    done = run_python("-c", f"{code}; {call}", "--workspace", str(tmp_path), *TRAINING, "--engine", "ray")
+    script = tmp_path / "without_ray.py"
+    script.write_text(f"{code}; import main; sys.exit(main.main(sys.argv[1:]))")
+    done = run_python(str(script), "--workspace", str(tmp_path), *TRAINING, "--engine", "ray")
     assert done.returncode == 1
     assert "ray cannot be imported" in done.stderr
     assert "pip install 'ray>=2.40,<3'" in done.stderr

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT, run_python
 from torch import nn
 
 from config import settings
@@ -53,15 +52,19 @@ def test_the_latest_checkpoint_goes_by_role(tmp_path):
     assert manager.get_latest_backbone_checkpoint("CustomB") is None
 
 
-def test_plots_say_that_they_come_later_and_load_nothing():
-    code = (
-        "import sys, utils\n"
+def test_plots_say_that_they_come_later_and_load_nothing(tmp_path):
+    script = tmp_path / "plots.py"
+    script.write_text(
+        "import sys\n"
+        "for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:\n"
+        "    del sys.modules[name]  # of the process that this one may be a fork of\n"
+        "import utils\n"
         "from utils.visualization import generate_all_visualizations\n"
         "print(generate_all_visualizations(None, 'CustomConvNeXt', {}, None, [], None, None))\n"
         "print('matplotlib' in sys.modules)"
     )
-    root = Path(__file__).resolve().parents[2]
-    answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    answer = run_python(str(script), environment={"PYTHONPATH": str(PROJECT)})
+    assert answer.returncode == 0, answer.stderr
     assert answer.stdout.split() == ["{}", "False"]
     assert "plots come with a later version" in answer.stderr
 

@@ -56,6 +56,13 @@ def by_dynamo(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory) -> tuple[Path, nn.Module, dict]:
+    """(folder, network, result) of one packaged by dynamo. Shared: read it, never write into it."""
+    root, network = tmp_path_factory.mktemp("captured"), by_dynamo(Leaf())
+    return root, network, package(root, network, KINDS)
+
+
 def open_onnx(root: Path, name: str = "leaf") -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(root / name / "onnx" / f"{name}.onnx", providers=["CPUExecutionProvider"])
 
@@ -85,26 +92,25 @@ def test_an_older_torch_is_refused(monkeypatch, version, is_refused):
 
 
 @NEEDS_TORCH
-def test_both_files_answer_in_every_batch_size(tmp_path):
-    network = by_dynamo(Leaf())
-    result = package(tmp_path, network, KINDS)
+def test_both_files_answer_in_every_batch_size(captured):
+    root, network, result = captured
     assert result["successful_exports"] == KINDS, result["export_results"]
-    check_batches(network, tmp_path, "leaf", 8)
-    metadata = open_onnx(tmp_path).get_modelmeta().custom_metadata_map
+    check_batches(network, root, "leaf", 8)
+    metadata = open_onnx(root).get_modelmeta().custom_metadata_map
     assert (metadata["exporter"], metadata["opset"]) == (f"torch {torch.__version__}, dynamo=True", "18")
     assert json.loads(metadata["classes"]) == CLASSES
-    assert [given.shape for given in open_onnx(tmp_path).get_inputs()] == [["batch", 3, 8, 8]]
-    assert [given.name for given in open_onnx(tmp_path).get_outputs()] == ["output"]
+    assert [given.shape for given in open_onnx(root).get_inputs()] == [["batch", 3, 8, 8]]
+    assert [given.name for given in open_onnx(root).get_outputs()] == ["output"]
 
 
 @NEEDS_TORCH
-def test_files_hold_nothing_of_the_machine_and_are_the_same_every_time(tmp_path):
+def test_files_hold_nothing_of_the_machine_and_are_the_same_every_time(captured, tmp_path):
     contents = []
-    for folder in ("one", "two"):
-        package(tmp_path / folder, by_dynamo(Leaf()), KINDS)
-        path = tmp_path / folder / "leaf" / "onnx" / "leaf.onnx"
+    package(tmp_path, by_dynamo(Leaf()), KINDS)
+    for root in (captured[0], tmp_path):
+        path = root / "leaf" / "onnx" / "leaf.onnx"
         contents.append(path.read_bytes())
-        program = (tmp_path / folder / "leaf" / "exported_program" / "leaf.pt2").read_bytes()
+        program = (root / "leaf" / "exported_program" / "leaf.pt2").read_bytes()
         for content in (contents[-1], program):
             assert str(Path(__file__).parents[2]).encode() not in content
             assert Path(torch.__file__).parent.name.encode() + b"/nn" not in content

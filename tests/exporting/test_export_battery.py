@@ -49,8 +49,8 @@ class _Everything(nn.Module):
         return logits, torch.cat(embeddings, dim=1)
 
 
-@pytest.fixture(params=sorted(COMBINERS))
-def fitted(request, members):
+@pytest.fixture(scope="module", params=sorted(COMBINERS))
+def fitted(request, members, small_forests, short_paths):
     """(combiner, what it reads)"""
     _, _, outputs, labels = members
     combiner = partial(COMBINERS[request.param].configured, QUICK, FACTS)()

@@ -155,11 +155,11 @@ def test_records_have_the_keys_that_readers_rely_on(trained):
     assert state["completed_backbones"] == sorted(ZOO_BACKBONES)
 
 
-def test_same_bytes_whatever_the_order_and_the_number_of_processes(base_main, trained, tmp_path):
+def test_same_bytes_whatever_the_order_and_the_number_of_processes(base_main, synthetic, tmp_path):
     found = []
     for name, backbones, jobs in (("one", ZOO_BACKBONES[:2], "1"), ("two", ZOO_BACKBONES[1::-1], "2")):
         workspace = tmp_path / name
-        shutil.copytree(trained / "split_dataset", workspace / "split_dataset")
+        shutil.copytree(synthetic / "split_dataset", workspace / "split_dataset")
         stages = ("--stages", "kfold", "train", "--jobs", jobs)
         assert base_main("--backbones", *backbones, *stages, *QUICK, workspace=workspace).returncode == 0
         found.append(digests(workspace / "checkpoints", "*.pth") | digests(workspace / "kfold_results"))
@@ -181,12 +181,12 @@ def test_finished_work_is_kept_and_a_changed_setting_redoes_what_depends_on_it(b
     done = base_main("--backbones", backbone, *ZOO_OPTIONS, "--json", workspace=workspace)
     assert json.loads(done.stdout)["done"] == [f"{backbone} fold 1", f"{backbone} oof"]
     assert digests(workspace / "kfold_results") == digests(trained / "kfold_results")
-    done = base_main("--backbones", backbone, *QUICK, "--json", workspace=workspace)
+    done = base_main("--backbones", backbone, "--stages", "train", *QUICK, "--json", workspace=workspace)
     assert f"{backbone} train" in json.loads(done.stdout)["done"]
 
 
-def test_a_failed_backbone_is_named_and_the_others_go_on(base_main, trained, tmp_path):
-    shutil.copytree(trained / "split_dataset", tmp_path / "split_dataset")
+def test_a_failed_backbone_is_named_and_the_others_go_on(base_main, synthetic, tmp_path):
+    shutil.copytree(synthetic / "split_dataset", tmp_path / "split_dataset")
     (tmp_path / "checkpoints" / "CustomConvNeXt_final.pth").mkdir(parents=True)  # cannot be replaced by a file
     done = base_main("--backbones", *ZOO_BACKBONES[:2], "--stages", "train", "test", *QUICK, workspace=tmp_path)
     assert done.returncode == 4
@@ -199,10 +199,11 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_ends_the_same(base_mai
     workspace = tmp_path / "killed"
     shutil.copytree(trained / "split_dataset", workspace / "split_dataset")
     script = str(PROJECT / "BASE-BACK" / "src" / "main.py")
-    options = ("--backbones", *ZOO_BACKBONES[:2], "--stages", "kfold", "train", *ZOO_OPTIONS)
+    options = ("--backbones", ZOO_BACKBONES[0], "--stages", "kfold", "train", *ZOO_OPTIONS)
     process = subprocess.Popen(
         [sys.executable, script, "--workspace", str(workspace), *options],
         env={"DBT_AUGMENT": "no_flip", "DBT_BATCH_SIZE": "32", "PATH": "/usr/bin:/bin"},
+        stdout=subprocess.DEVNULL,  # of pytest it would keep `warm` from forking
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
@@ -214,10 +215,8 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_ends_the_same(base_mai
     for path in (workspace / "checkpoints").glob("*.pth"):
         assert load(path)["extra"]["classes"] == ["0", "1", "2", "3"]
     assert base_main(*options, workspace=workspace).returncode == 0
-    for backbone in ZOO_BACKBONES[:2]:
-        assert digests(workspace / "checkpoints", f"{backbone}_*.pth") == digests(
-            trained / "checkpoints", f"{backbone}_*.pth"
-        )
+    whole = digests(trained / "checkpoints", f"{ZOO_BACKBONES[0]}_*.pth")
+    assert digests(workspace / "checkpoints", "*.pth") == whole
     assert not list(workspace.rglob(".*partial*"))
 
 

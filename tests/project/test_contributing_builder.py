@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, run_python
+from conftest import PROJECT
+from copied_project import copy_project, typed
 from given_predictions import write
 
 PAGE = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -29,12 +28,8 @@ def insert(path: Path, before: str, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def type_in(tmp_path_factory):
-    """Type a command of a copy of the project that has the builder, in a workspace of imported predictions."""
-    copy = tmp_path_factory.mktemp("contribution") / "project"
-    for folder in ("BASE-BACK", "configs", "utils"):
-        shutil.copytree(PROJECT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("ensemble_orchestrator.py", "pyproject.toml"):
-        shutil.copy(PROJECT / file, copy / file)
+    """Type commands of a copy of the project that has the builder, in a workspace of imported predictions."""
+    copy = copy_project(tmp_path_factory.mktemp("contribution"))
     (copy / PATH).write_text(MODULE, encoding="utf-8")
     insert(copy / "utils/core/config_sections.py", "class Runs(Section):\n", SETTINGS + "\n\n")
     insert(copy / "utils/core/config_sections.py", "    score_ensemble: ScoreEnsemble = Field(\n", f"    {KEY}\n")
@@ -45,30 +40,28 @@ def type_in(tmp_path_factory):
     )
     workspace = tmp_path_factory.mktemp("workspace")
 
-    def run(*words: str):
+    def run(*lines: tuple[str, ...]):
         options = ("--config", "configs/votes.yaml", "--workspace", str(workspace))
-        return run_python("ensemble_orchestrator.py", *words, *options, cwd=copy)
+        return typed(copy, *((*words, *options) for words in lines))
 
-    done = run("import-predictions", "--from", str(write(workspace / "given")))
-    assert done.returncode == 0, done.stderr
+    (done,) = run(("import-predictions", "--from", str(write(workspace / "given"))))
+    assert done.code == 0, done.stderr
     return run
 
 
 def test_the_builder_of_the_page_builds_keeps_and_is_known_to_status(type_in):
-    before = type_in("status", *ON, "--json")
-    assert before.returncode == 0, before.stderr
-    before = json.loads(before.stdout)
-    assert before["ensembles"][NAME]["state"] == "missing"
-    built = type_in("build-ensemble", *ON, "--json")
-    assert built.returncode == 0, built.stderr
-    assert NAME in json.loads(built.stdout)["built"]
-    assert NAME in json.loads(type_in("build-ensemble", *ON, "--json").stdout)["up_to_date"]
-    after = json.loads(type_in("status", *ON, "--json").stdout)
-    assert after["ensembles"][NAME]["state"] == "current"
-    reseeded = json.loads(type_in("status", *ON, "--set", "seed=7", "--json").stdout)
-    assert reseeded["ensembles"][NAME]["state"] == "stale"
-    assert reseeded["next"].split()[2] == "build-ensemble"
+    status, build = ("status", *ON, "--json"), ("build-ensemble", *ON, "--json")
+    before, built, again, after, reseeded = type_in(status, build, build, status, (*status, "--set", "seed=7"))
+    assert before.code == 0, before.stderr
+    assert before.document["ensembles"][NAME]["state"] == "missing"
+    assert built.code == 0, built.stderr
+    assert NAME in built.document["built"]
+    assert NAME in again.document["up_to_date"]
+    assert after.document["ensembles"][NAME]["state"] == "current"
+    assert reseeded.document["ensembles"][NAME]["state"] == "stale"
+    assert reseeded.document["next"].split()[2] == "build-ensemble"
 
 
 def test_without_its_section_it_is_not_requested(type_in):
-    assert NAME not in json.loads(type_in("build-ensemble", "--json").stdout)["built"]
+    (done,) = type_in(("build-ensemble", "--json"))
+    assert NAME not in done.document["built"]

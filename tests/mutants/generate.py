@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 COMPARISONS = {
@@ -53,12 +53,14 @@ class Mutant(NamedTuple):
         return source[: self.start] + self.new.encode() + source[self.end :]
 
 
-def mutants(module: str, source: bytes) -> list[Mutant]:
-    """All mutants of a file that compile and differ from it."""
+def mutants(module: str, source: bytes, keys: Container[tuple[str, str, str, str]] | None = None) -> list[Mutant]:
+    """All mutants of a file that compile and differ from it; of these `keys` alone, if given."""
     tree = ast.parse(source)
     before = ast.dump(tree)
     found = []
     for mutant in dict.fromkeys(_Finder(module, source).all_of(tree)):
+        if keys is not None and mutant.key not in keys:
+            continue
         try:
             after = ast.dump(ast.parse(mutant.applied(source)))
         except SyntaxError:

@@ -58,6 +58,7 @@ def test_listed_tests_exist_and_listed_survivors_are_mutants():
     for tests in MODULES.values():
         assert all((PROJECT / "tests" / test).is_file() for test in tests)
     modules = sorted({module for module, *_ in EQUIVALENT})
-    keys = {mutant.key for module in modules for mutant in mutants(module, (PROJECT / module).read_bytes())}
+    sources = {module: (PROJECT / module).read_bytes() for module in modules}
+    keys = {mutant.key for module, source in sources.items() for mutant in mutants(module, source, EQUIVALENT)}
     assert set(EQUIVALENT) <= keys
     assert all(EQUIVALENT.values())

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import PROJECT
+from in_process import run as command_line
 
 import ensemble_system as es
 
@@ -59,7 +60,9 @@ def test_a_name_or_folder_that_is_not_there_is_said(workspace, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_images_are_classified_by_a_process_of_its_own(workspace, built, tmp_path):
+def test_images_are_classified_by_a_process_of_its_own(workspace, built, tmp_path, monkeypatch):
+    (tmp_path / "utils.py").write_text("raise SystemExit('a module of the user was imported')\n")
+    monkeypatch.chdir(tmp_path)
     image = next((built / "split_dataset" / "test" / "2").iterdir())
     (tmp_path / "broken.png").write_bytes(b"no image")
     answers = {answer.path: answer for answer in workspace.predict([image, tmp_path / "broken.png"])}
@@ -74,14 +77,21 @@ def test_images_are_classified_by_a_process_of_its_own(workspace, built, tmp_pat
 
 
 def test_neither_utils_nor_torch_enters_the_callers_process(built, tmp_path):
+    """What the process that classifies would have answered is copied by a program in the place of Python."""
+    image = next((built / "split_dataset" / "test" / "2").iterdir())
+    answers, stand_in = tmp_path / "answers.jsonl", tmp_path / "python"
+    options = ("--model-name", "soft_voting_ensemble", "--to", answers, "--probabilities", "--quiet")
+    done = command_line("predict", image, *options, workspace=built)
+    assert done.code == 0, done.stderr
+    stand_in.write_text(f'#!/bin/sh\nwhile [ "$1" != --to ]; do shift; done\ncp "{answers}" "$2"\n')
+    stand_in.chmod(0o755)
     (tmp_path / "utils.py").write_text("mine = True\n")
     code = (
         "import sys, utils, ensemble_system as es; w = es.open(sys.argv[1]); w.predictions('recommended'); "
-        "w.predict([sys.argv[2]]); assert utils.mine; "
+        "assert w.predict([sys.argv[2]], python=sys.argv[3])[0].path == sys.argv[2]; assert utils.mine; "
         "assert not {'torch', 'utils.core', 'config', 'pandas'} & sys.modules.keys()"
     )
-    image = next((built / "split_dataset" / "test" / "2").iterdir())
     environment = {"PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-c", code, str(built), str(image)]
+    command = [sys.executable, "-c", code, str(built), str(image), str(stand_in)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

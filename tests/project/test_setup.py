@@ -37,8 +37,17 @@ def environment_script():
     return module
 
 
+@pytest.fixture(scope="module")
+def ensurepip(tmp_path_factory) -> Path:
+    """A folder with a module in the place of ensurepip, which is slow: it links to the pip that is here."""
+    folder, pip = tmp_path_factory.mktemp("ensurepip"), importlib.util.find_spec("pip").submodule_search_locations[0]
+    code = f"import os, sysconfig\nos.symlink({pip!r}, os.path.join(sysconfig.get_path('purelib'), 'pip'))\n"
+    (folder / "ensurepip.py").write_text(code, encoding="utf-8")
+    return folder
+
+
 def set_up(
-    folder: Path, *options: str, python_path: Path | None = None, wheels: Path | None = None, check: bool = True
+    folder: Path, *options: str, python_path: Path | str | None = None, wheels: Path | None = None, check: bool = True
 ) -> subprocess.CompletedProcess:
     """Run the script for `folder/.venv` and `folder/requirements.txt`, without any package index but `wheels`."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHONPATH"))}
@@ -145,13 +154,13 @@ def test_an_environment_is_made_once_and_follows_its_requirements(tmp_path):
     assert inside(folder, "import tiny_one, tiny_two; print(tiny_two.version)") == "2.0"
 
 
-def test_an_interrupted_environment_is_made_anew(tmp_path):
+def test_an_interrupted_environment_is_made_anew(tmp_path, ensurepip):
     environment = tmp_path / ".venv"
     (environment / "lib").mkdir(parents=True)
     (environment / "lib" / "half_a_package.py").touch()
     (environment / "environment.json").write_text('{"state": "installing"}', encoding="utf-8")
     (tmp_path / "requirements.txt").touch()
-    answer = set_up(tmp_path)
+    answer = set_up(tmp_path, python_path=ensurepip)
     assert "made anew" in answer.stdout
     assert not (environment / "lib" / "half_a_package.py").exists()
     assert inside(tmp_path, "print('runs')") == "runs"
@@ -179,9 +188,9 @@ def test_a_record_fits_only_as_a_whole(tmp_path):
     assert not script.is_ready(environment, requirements)
 
 
-def test_a_failed_installation_shows_the_words_of_pip_and_a_remedy_and_stays_unfinished(tmp_path):
+def test_a_failed_installation_shows_the_words_of_pip_and_a_remedy_and_stays_unfinished(tmp_path, ensurepip):
     (tmp_path / "requirements.txt").write_text("no-such-package-here>=1\n", encoding="utf-8")
-    answer = set_up(tmp_path, check=False)
+    answer = set_up(tmp_path, python_path=ensurepip, check=False)
     assert answer.returncode == 1
     assert "    ERROR: No matching distribution found for no-such-package-here>=1" in answer.stderr
     assert "GB free here" in answer.stderr
@@ -224,8 +233,8 @@ def torch_of_the_system(folder: Path, version: str) -> Path:
     return folder / "system"
 
 
-def test_a_suitable_torch_of_the_system_is_used(tmp_path):
-    answer = set_up(tmp_path, python_path=torch_of_the_system(tmp_path, "2.13.0+cpu"))
+def test_a_suitable_torch_of_the_system_is_used(tmp_path, ensurepip):
+    answer = set_up(tmp_path, python_path=f"{torch_of_the_system(tmp_path, '2.13.0+cpu')}{os.pathsep}{ensurepip}")
     assert "this system's torch 2.13.0+cpu and torchvision 0.28.0 are used" in answer.stdout
     assert "include-system-site-packages = true" in (tmp_path / ".venv/pyvenv.cfg").read_text(encoding="utf-8")
 
@@ -243,17 +252,18 @@ def test_the_newest_environment_shuts_out_the_system(tmp_path, monkeypatch):
     assert "include-system-site-packages = false" in (tmp_path / ".venv/pyvenv.cfg").read_text(encoding="utf-8")
 
 
-def test_the_newest_environment_follows_the_releases_within_the_ranges(tmp_path):
+def test_the_newest_environment_follows_the_releases_within_the_ranges(tmp_path, ensurepip):
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     wheel(wheels, "tiny", "1.0")
     (tmp_path / "requirements.txt").write_text("tiny>=1,<3\n", encoding="utf-8")
-    set_up(tmp_path, "--newest", wheels=wheels)
+    set_up(tmp_path, "--newest", python_path=ensurepip, wheels=wheels)
     assert inside(tmp_path, "import tiny; print(tiny.version)") == "1.0"
     for version in ("2.0", "3.0"):
         wheel(wheels, "tiny", version)
-    assert set_up(tmp_path, wheels=wheels).stdout == "environment: .venv is ready\n"
-    assert "made anew" not in set_up(tmp_path, "--newest", wheels=wheels).stdout
+    options = {"python_path": ensurepip, "wheels": wheels}
+    assert set_up(tmp_path, **options).stdout == "environment: .venv is ready\n"
+    assert "made anew" not in set_up(tmp_path, "--newest", **options).stdout
     assert inside(tmp_path, "import tiny; print(tiny.version)") == "2.0"
 
 
@@ -279,9 +289,12 @@ def test_the_newest_interpreter_is_the_running_one_unless_path_has_a_newer_one(n
     assert script.choose_interpreter(newest=True) == sys.executable
 
 
-def test_the_newest_environment_is_made_anew_for_a_newer_interpreter(newer_interpreter, tmp_path, capsys, monkeypatch):
+def test_the_newest_environment_is_made_anew_for_a_newer_interpreter(
+    newer_interpreter, ensurepip, tmp_path, capsys, monkeypatch
+):
     script, interpreter = newer_interpreter
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ensurepip))
     environment, requirements = tmp_path / ".venv", tmp_path / "requirements.txt"
     requirements.touch()
     hidden = interpreter.rename(tmp_path / "hidden")

@@ -100,8 +100,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture
-def read_only(tmp_path, trained) -> Path:
-    base = Path(shutil.copytree(trained, tmp_path / "base"))
+def read_only(tmp_path, synthetic) -> Path:
+    base = Path(shutil.copytree(synthetic, tmp_path / "base"))
     for path in [base, *base.rglob("*")]:
         if path.is_dir():
             path.chmod(0o555)

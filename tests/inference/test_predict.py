@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import zlib
 
+import in_process
 import numpy as np
 import pytest
-from conftest import PROJECT
 from finished_workspace import CONFIG, at
 from given_predictions import logged
 from PIL import Image
@@ -38,37 +38,43 @@ def workspace(own_copy):
     return at(own_copy)
 
 
+@pytest.fixture
+def finished(built):
+    """The workspace that all tests share, for those that write nothing into it."""
+    return at(built)
+
+
 @pytest.mark.parametrize("name", [NAME, "hard_voting_ensemble", "logit_averaging_ensemble"])
-def test_it_agrees_with_evaluate_row_by_row(workspace, name):
-    folder = workspace.split_dir / "test"
-    found = asked(workspace, folder, model_name=name, probabilities=True)
+def test_it_agrees_with_evaluate_row_by_row(finished, name):
+    folder = finished.split_dir / "test"
+    found = asked(finished, folder, model_name=name, probabilities=True)
     records = by_id(found.document["images"], folder)
-    compare(records, stored(workspace, name))
-    metrics = json.loads(workspace.ensemble_metrics(name, "test").read_text())
+    compare(records, stored(finished, name))
+    metrics = json.loads(finished.ensemble_metrics(name, "test").read_text())
     hits = [record["class"] == sample_id.split("/")[0] for sample_id, record in records.items()]
     assert np.mean(hits) == metrics["accuracy"]
     assert all(0 <= record["disagreement"] <= np.log(3) for record in records.values())
 
 
-def test_a_member_answers_alone(workspace):
-    folder = workspace.split_dir / "test"
-    found = asked(workspace, folder, model_name="CustomConvNeXt", probabilities=True)
-    metrics = json.loads(workspace.member_metrics("CustomConvNeXt", "test").read_text())
+def test_a_member_answers_alone(finished):
+    folder = finished.split_dir / "test"
+    found = asked(finished, folder, model_name="CustomConvNeXt", probabilities=True)
+    metrics = json.loads(finished.member_metrics("CustomConvNeXt", "test").read_text())
     records = by_id(found.document["images"], folder)
     assert np.mean([record["class"] == key.split("/")[0] for key, record in records.items()]) == metrics["accuracy"]
     assert {record["disagreement"] for record in records.values()} == {None}
 
 
-def test_the_recommended_ones_answer_by_these_names(workspace):
-    folder = workspace.split_dir / "test" / "2"
-    ranking = json.loads(workspace.ranking("test").read_text())
+def test_the_recommended_ones_answer_by_these_names(finished):
+    folder = finished.split_dir / "test" / "2"
+    ranking = json.loads(finished.ranking("test").read_text())
     for choice in ("recommended", "recommended_fast"):
         named = ranking[choice]
         assert named["latency_ms"] > 0
-        found = asked(workspace, folder, model_name=choice, sets="raps")
+        found = asked(finished, folder, model_name=choice, sets="raps")
         assert {record["model"].split("@")[0] for record in found.document["images"]} == {named["name"]}
         assert all(record["class"] in record["set"] for record in found.document["images"])
-        again = asked(workspace, folder, model_name=named["name"], sets="raps")
+        again = asked(finished, folder, model_name=named["name"], sets="raps")
         assert again.document["images"] == found.document["images"]
     assert ranking["recommended_fast"]["latency_ms"] <= ranking["recommended"]["latency_ms"]
 
@@ -90,9 +96,9 @@ def test_fold_networks_answer_where_the_ensemble_was_built_on_them(workspace):
     assert WorkspaceClassifier(store, NAME).n_networks == 6
 
 
-def test_blocks_change_nothing_and_leave_nothing(workspace, monkeypatch, tmp_path):
-    folder = workspace.split_dir / "test"
-    whole = asked(workspace, folder, probabilities=True).document["images"]
+def test_blocks_change_nothing_and_leave_nothing(finished, monkeypatch, tmp_path):
+    folder = finished.split_dir / "test"
+    whole = asked(finished, folder, probabilities=True).document["images"]
     monkeypatch.setattr(classifier, "MAX_BLOCK", 5)
     monkeypatch.setattr(classifier, "MIN_BLOCK", 1)
     (tmp_path / "temporary").mkdir()
@@ -105,7 +111,7 @@ def test_blocks_change_nothing_and_leave_nothing(workspace, monkeypatch, tmp_pat
         return answer(self, paths, step)
 
     monkeypatch.setattr(WorkspaceClassifier, "predict_block", watched)
-    parts = asked(workspace, folder, probabilities=True).document["images"]
+    parts = asked(finished, folder, probabilities=True).document["images"]
     assert max(seen) == 5
     assert sum(seen) == len(whole) == len(parts)
     assert [record["path"] for record in parts] == [record["path"] for record in whole]
@@ -147,9 +153,9 @@ def hostile(tmp_path, built):
     return folder
 
 
-def test_what_cannot_be_read_is_a_row_and_exit_code_4(workspace, hostile, orchestrator):
+def test_what_cannot_be_read_is_a_row_and_exit_code_4(finished, hostile, orchestrator):
     to = hostile.parent / "answers.csv"
-    done = orchestrator("predict", "--model-name", NAME, str(hostile), "--to", str(to), *DEMO, workspace=workspace.base)
+    done = orchestrator("predict", "--model-name", NAME, str(hostile), "--to", str(to), *DEMO, workspace=finished.base)
     assert done.returncode == 4, done.stderr
     with to.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = {os.path.basename(row["path"]): row for row in csv.DictReader(file)}
@@ -168,25 +174,25 @@ def test_what_cannot_be_read_is_a_row_and_exit_code_4(workspace, hostile, orches
     assert len({rows[name]["probability"] for name in same}) == 1
 
 
-def test_copies_of_an_unreadable_file_are_all_named(workspace, hostile):
+def test_copies_of_an_unreadable_file_are_all_named(finished, hostile):
     shutil.copy(hostile / "words.jpg", hostile / "words again.jpg")
-    found = asked(workspace, hostile / "words.jpg", hostile / "words again.jpg", hostile / "alpha.png")
+    found = asked(finished, hostile / "words.jpg", hostile / "words again.jpg", hostile / "alpha.png")
     errors = [record["error"] for record in found.document["images"]]
     assert [error is not None for error in errors] == [True, True, False]
     assert len(found.failures) == 2
 
 
-def test_many_unreadable_files_are_counted(workspace, tmp_path):
+def test_many_unreadable_files_are_counted(finished, tmp_path):
     for number in range(9):
         (tmp_path / f"{number}.png").write_text(str(number))
-    found = asked(workspace, tmp_path)
+    found = asked(finished, tmp_path)
     assert len(found.failures) == 6
     assert found.failures[-1].startswith("4 more images")
 
 
-def test_a_stopped_run_goes_on_where_it_was(workspace, tmp_path, monkeypatch):
-    folder, to = workspace.split_dir / "test", tmp_path / "answers.jsonl"
-    asked(workspace, folder, to=str(to), probabilities=True)
+def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
+    folder, to = finished.split_dir / "test", tmp_path / "answers.jsonl"
+    asked(finished, folder, to=str(to), probabilities=True)
     whole = to.read_bytes()
     lines = whole.splitlines(keepends=True)
     to.write_bytes(b"".join(lines[:7]) + lines[7][:20])
@@ -194,7 +200,7 @@ def test_a_stopped_run_goes_on_where_it_was(workspace, tmp_path, monkeypatch):
     answer = WorkspaceClassifier.predict_block
     watched = lambda self, paths, step: seen.extend(paths) or answer(self, paths, step)  # noqa: E731
     monkeypatch.setattr(WorkspaceClassifier, "predict_block", watched)
-    found = asked(workspace, folder, to=str(to), probabilities=True, append=True)
+    found = asked(finished, folder, to=str(to), probabilities=True, append=True)
     assert len(seen) == len(lines) - 7
     assert found.document["answered"] == len(lines) - 7
     before = [json.loads(line) for line in lines]
@@ -203,27 +209,17 @@ def test_a_stopped_run_goes_on_where_it_was(workspace, tmp_path, monkeypatch):
     for one, other in zip(after, before, strict=True):
         assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
     seen.clear()
-    asked(workspace, folder, to=str(to), probabilities=True, append=True)
+    asked(finished, folder, to=str(to), probabilities=True, append=True)
     assert seen == []
 
 
-def test_a_list_on_standard_input(workspace):
-    files = sorted((workspace.split_dir / "test" / "1").iterdir())[:3]
-    program = [
-        sys.executable,
-        str(PROJECT / "ensemble_orchestrator.py"),
-        "predict",
-        "--model-name",
-        NAME,
-        "-",
-        "--json",
-    ]
+def test_a_list_on_standard_input(finished, monkeypatch):
+    files = sorted((finished.split_dir / "test" / "1").iterdir())[:3]
     text = b"\0".join(os.fsencode(path) for path in files)
-    done = subprocess.run(
-        [*program, *DEMO, "--workspace", str(workspace.base)], input=text, capture_output=True, cwd=PROJECT, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert [record["path"] for record in json.loads(done.stdout)["images"]] == [str(path) for path in files]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    done = in_process.run("predict", "--model-name", NAME, "-", "--json", *DEMO, workspace=finished.base)
+    assert done.code == 0, done.stderr
+    assert [record["path"] for record in done.document["images"]] == [str(path) for path in files]
 
 
 def test_sets_and_abstention_come_from_what_was_measured(workspace):
@@ -270,15 +266,15 @@ def test_the_sets_that_are_asked_for_are_those_that_evaluate_measured(workspace)
     assert [records[name]["set"] for name in stored(workspace)["sample_ids"].tolist()] == found["aps"]
 
 
-def test_images_that_failed_are_tried_again(workspace, tmp_path):
-    good, sent, to = sorted((workspace.split_dir / "test").rglob("*.png"))[:3], tmp_path / "sent", tmp_path / "a.csv"
+def test_images_that_failed_are_tried_again(finished, tmp_path):
+    good, sent, to = sorted((finished.split_dir / "test").rglob("*.png"))[:3], tmp_path / "sent", tmp_path / "a.csv"
     sent.mkdir()
     for number, path in enumerate(good):
         shutil.copy(path, sent / f"{number}.png")
     (sent / "1.png").write_bytes(b"not yet copied")
-    assert asked(workspace, sent, to=str(to)).document["unreadable"] == 1
+    assert asked(finished, sent, to=str(to)).document["unreadable"] == 1
     shutil.copy(good[1], sent / "1.png")
-    again = asked(workspace, sent, to=str(to), append=True)
+    again = asked(finished, sent, to=str(to), append=True)
     assert (again.document["answered"], again.failures) == (1, [])
     with to.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -321,7 +317,7 @@ def test_what_cannot_answer_is_refused_with_the_remedy(workspace, tmp_path):
         asked(workspace, folder)
 
 
-def test_more_images_than_a_screen_takes_need_a_file(workspace, monkeypatch):
+def test_more_images_than_a_screen_takes_need_a_file(finished, monkeypatch):
     monkeypatch.setattr(predicting, "MAX_IMAGES_ON_SCREEN", 3)
     with pytest.raises(UserError, match="--to FILE"):
-        asked(workspace, workspace.split_dir / "test")
+        asked(finished, finished.split_dir / "test")

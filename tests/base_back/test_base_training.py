@@ -203,7 +203,7 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_ends_the_same(base_mai
     process = subprocess.Popen(
         [sys.executable, script, "--workspace", str(workspace), *options],
         env={"DBT_AUGMENT": "no_flip", "DBT_BATCH_SIZE": "32", "PATH": "/usr/bin:/bin"},
-        stdout=subprocess.DEVNULL,  # of pytest it would keep `warm` from forking
+        stdout=subprocess.DEVNULL,  # given, so that `warm` forks it
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120

@@ -31,7 +31,7 @@ def folder(synthetic, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def workspace(folder) -> Workspace:
+def workspace(folder, small_forests, short_paths) -> Workspace:
     """Its file names, after discovery."""
     done = run("discover", *SMALL, workspace=folder)
     assert done.code == 0, done.stderr

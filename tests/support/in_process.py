@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,14 @@ def few_plots() -> Iterator[None]:
         yield
 
 
+def write_pixel(picture: score_plots.Picture) -> None:
+    """Write a single pixel, which counts as the current plot of these scores."""
+    source = PngImagePlugin.PngInfo()
+    source.add_text("Source", picture.digest)
+    with replacing(picture.path) as temporary:
+        Image.new("L", (1, 1)).save(temporary, format="PNG", pnginfo=source)
+
+
 @contextmanager
 def empty_figures() -> Iterator[None]:
     """Write one kind of plots as a single pixel and the figures of the report as empty SVG: matplotlib took a seventh
@@ -102,11 +110,25 @@ def drawn_figures() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def every_plot() -> Iterator[None]:
+    """Let `run` write all kinds of plots within the block, so that a program of its own finds none missing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "few_plots", nullcontext)
+        yield
+
+
 def run(*argv: str | Path, workspace: Path | None = None) -> Done:
     """`python ensemble_orchestrator.py ARGV --workspace WORKSPACE`, with empty figures unless `drawn_figures`."""
     place = () if workspace is None else ("--workspace", str(workspace))
     out, err = io.StringIO(), io.StringIO()
-    with own_settings(), empty_figures(), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+    with (
+        own_settings(),
+        empty_figures(),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
         for name in ("DBT_ENSEMBLE_DIR", "DBT_BASE_DIR", "DBT_GROUP_REGEX"):
             os.environ.pop(name, None)
         try:

@@ -1,7 +1,8 @@
 """`pipeline` killed at random moments and typed again: what is there at the end is what an undisturbed run leaves.
 
-Four kills; `make crash` does forty (KILLS=40, SEED=...). The kills are seeded; a moment is a number of files that have
-appeared, so that it means the same on a slow machine, and a short time after it.
+Four kills, one after another in one workspace; `make crash` does forty-eight in twelve (KILLS=48, SEED=...). The kills
+are seeded; a moment is a number of files that have appeared, so that it means the same on a slow machine, and a short
+time after it.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, run_python
 from equality import differences, unfinished
+from forked_commands import KILLED, Ended, Running
+from in_process import run
 
-from utils.core import caches
+from utils.core import caches, locks
 
 KILLS, SEED = int(os.environ.get("KILLS", "4")), int(os.environ.get("SEED", "0"))
+KILLS_OF_ONE = 4
+LIMIT = 600.0  # seconds, on however busy a machine
 LINE = (
-    *(str(PROJECT / "ensemble_orchestrator.py"), "pipeline", "--quiet", "--device", "cpu"),
+    *("pipeline", "--quiet", "--device", "cpu"),
     *("--set", "dataset.num_workers=0", "--set", "backbones.include=[CustomConvNeXt,CustomResNetMish]"),
     *("--set", "runs.score_ensemble.methods=[soft_voting,weighted]", "--set", "pruning.methods=[greedy_forward]"),
     *("--set", "runs.stacking.meta_learners=[lr]", "--set", "runs.fusion.enable=false"),
@@ -47,8 +50,8 @@ def fresh(synthetic: Path, folder: Path, latency: Path | None = None) -> Path:
 def undisturbed(synthetic, tmp_path_factory) -> Path:
     """What a run leaves that nobody disturbs. The others take over the latencies that it measured."""
     folder = fresh(synthetic, tmp_path_factory.mktemp("undisturbed") / "w")
-    done = run_python(*LINE, "--workspace", str(folder))
-    assert done.returncode == 0, done.stderr
+    done = run(*LINE, workspace=folder)  # in this process, whose forks then need not import what it has imported
+    assert done.code == 0, done.stderr
     return folder
 
 
@@ -57,35 +60,38 @@ def written(workspace: Path) -> int:
     return sum(1 for name in ("ensembles", "metrics_output/ensembles") for _ in caches.walk_files(workspace / name))
 
 
+def run_to_its_end(workspace: Path) -> Ended:
+    """The pipeline in a process of its own."""
+    return Running(LINE, workspace).wait(LIMIT)
+
+
 def run_and_kill(workspace: Path, files: int, delay: float) -> int:
     """Start the pipeline and kill it with all its processes; its exit code."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
-    command = [sys.executable, *LINE, "--workspace", str(workspace)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
-    while written(workspace) < files and process.poll() is None:
+    running = Running(LINE, workspace)
+    while written(workspace) < files and running.is_running():
         time.sleep(0.003)
     time.sleep(delay)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
+    if running.is_running():
+        running.kill(signal.SIGKILL)
+    ended = running.wait(LIMIT)
+    assert ended.code in (0, KILLED), ended.stderr
+    return ended.code
 
 
-@pytest.mark.parametrize("number", range(KILLS))
+@pytest.mark.parametrize("number", range(max(1, KILLS // KILLS_OF_ONE)))
 def test_a_killed_pipeline_goes_on_to_the_same_end(number, undisturbed, synthetic, tmp_path):
     rng = random.Random(f"{SEED} {number}")
     most = written(undisturbed)
-    files, delay = rng.randint(1, most), rng.uniform(0, 0.3)
+    moments = [(files, rng.uniform(0, 0.3)) for files in sorted(rng.randint(1, most) for _ in range(KILLS_OF_ONE))]
     workspace = fresh(synthetic, tmp_path / "w", undisturbed / "ensembles" / "latency.json")
-    code = run_and_kill(workspace, files, delay)
-    done = run_python(*LINE, "--workspace", str(workspace))
-    assert done.returncode == 0, done.stderr
-    assert differences(workspace, undisturbed) == [], f"killed at file {files} of {most}, {delay:.3f} s later"
+    codes = [run_and_kill(workspace, *moment) for moment in moments]
+    shown = ", ".join(f"{files} + {delay:.3f} s" for files, delay in moments)
+    done = run_to_its_end(workspace)
+    assert done.code == 0, done.stderr
+    assert differences(workspace, undisturbed) == [], f"killed at files {shown} of {most}"
     assert unfinished(workspace) == []
     assert not (workspace / "ensembles" / ".lock").exists()
-    print(
-        f"\nkill {number + 1} of {KILLS}, seed {SEED}: at file {files} of {most}, ended with {code}; equal at the end"
-    )
+    print(f"\nworkspace {number + 1}, seed {SEED}: at files {shown} of {most}, ended with {codes}; equal at the end")
 
 
 def test_files_from_tomorrow_do_no_harm(undisturbed, synthetic, tmp_path):
@@ -94,8 +100,8 @@ def test_files_from_tomorrow_do_no_harm(undisturbed, synthetic, tmp_path):
     later = time.time() + 86400
     for path in workspace.rglob("*"):
         os.utime(path, (later, later))
-    done = run_python(*LINE, "--workspace", str(workspace))
-    assert done.returncode == 0, done.stderr
+    done = run_to_its_end(workspace)
+    assert done.code == 0, done.stderr
     assert differences(workspace, undisturbed) == []
 
 
@@ -103,40 +109,30 @@ def test_files_from_tomorrow_do_no_harm(undisturbed, synthetic, tmp_path):
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_pipeline_that_is_stopped_says_how_to_go_on_and_ends_alike(sent, code, undisturbed, synthetic, tmp_path):
     workspace = fresh(synthetic, tmp_path / "w", undisturbed / "ensembles" / "latency.json")
-    # A background job of a shell ignores SIGINT, and so would its children.
-    code_of_child = (
-        "import signal, runpy, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code_of_child, *LINE, "--workspace", str(workspace)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while written(workspace) < 10 and process.poll() is None:
+    running = Running(LINE, workspace)
+    while written(workspace) < 10 and running.is_running():
         time.sleep(0.003)
-    process.send_signal(sent)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == code, errors
+    running.kill(sent)
+    ended = running.wait(LIMIT)
+    assert ended.code == code, ended.stderr
     assert unfinished(workspace) == []
     assert not (workspace / "ensembles" / ".lock").exists()
     if sent == signal.SIGINT:
-        assert "no file is incomplete, and the same command continues the work" in errors
-    assert run_python(*LINE, "--workspace", str(workspace)).returncode == 0
+        assert "no file is incomplete, and the same command continues the work" in ended.stderr
+    assert run_to_its_end(workspace).code == 0
     assert differences(workspace, undisturbed) == []
 
 
 def test_of_two_pipelines_one_is_refused_by_name_of_the_other(undisturbed, tmp_path):
     workspace = Path(shutil.copytree(undisturbed, tmp_path / "w"))
-    from utils.core import locks
-
-    with locks.writer_lock(workspace / "ensembles" / ".lock", "pipeline"):
-        done = run_python(*LINE, "--workspace", str(workspace))
-    assert done.returncode == 1
-    assert f"being written by `pipeline`, process {os.getpid()} on host" in done.stderr
     lock = workspace / "ensembles" / ".lock"
+    with locks.writer_lock(lock, "pipeline"):
+        done = run_to_its_end(workspace)
+    assert done.code == 1
+    assert f"being written by `pipeline`, process {os.getpid()} on host" in done.stderr
     owner = json.loads(json.dumps(vars(locks.this_process("stack"))))
     dead = subprocess.Popen(["true"])
     dead.wait()
     lock.write_text(json.dumps(owner | {"pid": dead.pid}))
-    assert run_python(*LINE, "--workspace", str(workspace)).returncode == 0  # a dead owner's lock is taken over
+    assert run_to_its_end(workspace).code == 0  # a dead owner's lock is taken over
     assert not lock.exists()

@@ -10,6 +10,7 @@ import foreign_workspace
 import numpy as np
 import pytest
 import torch
+import without_figures
 from bound_process import run_bound
 from conftest import PROJECT, run_python
 from mounting import snapshot
@@ -31,8 +32,7 @@ def run(foreign, tmp_path_factory):
 
     def run(*options, workspace, environment=None):
         place = ("--workspace", str(workspace), "--base-back", str(foreign.base_back))
-        program = str(PROJECT / "ensemble_orchestrator.py")
-        return run_python(program, *options, *DEMO, *place, environment=environment)
+        return run_python(without_figures.PROGRAM, *options, *DEMO, *place, environment=environment)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,15 +10,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import PROJECT, run_python
+from in_process import run
 
 import ensemble_orchestrator
 import ensemble_system
 from utils import commands
 from utils.core import errors
+from utils.discovery import discover
+from utils.predictions import image_splits
 
 QUICK = ("--config", "configs/quick_ensemble.yaml")
 DEMO = ("--config", "configs/votes.yaml")
@@ -184,38 +189,32 @@ def test_a_workspace_without_networks_says_how_to_train(tmp_path, trained, orche
     assert not (tmp_path / "ensembles" / "ensemble_catalog.json").exists()
 
 
-def test_a_bug_is_one_line_and_its_traceback_is_in_the_log(own_copy):
-    code = (
-        "import sys, ensemble_orchestrator as o, utils.discovery.discover as c\n"
-        "c.discover = lambda *a, **k: 1 / 0\n"
-        "sys.exit(o.main(sys.argv[1:]))"
-    )
-    done = run_python("-c", code, "discover", "--workspace", str(own_copy))
-    assert done.returncode == 70
+def test_a_bug_is_one_line_and_its_traceback_is_in_the_log(own_copy, monkeypatch):
+    monkeypatch.setattr(discover, "discover", lambda *arguments, **options: 1 / 0)
+    done = run("discover", workspace=own_copy)
+    assert done.code == 70
     assert len(done.stderr.strip().splitlines()) == 1
     assert "bug: ZeroDivisionError: division by zero; traceback in" in done.stderr
     log = (own_copy / "debug_logs" / "ensemble_orchestrator.log").read_text()
     assert "Traceback (most recent call last)" in log
 
 
-FAILING = (
-    "import errno, os, sys, pathlib, numpy as np\n"
-    "import ensemble_orchestrator as o\n"
-    "place, way = sys.argv.pop(1), sys.argv.pop(1)\n"
-    "full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
-    "replace = pathlib.Path.replace\n"
-    "def failing_replace(self, target):\n"
-    "    if str(target).endswith(place):\n"
-    "        raise full\n"
-    "    return replace(self, target)\n"
-    "def short_write(*a, **k):\n"
-    "    raise OSError('4096 requested and 100 written')\n"  # numpy's words, without a number
-    "if way == 'replace':\n"
-    "    pathlib.Path.replace = failing_replace\n"
-    "else:\n"
-    "    np.savez = short_write\n"
-    "sys.exit(o.main(sys.argv[1:]))"
-)
+def full_at(place: str, way: str, patch: pytest.MonkeyPatch) -> None:
+    """Let the disk be full where a file is renamed to `place`, or where NumPy writes any file."""
+    replace = Path.replace
+
+    def failing_replace(self, target):
+        if str(target).endswith(place):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(self, target)
+
+    def short_write(*arguments, **options):
+        raise OSError("4096 requested and 100 written")  # NumPy's words, without a number
+
+    if way == "replace":
+        patch.setattr(Path, "replace", failing_replace)
+    else:
+        patch.setattr(np, "savez", short_write)
 
 
 @pytest.mark.parametrize(
@@ -227,13 +226,13 @@ FAILING = (
         ("evaluate", "ranking.json", "replace"),
     ],
 )
-def test_a_full_disk_names_the_file_and_the_remedy_and_leaves_nothing_half_written(
-    own_copy, script, command, place, way
-):
+def test_a_full_disk_names_the_file_and_the_remedy_and_leaves_nothing_half_written(own_copy, command, place, way):
     before = {path: path.read_bytes() for path in own_copy.rglob("*.json")}
-    options = ("--force", "--quiet", *DEMO, "--workspace", str(own_copy))
-    done = run_python(script(FAILING), place, way, command, *options, environment=FROM_ANYWHERE)
-    assert done.returncode == 1
+    typed = (command, "--force", "--quiet", *DEMO)
+    with pytest.MonkeyPatch.context() as patch:
+        full_at(place, way, patch)
+        done = run(*typed, workspace=own_copy)
+    assert done.code == 1
     line = done.stderr.strip().splitlines()[-1]
     assert f"{place}: cannot be written (" in line
     assert ("No space left on device" if way == "replace" else "4096 requested and 100 written") in line
@@ -246,8 +245,8 @@ def test_a_full_disk_names_the_file_and_the_remedy_and_leaves_nothing_half_writt
         assert written.read_bytes() == before[written]
     else:  # an ensemble without its record is none
         assert not (own_copy / "ensembles" / "models" / "soft_voting_ensemble" / "ensemble.json").exists()
-    done = run_python(str(PROJECT / "ensemble_orchestrator.py"), command, *options)
-    assert done.returncode == 0, done.stderr
+    done = run(*typed, workspace=own_copy)
+    assert done.code == 0, done.stderr
 
 
 ON_A_SMALL_DISK = """
@@ -289,23 +288,23 @@ def test_a_disk_that_fills_is_an_error_and_no_signal(own_copy, place, file):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_file_that_vanishes_in_between_is_named_with_a_remedy(own_copy):
-    code = (
-        "import sys, pathlib, ensemble_orchestrator as o, utils.predictions.image_splits as s\n"
-        "original = s.list_images\n"
-        "def late(split_dir, split, digests):\n"
-        "    find = digests.of\n"
-        "    def of(path):\n"
-        "        path.unlink()\n"
-        "        digests.of = find\n"
-        "        return find(path)\n"
-        "    digests.of = of\n"
-        "    return original(split_dir, split, digests)\n"
-        "s.list_images = late\n"
-        "sys.exit(o.main(sys.argv[1:]))"
-    )
-    done = run_python("-c", code, "discover", *DEMO, "--quiet", "--workspace", str(own_copy))
-    assert done.returncode == 1
+def test_a_file_that_vanishes_in_between_is_named_with_a_remedy(own_copy, monkeypatch):
+    list_images = image_splits.list_images
+
+    def late(split_dir, split, digests):
+        find = digests.of
+
+        def of(path):
+            path.unlink()
+            digests.of = find
+            return find(path)
+
+        digests.of = of
+        return list_images(split_dir, split, digests)
+
+    monkeypatch.setattr(image_splits, "list_images", late)
+    done = run("discover", *DEMO, "--quiet", workspace=own_copy)
+    assert done.code == 1
     (line,) = done.stderr.strip().splitlines()
     assert re.search(r"split_dataset/train/0/\d+\.png: No such file or directory\. It was removed meanwhile", line)
 
@@ -346,7 +345,7 @@ def test_same_result_from_another_folder(own_copy, tmp_path, orchestrator):
     (foreign / "utils").mkdir(parents=True)
     (foreign / "models").mkdir()
     (foreign / "config.py").write_text("raise RuntimeError('foreign')")
-    done = orchestrator("evaluate", "--force", *DEMO, workspace=own_copy, cwd=foreign)
+    done = orchestrator("evaluate", "--force", "--plots", "none", *DEMO, workspace=own_copy, cwd=foreign)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in foreign.iterdir()) == ["config.py", "models", "utils"]
 

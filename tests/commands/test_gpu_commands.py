@@ -11,6 +11,7 @@ from fake_cuda import fake_cuda
 from in_process import run
 
 SMALL = (
+    "backbones.include=[CustomResNetMish,CustomViTHybrid]",
     *("device=cuda", "dataset.num_workers=0", "dataset.batch_size=4", "exports.enable=false"),
     *("runs.score_ensemble.methods=[soft_voting,weighted]", "runs.model_soup.methods=[uniform]"),
     *("runs.model_soup.enable=true", "runs.stacking.enable=false", "runs.meta_fuser.enable=false"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import made_once, run_python
 from given_predictions import write
-from in_process import run
+from in_process import every_plot, run
 
 OPTIONS = (
     *("--config", "configs/votes.yaml", "--json", "--quiet"),
@@ -34,8 +34,10 @@ CODE = (
 )
 SHORT = (
     *("--config", "configs/digits_demo.yaml", "--json", "--quiet", "--device", "cpu"),
+    *("--set", "backbones.exclude=[CustomViTHybrid]"),
     *("--set", "runs.stacking.mlp_config.epochs=2", "--set", "runs.stacking.xgb_config.n_estimators=3"),
-    *("--set", "runs.fusion.fusion_config.epochs=2", "--set", "distillation.epochs=1"),
+    *("--set", "runs.stacking.mlp_config.hidden_dims=[4]", "--set", "runs.fusion.fusion_config.hidden_dims=[4]"),
+    *("--set", "runs.fusion.fusion_config.epochs=2", "--set", "runs.moe.epochs=2", "--set", "distillation.epochs=1"),
     *("--set", "pruning.cost_budget.max_latency_ms=null"),  # a busy machine is slow
 )
 """Every family of the demo, each trained as little as can be."""
@@ -49,10 +51,11 @@ LOOKED_AT = "ensembles/ensemble_catalog.json"
 
 
 def pipeline(workspace: Path, options: tuple[str, ...] = OPTIONS) -> dict:
-    """The document of one run."""
-    done = run_python("ensemble_orchestrator.py", "pipeline", *options, "--workspace", str(workspace))
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """The document of a first run."""
+    with every_plot():
+        done = run("pipeline", *options, workspace=workspace)
+    assert done.code == 0, done.stderr
+    return done.document
 
 
 def again(workspace: Path, options: tuple[str, ...] = OPTIONS) -> tuple[dict, set[str]]:
@@ -91,14 +94,10 @@ def finished(tmp_path_factory) -> Path:
     """A workspace of imported members after `pipeline`. Read it only."""
     workspace = tmp_path_factory.mktemp("finished")
     given = write(tmp_path_factory.mktemp("given"))
-    done = run_python("ensemble_orchestrator.py", "import-predictions", "--from", str(given), *place(workspace))
-    assert done.returncode == 0, done.stderr
+    done = run("import-predictions", "--from", given, "--config", "configs/votes.yaml", workspace=workspace)
+    assert done.code == 0, done.stderr
     assert built(pipeline(workspace)) == MODELS
     return workspace
-
-
-def place(workspace: Path) -> tuple[str, ...]:
-    return ("--config", "configs/votes.yaml", "--workspace", str(workspace))
 
 
 @pytest.fixture

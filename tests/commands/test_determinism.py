@@ -9,17 +9,36 @@ import numpy as np
 from conftest import PROJECT, run_python
 from equality import content, differences
 
+from utils.evaluation import score_plots
+
+PLOTTED = "soft_voting_ensemble"
+PROGRAM = f"""
+import sys
+
+sys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / "tests" / "support")!r}]
+from in_process import write_pixel
+
+import ensemble_orchestrator
+from utils.evaluation import score_plots
+
+draw = score_plots._draw
+score_plots._draw = lambda picture: (draw if picture.record["name"] == {PLOTTED!r} else write_pixel)(picture)
+if __name__ == "__main__":
+    sys.exit(ensemble_orchestrator.main(sys.argv[1:]))
+"""
+"""The orchestrator's command line that draws all kinds of plots of one ensemble, and the figures of the report."""
 LINE = (
-    *(str(PROJECT / "ensemble_orchestrator.py"), "pipeline", "--quiet", "--device", "cpu"),
+    *("pipeline", "--quiet", "--device", "cpu"),
     *("--set", "runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,greedy_selection]"),
     *("--set", "runs.model_soup.enable=true", "--set", "pruning.methods=[greedy_forward]"),
     *("--set", "runs.stacking.meta_learners=[lr,xgb,mlp]", "--set", "runs.stacking.mlp_config.epochs=3"),
-    *("--set", "runs.stacking.xgb_config.n_estimators=5"),
+    *("--set", "runs.stacking.xgb_config.n_estimators=5", "--set", "runs.stacking.mlp_config.hidden_dims=[8,4]"),
     *("--set", "runs.fusion.fusion_methods=[concat_mlp,attention]", "--set", "runs.fusion.fusion_config.epochs=2"),
-    *("--set", "runs.moe.enable=true", "--set", "runs.cascade.enable=true"),
+    *("--set", "runs.fusion.fusion_config.hidden_dims=[8,4]"),
+    *("--set", "runs.moe.enable=true", "--set", "runs.moe.epochs=3", "--set", "runs.cascade.enable=true"),
     *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,stacking_lr,fusion_concat_mlp]"),
     *("--set", "runs.meta_fuser.fuser_type=mlp"),
-    *("--set", "runs.meta_fuser.mlp_config.epochs=3"),
+    *("--set", "runs.meta_fuser.mlp_config.epochs=3", "--set", "runs.meta_fuser.mlp_config.hidden_dims=[8,4]"),
     *("--set", "distillation.enable=false", "--set", "exports.enable=false"),
 )
 KINDS = {".npy", ".npz", ".safetensors", ".json", ".pth", ".html"}
@@ -27,8 +46,10 @@ KINDS = {".npy", ".npz", ".safetensors", ".json", ".pth", ".html"}
 
 def run(workspace: Path, workers: int, *, afresh: bool) -> Path:
     """A new interpreter has another order of sets than the processes that are forks of one."""
+    program = workspace.parent / "program.py"
+    program.write_text(PROGRAM)
     options = ("--set", f"dataset.num_workers={workers}", "--workspace", str(workspace))
-    done = run_python(*LINE, *options, afresh=afresh)
+    done = run_python(str(program), *LINE, *options, afresh=afresh)
     assert done.returncode == 0, done.stderr
     return workspace
 
@@ -44,6 +65,8 @@ def test_a_pipeline_in_another_folder_by_other_workers_gives_the_same_bytes(synt
     assert {"stacking_lr", "stacking_xgb", "stacking_mlp", "meta_fuser", "weighted_ensemble"} <= models
     assert {"fusion_concat_mlp", "fusion_attention", "moe", "cascade"} <= models
     assert {Path(name).suffix for name in found} >= KINDS
+    plots = (one / "metrics_output" / "ensembles" / PLOTTED).rglob("*.png")
+    assert len([path for path in plots if path.stat().st_size > 5000]) == len(score_plots.KINDS)
     assert len(found) > 100
     assert differences(one, other) == ["ensembles/config.yaml"]  # which says how many workers there were
 

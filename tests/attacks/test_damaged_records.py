@@ -21,9 +21,10 @@ VOTES = (
     *("--set", "runs.model_soup.enable=false", "--set", "device=cpu"),
 )
 STATUS, CLEAN, EVALUATE, DISCOVER = ("status",), ("clean",), ("evaluate",), ("discover",)
+STACK = ("stack", "--set", "runs.stacking.meta_learners=[lr]")
 COMPARE, VERIFY = ("export", "--compare"), ("export", "--verify", EXPORT)
 READ_BY = {
-    "ensembles/ensemble_catalog.json": (STATUS, EVALUATE, ("stack",)),
+    "ensembles/ensemble_catalog.json": (STATUS, EVALUATE, STACK),
     "ensembles/digests.json": (STATUS,),
     "ensembles/latency.json": (EVALUATE,),
     "ensembles/exported_files.json": (VERIFY,),

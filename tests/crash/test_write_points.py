@@ -8,6 +8,7 @@ one of the four ways; `make crash` takes all writes in all ways (STRIDE=1).
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pathlib
 import shutil
@@ -18,6 +19,9 @@ import pytest
 from equality import differences, unfinished
 from given_predictions import write
 from in_process import run
+from matplotlib.figure import Figure
+
+from utils.evaluation import score_plots
 
 STRIDE = int(os.environ.get("STRIDE", "9"))
 GONE = 99
@@ -124,3 +128,17 @@ def test_every_write_cut_short(way, start, counted, tmp_path):
         assert differences(folder, undisturbed) == [], (number, way)
         shutil.rmtree(folder)
     print(f"\nwrites cut short, {way}: {len(chosen)} of {writes}")
+
+
+def test_a_plot_cut_short_is_no_file(counted, tmp_path):
+    """The runs above write no real plots."""
+    folder = counted[0] / "metrics_output" / "ensembles" / "soft_voting_ensemble"
+    picture = score_plots.Picture("reliability", json.loads((folder / "metrics.json").read_text()), tmp_path / "a.png")
+
+    def disturbed() -> int:
+        Figure.savefig = lambda self, path, **options: (Path(path).write_bytes(b"half"), os._exit(GONE))
+        score_plots.draw(picture)
+        return 0
+
+    assert in_child(disturbed) == GONE
+    assert not picture.path.exists()

@@ -84,7 +84,7 @@ def write_pixel(picture: score_plots.Picture) -> None:
 @contextmanager
 def empty_figures() -> Iterator[None]:
     """Write one kind of plots as a single pixel and the figures of the report as empty SVG: matplotlib took a seventh
-    of all tests. Tests of plots and of the report draw them (`drawn_figures`)."""
+    of all tests. Tests of plots and of the report draw them."""
 
     def write_pixel(picture: score_plots.Picture) -> None:
         source = PngImagePlugin.PngInfo()
@@ -103,14 +103,6 @@ def empty_figures() -> Iterator[None]:
 
 
 @contextmanager
-def drawn_figures() -> Iterator[None]:
-    """Let `run` draw figures within the block."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "empty_figures", few_plots)
-        yield
-
-
-@contextmanager
 def every_plot() -> Iterator[None]:
     """Let `run` write all kinds of plots within the block, so that a program of its own finds none missing."""
     with pytest.MonkeyPatch.context() as patch:
@@ -119,7 +111,7 @@ def every_plot() -> Iterator[None]:
 
 
 def run(*argv: str | Path, workspace: Path | None = None) -> Done:
-    """`python ensemble_orchestrator.py ARGV --workspace WORKSPACE`, with empty figures unless `drawn_figures`."""
+    """`python ensemble_orchestrator.py ARGV --workspace WORKSPACE`, with empty figures."""
     place = () if workspace is None else ("--workspace", str(workspace))
     out, err = io.StringIO(), io.StringIO()
     with (

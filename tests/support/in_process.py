@@ -86,12 +86,6 @@ def empty_figures() -> Iterator[None]:
     """Write one kind of plots as a single pixel and the figures of the report as empty SVG: matplotlib took a seventh
     of all tests. Tests of plots and of the report draw them."""
 
-    def write_pixel(picture: score_plots.Picture) -> None:
-        source = PngImagePlugin.PngInfo()
-        source.add_text("Source", picture.digest)
-        with replacing(picture.path) as temporary:
-            Image.new("L", (1, 1)).save(temporary, format="PNG", pnginfo=source)
-
     def empty(job: tuple[str, str, tuple[Any, ...], dict[str, Any]]) -> str:
         label = html.escape(printable(job[2][-1]))
         return f'<svg class="figure" role="img" aria-label="{label}" viewBox="0 0 1 1"></svg>'

@@ -117,7 +117,7 @@ def confused(seed, **sizes):
 def test_held_out_folds_may_choose_more_than_a_temperature(kind):
     import torch
 
-    logits, labels, folds = confused(1)
+    logits, labels, folds = confused(1, rows=300, classes=3)
     config = Config.model_validate({"runs": {"score_ensemble": {"calibration": "auto"}}})
     recipe = kind.configured(config, facts_of(3))
     unseen = fit_crossfitted(recipe, logits, labels, folds)
@@ -129,7 +129,7 @@ def test_held_out_folds_may_choose_more_than_a_temperature(kind):
     np.testing.assert_allclose(recipe.restricted(used).predict_proba(logits[used]), probabilities, atol=1e-12)
     batch = torch.from_numpy(logits.transpose(1, 0, 2).astype(np.float32))
     np.testing.assert_allclose(recipe.to_module()(batch).numpy(), probabilities, atol=1e-4)
-    changed = np.where(folds == 2, (labels + 1) % 4, labels)
+    changed = np.where(folds == 2, (labels + 1) % 3, labels)
     after = fit_crossfitted(recipe, logits, changed, folds)
     np.testing.assert_array_equal(after[folds == 2], unseen[folds == 2])
 

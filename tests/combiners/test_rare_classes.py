@@ -41,7 +41,7 @@ def outputs_of(labels: np.ndarray, shift: float, method: str) -> np.ndarray | Me
     return MemberOutputs(logits, tuple(each.astype(np.float32) for each in embeddings))
 
 
-@pytest.mark.parametrize("n_folds", [2, 5])
+@pytest.mark.parametrize("n_folds", [2, 4])
 @pytest.mark.parametrize("method", sorted(COMBINERS))
 def test_copies_follow_the_recipe_of_the_final_fit(method, n_folds, monkeypatch):
     """A copy is the recipe fitted on the other rows; class 2 is absent from those of one copy.

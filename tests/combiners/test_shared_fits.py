@@ -13,8 +13,8 @@ from utils.combiners.protocol import fit_crossfitted, fit_nested
 from utils.combiners.shared_fits import SharedFits
 from utils.combiners.weighting import WeightedPool
 
-FOLDS = 5
-PAIRS, TRIPLES = 10, 10
+FOLDS = 4
+PAIRS, TRIPLES = 6, 4
 
 
 @pytest.fixture(scope="module")

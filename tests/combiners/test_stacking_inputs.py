@@ -33,7 +33,7 @@ def recipe(what: str, members: int):
         "meta_fuser": {
             "mlp_config": SHAPE,
             "fuser_type": fuser_type or "mlp",
-            "input_ensembles": ["soft_voting", "stacking_lr"],
+            "input_ensembles": ["soft_voting", "stacking_xgb"],
         },
     }
     known = MemberFacts(tuple("abcdef"[:members]), *(np.full(members, np.nan) for _ in range(3)))

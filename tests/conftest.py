@@ -145,6 +145,15 @@ def short_paths() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def without_figures() -> Iterator[None]:
+    """For tests that look at no figure: drawing took most of `evaluate` on few rows."""
+    from in_process import empty_figures
+
+    with empty_figures():
+        yield
+
+
 @pytest.fixture(scope="session")
 def base_main() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the base pipeline's command line: base_main("--stages", "split", workspace=...).

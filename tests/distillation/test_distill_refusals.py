@@ -14,6 +14,8 @@ from student_runs import SMALL, config, distill, record, store_of
 from utils.core.errors import ConfigError, UserError
 from utils.evaluation.evaluate import evaluate
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 @pytest.fixture
 def own(own_copy):

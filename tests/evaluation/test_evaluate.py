@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from file_reads import counted_reads
-from in_process import run
+from in_process import empty_figures, run
 
 from utils.building import build_commands
 from utils.core import parsed_files
@@ -396,11 +396,12 @@ def test_an_ensemble_of_old_checkpoints_is_told_and_left_out(own_copy, orchestra
 
 @pytest.fixture
 def imported(tmp_path):
-    """A workspace of imported members with three votes, before any evaluation."""
+    """A workspace of imported members with three votes, before any evaluation; figures are empty meanwhile."""
     workspace = given_predictions.empty_workspace(tmp_path / "w")
     given_predictions.take_in(workspace, given_predictions.write(tmp_path / "given", stems=("oof", "val", "test")))
     build_commands.build_ensemble(given_predictions.CONFIG, workspace)
-    return workspace
+    with empty_figures():
+        yield workspace
 
 
 def repeated(reads):

@@ -22,6 +22,8 @@ from utils.networks.class_maps import NoMapError
 CONFIG = load_config(PROJECT / "configs" / "votes.yaml", overrides=["device=cpu"])
 HINT = "evaluate --maps adds class-activation maps"
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 @pytest.fixture
 def workspace(own_copy):

@@ -14,6 +14,8 @@ from utils.evaluation import recommended_names
 from utils.evaluation.evaluate import evaluate
 from utils.exporting.export import export
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):

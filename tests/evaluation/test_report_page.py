@@ -10,6 +10,7 @@ import shutil
 import given_predictions as given
 import pytest
 from conftest import PROJECT
+from in_process import empty_figures
 from report_pages import CONFIG, Page, page_of, write_page
 
 import ensemble_orchestrator
@@ -35,12 +36,13 @@ def synthetic(tmp_path_factory):
 
 @pytest.fixture
 def imported(tmp_path):
-    """A workspace of imported predictions, without images, evaluated."""
+    """A workspace of imported predictions, without images, evaluated; figures are empty meanwhile."""
     workspace = given.empty_workspace(tmp_path / "workspace")
     given.take_in(workspace, given.write(tmp_path / "given"))
     build_commands.build_ensemble(CONFIG, workspace)
-    evaluate(CONFIG, workspace)
-    return workspace
+    with empty_figures():
+        evaluate(CONFIG, workspace)
+        yield workspace
 
 
 def test_every_part_is_there_when_all_is_measured(synthetic):

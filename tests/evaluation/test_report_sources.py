@@ -12,6 +12,8 @@ from utils.core.errors import UserError
 from utils.evaluation.evaluate import evaluate
 from utils.evaluation.report import report_sources
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 
 @pytest.fixture
 def workspace(tmp_path):

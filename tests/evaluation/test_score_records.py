@@ -9,7 +9,6 @@ import math
 import numpy as np
 import pytest
 from given_predictions import CONFIG, NAMES, changing, empty_workspace, fewer, logged, take_in, write
-from in_process import few_plots
 from scipy.stats import binomtest
 
 from utils.building import build_commands
@@ -23,6 +22,7 @@ from utils.numeric.metrics import METRICS, log_loss_per_row, softmax
 from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 from utils.predictions import catalog
 
+pytestmark = pytest.mark.usefixtures("without_figures")
 ENSEMBLES = ("hard_voting_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble")
 
 
@@ -36,12 +36,6 @@ def built(tmp_path, *, config=CONFIG, **given):
     take_in(workspace, write(tmp_path / "given", **given))
     build_commands.build_ensemble(config, workspace)
     return workspace
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_pictures():
-    with few_plots():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 
 import ensemble_orchestrator
 from utils.core import messages
-from utils.core.artifacts import replacing
+from utils.core.artifacts import digest_of, replacing
 from utils.core.display_text import printable
 from utils.evaluation import score_plots
 from utils.evaluation.report import figure_cache
@@ -88,7 +88,8 @@ def empty_figures() -> Iterator[None]:
 
     def empty(job: tuple[str, str, tuple[Any, ...], dict[str, Any]]) -> str:
         label = html.escape(printable(job[2][-1]))
-        return f'<svg class="figure" role="img" aria-label="{label}" viewBox="0 0 1 1"></svg>'
+        digest = digest_of(json.dumps(job, default=figure_cache._plain))  # so that pages of other figures differ
+        return f'<svg class="figure" role="img" aria-label="{label}" data-digest="{digest}" viewBox="0 0 1 1"></svg>'
 
     with few_plots(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(score_plots, "_draw", write_pixel)

@@ -19,6 +19,12 @@ def workspace(tmp_path, trained):
     return shutil.copytree(trained, tmp_path / "w")
 
 
+@pytest.fixture
+def small(tmp_path, synthetic):
+    """For what does not depend on images, classes and scores."""
+    return shutil.copytree(synthetic, tmp_path / "w")
+
+
 def catalog(workspace):
     return json.loads((workspace / "ensembles" / "ensemble_catalog.json").read_text())
 
@@ -41,19 +47,19 @@ def test_members_are_listed_with_all_that_is_known(workspace, orchestrator):
     assert found["problems"] == []
 
 
-def test_a_second_scan_reads_no_checkpoint_and_loads_no_torch(workspace, orchestrator):
+def test_a_second_scan_reads_no_checkpoint_and_loads_no_torch(small, orchestrator):
     from conftest import run_python
 
-    assert orchestrator("discover", *DEMO, workspace=workspace).returncode == 0
-    first = catalog(workspace)
+    assert orchestrator("discover", *DEMO, workspace=small).returncode == 0
+    first = catalog(small)
     code = (
         "import sys, ensemble_orchestrator as o\n"
         "assert o.main(['discover', *sys.argv[1:]]) == 0\n"
         "assert 'torch' not in sys.modules"
     )
-    done = run_python("-c", code, *DEMO, "--workspace", str(workspace))
+    done = run_python("-c", code, *DEMO, "--workspace", str(small))
     assert done.returncode == 0, done.stderr
-    assert catalog(workspace) == first
+    assert catalog(small) == first
 
 
 def test_without_oof_the_specifications_words_and_both_remedies(workspace, orchestrator):
@@ -91,7 +97,7 @@ def test_class_order_is_matched_by_name(workspace, orchestrator):
     np.testing.assert_allclose(after, before, atol=1e-5)
 
 
-def test_a_hostile_checkpoint_is_refused_by_name_and_nothing_runs(workspace, orchestrator, tmp_path):
+def test_a_hostile_checkpoint_is_refused_by_name_and_nothing_runs(small, orchestrator, short_paths, tmp_path):
     canary = tmp_path / "canary"
 
     class Hostile:
@@ -100,27 +106,27 @@ def test_a_hostile_checkpoint_is_refused_by_name_and_nothing_runs(workspace, orc
 
             return os.system, (f"touch {canary}",)
 
-    torch.save({"model_state_dict": Hostile()}, workspace / "checkpoints" / "CustomConvNeXt_final.pth")
-    done = orchestrator("discover", "--verify", *DEMO, workspace=workspace)
+    torch.save({"model_state_dict": Hostile()}, small / "checkpoints" / "CustomConvNeXt_final.pth")
+    done = orchestrator("discover", "--verify", *DEMO, workspace=small)
     assert done.returncode == 4
     assert "refused, since loading it could run code: it asks for posix.system" in done.stdout
     assert not canary.exists()
-    assert "CustomConvNeXt" not in catalog(workspace)["members"]
+    assert "CustomConvNeXt" not in catalog(small)["members"]
     places = ("stacking.enable=true", "stacking.meta_learners=[lr]", "model_soup.enable=true", "meta_fuser.enable=true")
     fuser = ("fuser_type=attention", "mlp_config.epochs=2", "input_ensembles=[soft_voting,stacking_lr]")
     sets = [word for place in (*places, *(f"meta_fuser.{one}" for one in fuser)) for word in ("--set", f"runs.{place}")]
     for command in ("build-ensemble", "stack", "meta-fuse", "evaluate", "status"):
-        done = orchestrator(command, *DEMO, *sets, workspace=workspace)
+        done = orchestrator(command, *DEMO, *sets, workspace=small)
         assert done.returncode == 0, done.stderr
         assert not canary.exists()
 
 
-def test_numpy_scalars_in_a_checkpoint_are_allowed(workspace, orchestrator):
-    path = workspace / "checkpoints" / "CustomConvNeXt_final.pth"
+def test_numpy_scalars_in_a_checkpoint_are_allowed(small, orchestrator):
+    path = small / "checkpoints" / "CustomConvNeXt_final.pth"
     record = torch.load(path, weights_only=True)
     record["extra"]["accuracy"] = np.float64(0.5)
     torch.save(record, path)
-    assert orchestrator("discover", "--verify", *DEMO, workspace=workspace).returncode == 0
+    assert orchestrator("discover", "--verify", *DEMO, workspace=small).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -143,15 +149,15 @@ def test_an_unreadable_checkpoint_is_named_and_the_others_are_found(workspace, o
     assert members["CustomResNetMish_snapshot1"]["parents"] == ["CustomResNetMish"]
 
 
-def test_verify_finds_weights_of_another_architecture(workspace, orchestrator):
-    path = workspace / "checkpoints" / "CustomConvNeXt_final.pth"
+def test_verify_finds_weights_of_another_architecture(small, orchestrator):
+    path = small / "checkpoints" / "CustomConvNeXt_final.pth"
     record = torch.load(path, weights_only=True)
-    other = torch.load(workspace / "checkpoints" / "CustomResNetMish_final.pth", weights_only=True)
+    other = torch.load(small / "checkpoints" / "CustomResNetMish_final.pth", weights_only=True)
     torch.save(record | {"model_state_dict": other["model_state_dict"]}, path)
-    done = orchestrator("discover", "--verify", *DEMO, workspace=workspace)
+    done = orchestrator("discover", "--verify", *DEMO, workspace=small)
     assert done.returncode == 4
     assert "the weights of another architecture" in done.stdout
-    assert catalog(workspace)["members"]["CustomConvNeXt"]["usable"] is False
+    assert catalog(small)["members"]["CustomConvNeXt"]["usable"] is False
 
 
 def test_a_member_of_other_classes_cannot_be_used(workspace, orchestrator):
@@ -164,12 +170,12 @@ def test_a_member_of_other_classes_cannot_be_used(workspace, orchestrator):
     assert "trained on the classes 0, 1, 2, 7; the split has 0, 1, 2, 3" in done.stdout
 
 
-def test_an_unknown_backbone_in_the_configuration_is_named(workspace, orchestrator):
-    assert orchestrator("discover", *DEMO, workspace=workspace).returncode == 0
-    done = orchestrator("build-ensemble", "--set", "backbones.include=[CustomConvNext]", *DEMO, workspace=workspace)
+def test_an_unknown_backbone_in_the_configuration_is_named(small, orchestrator):
+    assert orchestrator("discover", *DEMO, workspace=small).returncode == 0
+    done = orchestrator("build-ensemble", "--set", "backbones.include=[CustomConvNext]", *DEMO, workspace=small)
     assert done.returncode == 1
     assert "did you mean 'CustomConvNeXt'?" in done.stderr
-    done = orchestrator("build-ensemble", "--set", "backbones.include=[CustomMaxViT]", *DEMO, workspace=workspace)
+    done = orchestrator("build-ensemble", "--set", "backbones.include=[CustomMaxViT]", *DEMO, workspace=small)
     assert done.returncode == 1
     assert "none of CustomMaxViT is in the catalog" in done.stderr
 

@@ -23,6 +23,7 @@ from utils.core.workspace import Workspace
 from utils.numeric import nested_cv
 from utils.operations import upkeep
 
+pytestmark = pytest.mark.usefixtures("short_paths")
 ON = ("runs.meta_fuser.enable=true", "runs.meta_fuser.input_ensembles=[soft_voting,logit_averaging]")
 
 
@@ -43,6 +44,19 @@ def fused(tmp_path_factory) -> Workspace:
 @pytest.fixture
 def own(fused, tmp_path) -> Workspace:
     return empty_workspace(Path(shutil.copytree(fused.base, tmp_path / "base")))
+
+
+@pytest.fixture(scope="module")
+def voted(fused, tmp_path_factory) -> Workspace:
+    """After a build of the votes `BUILT`. Shared: read it, never write into it."""
+    workspace = empty_workspace(Path(shutil.copytree(fused.base, tmp_path_factory.mktemp("voted") / "base")))
+    build_commands.build_ensemble(config(*BUILT), workspace)
+    return workspace
+
+
+@pytest.fixture
+def own_voted(voted, tmp_path) -> Workspace:
+    return empty_workspace(Path(shutil.copytree(voted.base, tmp_path / "base")))
 
 
 def state(workspace: Workspace, *overrides: str):
@@ -132,23 +146,22 @@ BUILT = ("runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,gree
 CONVEX = (*BUILT, "runs.meta_fuser.fuser_type=convex", "runs.meta_fuser.input_ensembles=all")
 
 
-def test_all_takes_every_built_ensemble_of_the_configuration_and_a_convex_fuser_says_what_each_weighs(own):
-    build_commands.build_ensemble(config(*BUILT), own)
-    result = meta_fuse(config(*CONVEX), own)
+def test_all_takes_every_built_ensemble_of_the_configuration_and_a_convex_fuser_says_what_each_weighs(own_voted):
+    result = meta_fuse(config(*CONVEX), own_voted)
     names = ["greedy_selection_ensemble", "logit_averaging_ensemble", "soft_voting_ensemble", "weighted_ensemble"]
     assert result.document["inputs"] == names
     assert result.document["left_out"] == {}
     assert sorted(result.document["input_weights"]) == names
     used = {name for name, weight in result.document["input_weights"].items() if weight > 0}
-    ensemble = ensembles.load(own, "meta_fuser")
+    ensemble = ensembles.load(own_voted, "meta_fuser")
     assert len(ensemble.combiner.inputs) == len(used) < len(names)
     assert f"; 0 for {len(names) - len(used)} other inputs" in result.text
-    assert state(own, *CONVEX).state == "current"
-    assert ensembles.record_of(own, "meta_fuser")["crossfit"]["n"] == 90
-    build_commands.build_ensemble(config("runs.score_ensemble.methods=[hard_voting]"), own)
-    assert state(own, *CONVEX).state == "current"  # it is not in the configuration
+    assert state(own_voted, *CONVEX).state == "current"
+    assert ensembles.record_of(own_voted, "meta_fuser")["crossfit"]["n"] == 90
+    build_commands.build_ensemble(config("runs.score_ensemble.methods=[hard_voting]"), own_voted)
+    assert state(own_voted, *CONVEX).state == "current"  # it is not in the configuration
     five = "runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,greedy_selection,hard_voting]"
-    assert state(own, *CONVEX, five).state == "stale"
+    assert state(own_voted, *CONVEX, five).state == "stale"
 
 
 def test_with_enough_rows_inner_copies_are_those_of_neighbouring_folds(own, monkeypatch):
@@ -167,31 +180,28 @@ def test_with_enough_rows_inner_copies_are_those_of_neighbouring_folds(own, monk
             np.testing.assert_array_equal(finite, np.isin(crossfit.fold, known))
 
 
-def test_a_fuser_of_trees_takes_all_too(own):
-    build_commands.build_ensemble(config(*BUILT), own)
-    result = meta_fuse(config(*CONVEX, "runs.meta_fuser.fuser_type=attention"), own)
+def test_a_fuser_of_trees_takes_all_too(own_voted):
+    result = meta_fuse(config(*CONVEX, "runs.meta_fuser.fuser_type=attention"), own_voted)
     assert len(result.document["inputs"]) == 4
     assert result.document["input_weights"] is None
 
 
-def test_an_input_without_copies_without_two_folds_is_left_out_and_named(own):
-    build_commands.build_ensemble(config(*BUILT), own)
-    path = own.ensemble("weighted_ensemble") / "ensemble.json"
+def test_an_input_without_copies_without_two_folds_is_left_out_and_named(own_voted):
+    path = own_voted.ensemble("weighted_ensemble") / "ensemble.json"
     record = json.loads(path.read_text())
     del record["inner_folds"]  # as an earlier version wrote it
     path.write_text(json.dumps(record))
-    result = meta_fuse(config(*CONVEX), own)
+    result = meta_fuse(config(*CONVEX), own_voted)
     assert list(result.document["left_out"]) == ["weighted_ensemble"]
     assert "left out: weighted_ensemble: it has no predictions of copies" in result.text
     assert "build-ensemble --force" in result.text
     assert "weighted_ensemble" not in result.document["inputs"]
-    other = meta_fuse(config(*CONVEX, "runs.meta_fuser.fuser_type=attention"), own)
+    other = meta_fuse(config(*CONVEX, "runs.meta_fuser.fuser_type=attention"), own_voted)
     assert "weighted_ensemble" in other.document["inputs"]
 
 
-def test_all_leaves_out_an_ensemble_whose_member_is_gone(own):
-    build_commands.build_ensemble(config(*BUILT), own)
-    session = Session.open(config(*CONVEX), own)
+def test_all_leaves_out_an_ensemble_whose_member_is_gone(own_voted):
+    session = Session.open(config(*CONVEX), own_voted)
     without = {name: member for name, member in session.catalog.members.items() if name != "bayes"}
     session = session.with_catalog(replace(session.catalog, members=without))
     chosen = fuser_inputs.select(session)

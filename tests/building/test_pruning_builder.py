@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT, run_python
@@ -22,9 +24,26 @@ PRUNED = tuple(f"pruned_{method}" for method in METHODS)
 ON = ("pruning.enable=true", "device=cpu", "pruning.cost_budget.max_latency_ms=null")  # a busy machine is slow
 
 
+@pytest.fixture(scope="module")
+def built_once(built, tmp_path_factory):
+    """The built workspace after a build of all methods. Shared: read it, never write into it."""
+    base = Path(shutil.copytree(built, tmp_path_factory.mktemp("pruned") / "workspace"))
+    build(at(base))
+    return base
+
+
+@pytest.fixture
+def pruned(built_once, tmp_path):
+    return at(Path(shutil.copytree(built_once, tmp_path / "workspace")))
+
+
 @pytest.fixture
 def workspace(own_copy):
-    return Workspace(own_copy, *(own_copy / name for name in NAMES))
+    return at(own_copy)
+
+
+def at(base):
+    return Workspace(base, *(base / name for name in NAMES))
 
 
 def build(workspace, *overrides, **options):
@@ -92,26 +111,24 @@ def test_what_is_built_is_found_without_torch_and_force_gives_the_same_bytes(own
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_other_latencies_settings_or_devices_make_it_stale(workspace):
-    build(workspace)
-    assert set(states(workspace, "pruning.pick=knee").values()) == {"stale"}
-    assert set(states(workspace, "device=auto").values()) == {"stale"}
-    assert states(workspace, "pruning.methods=[clustering]")["pruned_greedy_forward"] == "current"
-    text = workspace.latency.read_text()
-    slowest = max(record(workspace)["depends_on"]["latency_ms"].values())
-    workspace.latency.write_text(text.replace(f'"p50": {slowest}', '"p50": 99.0'))
-    assert set(states(workspace).values()) == {"stale"}
-    assert build(workspace).document["built"] == sorted(PRUNED)
-    assert max(record(workspace)["depends_on"]["latency_ms"].values()) == 99
-    workspace.latency.unlink()
-    assert set(states(workspace).values()) == {"stale"}
+def test_other_latencies_settings_or_devices_make_it_stale(pruned):
+    assert set(states(pruned, "pruning.pick=knee").values()) == {"stale"}
+    assert set(states(pruned, "device=auto").values()) == {"stale"}
+    assert states(pruned, "pruning.methods=[clustering]")["pruned_greedy_forward"] == "current"
+    text = pruned.latency.read_text()
+    slowest = max(record(pruned)["depends_on"]["latency_ms"].values())
+    pruned.latency.write_text(text.replace(f'"p50": {slowest}', '"p50": 99.0'))
+    assert set(states(pruned).values()) == {"stale"}
+    assert build(pruned).document["built"] == sorted(PRUNED)
+    assert max(record(pruned)["depends_on"]["latency_ms"].values()) == 99
+    pruned.latency.unlink()
+    assert set(states(pruned).values()) == {"stale"}
 
 
-def test_a_budget_that_nothing_fits_is_a_failure_that_names_the_cheapest_and_the_others_go_on(workspace, orchestrator):
-    build(workspace)
-    sizes = record(workspace)["depends_on"]["size_mb"]
+def test_a_budget_that_nothing_fits_is_a_failure_that_names_the_cheapest_and_the_others_go_on(pruned, orchestrator):
+    sizes = record(pruned)["depends_on"]["size_mb"]
     smallest = min(sizes, key=sizes.get)
-    result = build(workspace, "pruning.cost_budget.max_size_mb=0.1", force=True)
+    result = build(pruned, "pruning.cost_budget.max_size_mb=0.1", force=True)
     assert [failure.partition(":")[0] for failure in result.failures] == list(PRUNED)
     assert result.failures[0] == (
         f"pruned_greedy_forward: no member is within the budget; the cheapest possible is {smallest} alone: "
@@ -120,7 +137,7 @@ def test_a_budget_that_nothing_fits_is_a_failure_that_names_the_cheapest_and_the
     assert "soft_voting_ensemble" in result.document["built"]
     overrides = (*ON, "pruning.cost_budget.max_latency_ms=0.0001")
     options = [word for value in overrides for word in ("--set", value)]
-    done = orchestrator("build-ensemble", "--config", str(CONFIG), *options, workspace=workspace.base)
+    done = orchestrator("build-ensemble", "--config", str(CONFIG), *options, workspace=pruned.base)
     assert done.returncode == 4
     assert "left out: pruned_clustering: no member is within the budget; the cheapest possible is Custom" in done.stderr
     assert " ms > 0.0001 ms (pruning.cost_budget.max_latency_ms)" in done.stderr
@@ -150,14 +167,13 @@ def test_that_nothing_fits_is_known_the_next_time_without_torch_and_forgotten_wh
     assert build(workspace, *tight).failures == first.failures
 
 
-def test_a_budget_decides_who_is_kept(workspace):
-    build(workspace)
-    measured = record(workspace)["depends_on"]["size_mb"]
+def test_a_budget_decides_who_is_kept(pruned):
+    measured = record(pruned)["depends_on"]["size_mb"]
     smallest = min(measured, key=measured.get)
-    result = build(workspace, f"pruning.cost_budget.max_size_mb={measured[smallest] + 1e-6}")
+    result = build(pruned, f"pruning.cost_budget.max_size_mb={measured[smallest] + 1e-6}")
     assert result.failures == []
     for name in PRUNED:
-        found = record(workspace, name)
+        found = record(pruned, name)
         assert found["members"] == [smallest]
         assert all(reason.startswith("over the budget: ") for reason in found["dropped"].values())
 
@@ -212,12 +228,11 @@ def test_one_member_makes_an_ensemble_of_one(workspace):
         assert record(workspace, name)["members"] == ["CustomConvNeXt"]
 
 
-def test_pruned_ensembles_are_evaluated_with_their_weights(workspace, orchestrator):
-    build(workspace)
+def test_pruned_ensembles_are_evaluated_with_their_weights(pruned, orchestrator):
     overrides = [word for override in ON for word in ("--set", override)]
-    done = orchestrator("evaluate", "--config", str(CONFIG), *overrides, workspace=workspace.base)
+    done = orchestrator("evaluate", "--config", str(CONFIG), *overrides, workspace=pruned.base)
     assert done.returncode == 0, done.stderr
-    metrics = json.loads(workspace.ensemble_metrics("pruned_clustering", "test").read_text())
-    kept = record(workspace, "pruned_clustering")["members"]
+    metrics = json.loads(pruned.ensemble_metrics("pruned_clustering", "test").read_text())
+    kept = record(pruned, "pruned_clustering")["members"]
     assert metrics["members"] == kept
     assert {name for name, weight in metrics["weights"].items() if weight} == set(kept)

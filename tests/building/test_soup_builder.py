@@ -25,6 +25,8 @@ from utils.operations import inventory
 from utils.predictions import catalog
 from utils.predictions.store import Store
 
+UNIFORM = "runs.model_soup.methods=[uniform]"
+
 
 def weights(path):
     return torch.load(path, weights_only=True)["model_state_dict"]
@@ -201,10 +203,11 @@ def test_status_knows_which_soups_are_current_and_why_not(own):
 
 
 def test_another_ingredient_is_another_soup(own):
+    brew(own, UNIFORM)
     before = own.checkpoint(NAME, "uniform_soup").read_bytes()
     change(own.checkpoint(NAME, "snapshot2"), lambda r: r["model_state_dict"]["network.fc.bias"].add_(0.25))
     discover.discover(config(), own)
-    assert f"uniform_soup_{NAME}" in brew(own).document["built"]
+    assert f"uniform_soup_{NAME}" in brew(own, UNIFORM).document["built"]
     assert own.checkpoint(NAME, "uniform_soup").read_bytes() != before
 
 
@@ -311,7 +314,7 @@ def test_a_damaged_record_is_named_with_its_remedy(own):
     assert f"{own.soup(NAME)}: damaged" in result.failures[0]
     assert "Remove it, then run build-ensemble again" in result.failures[0]
     assert inventory.take(config(), own).ensembles[f"greedy_soup_{NAME}"].state == "damaged"
-    assert not brew(own, force=True).failures
+    assert not brew(own, UNIFORM, force=True).failures
 
 
 def test_checkpoints_of_equal_content_have_equal_bytes(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("short_paths")
 QUICK = (
     *("--set", "runs.stacking.enable=true", "--set", "runs.stacking.mlp_config.epochs=6"),
     *("--set", "runs.stacking.mlp_config.hidden_dims=[16]", "--set", "runs.stacking.meta_learners=[lr,mlp]"),

@@ -208,7 +208,7 @@ def test_a_training_ends_with_the_build_that_asked_for_it(discovered, tmp_path):
     wait_for(lambda: not any(map(runs, trainers)))
 
 
-def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(made, discovered, tmp_path):
+def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(made, discovered, tmp_path, orchestrator):
     workspace = at(Path(shutil.copytree(discovered, tmp_path / "w")))
     discover.discover(config(), workspace)
     process = start(workspace)
@@ -217,7 +217,8 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(made, discovered, t
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     wait_for(lambda: not any(map(runs, trainers)))
-    assert start(workspace).wait() == 0
+    done = orchestrator("build-ensemble", *COMMAND, workspace=workspace.base)
+    assert done.returncode == 0, done.stderr
     assert digests(workspace) == digests(at(made[0]))
 
 

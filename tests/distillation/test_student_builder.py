@@ -471,7 +471,7 @@ def test_kill_nine_in_the_middle_and_again_gives_equal_weights(own, tmp_path, op
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
     environment |= {"DBT_PROGRESS_SECONDS": "0"}
     watched = own.distillation("distilled_convnext")
-    *_, was_killed = run_and_kill_repeatedly(2, command, environment, own.base, random.Random(2), watched)
+    *_, was_killed = run_and_kill_repeatedly(3, command, environment, own.base, random.Random(2), watched)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     log = (own.base / "debug_logs" / "ensemble_orchestrator.log").read_text(encoding="utf-8")

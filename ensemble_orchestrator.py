@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -85,8 +86,13 @@ class _Version(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser for the commands and options of `utils.commands`."""
+    return _parser(program_names.as_typed("ensemble_orchestrator.py"))
+
+
+@cache  # `debug` parses a line for each of its steps
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog=program_names.as_typed("ensemble_orchestrator.py"),
+        prog=program,
         description="Combine trained image classifiers into ensembles, and measure the gain on images that no part of "
         "an ensemble was fitted on.",
         epilog='Start: python ensemble_orchestrator.py demo --data "my leaves" (photographs, one folder per class), or '
@@ -172,9 +178,7 @@ def print_completion(shell: str) -> Result:
         import shtab
     except ImportError as error:
         raise errors.UserError("completion needs the package shtab. Install it: pip install shtab") from error
-    parser = build_parser()
-    parser.prog = "ensemble-system"
-    script = shtab.complete(parser, shell)
+    script = shtab.complete(_parser("ensemble-system"), shell)
     return Result(script, {"shell": shell, "script": script})
 
 

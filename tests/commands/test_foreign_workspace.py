@@ -8,9 +8,9 @@ from pathlib import Path
 
 import foreign_workspace
 import numpy as np
+import program_without_figures
 import pytest
 import torch
-import without_figures
 from bound_process import run_bound
 from conftest import PROJECT, run_python
 from mounting import snapshot
@@ -32,7 +32,7 @@ def run(foreign, tmp_path_factory):
 
     def run(*options, workspace, environment=None):
         place = ("--workspace", str(workspace), "--base-back", str(foreign.base_back))
-        return run_python(without_figures.PROGRAM, *options, *DEMO, *place, environment=environment)
+        return run_python(program_without_figures.PROGRAM, *options, *DEMO, *place, environment=environment)
 
     return run
 

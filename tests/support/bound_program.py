@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 
-import without_figures
+import program_without_figures
 
 DAC_OVERRIDE, CAPABILITY_VERSION, DROP_FROM_BOUNDING_SET = 1, 0x20080522, 24  # linux/capability.h, linux/prctl.h
 
@@ -26,4 +26,4 @@ def give_up_override() -> None:
 if __name__ == "__main__":
     if os.geteuid() == 0:
         give_up_override()
-    sys.exit(without_figures.main())
+    sys.exit(program_without_figures.main())

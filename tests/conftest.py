@@ -43,6 +43,7 @@ subprocess.Popen = warm.Popen  # type: ignore[misc]  # here and in the product, 
 import utils  # noqa: E402, F401  (installs the mount)
 from utils.core.array_archives import physical_memory  # noqa: E402
 from utils.core.engines import cores  # noqa: E402
+from utils.core.worker_processes import SPAWN  # noqa: E402
 
 BYTES_PER_WORKER = 3_000_000_000
 WITHOUT_TORCH = (
@@ -67,9 +68,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need trained networks or commands, which `make test-fast` leaves out."""
+    """Mark the tests that need trained networks, commands or spawned workers, which `make test-fast` leaves out."""
     for item in items:
-        if not COSTLY_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+        spawns = "callspec" in vars(item) and SPAWN in map(str, item.callspec.params.values())
+        if spawns or not COSTLY_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.costly)
 
 

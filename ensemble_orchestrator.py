@@ -86,11 +86,11 @@ class _Version(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser for the commands and options of `utils.commands`."""
-    return _parser(program_names.as_typed("ensemble_orchestrator.py"))
+    return _parser_for(program_names.as_typed("ensemble_orchestrator.py"))
 
 
 @cache  # `debug` parses a line for each of its steps
-def _parser(program: str) -> argparse.ArgumentParser:
+def _parser_for(program: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=program,
         description="Combine trained image classifiers into ensembles, and measure the gain on images that no part of "
@@ -178,7 +178,7 @@ def print_completion(shell: str) -> Result:
         import shtab
     except ImportError as error:
         raise errors.UserError("completion needs the package shtab. Install it: pip install shtab") from error
-    script = shtab.complete(_parser("ensemble-system"), shell)
+    script = shtab.complete(_parser_for("ensemble-system"), shell)
     return Result(script, {"shell": shell, "script": script})
 
 

@@ -70,7 +70,8 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that need trained networks, commands or spawned workers, which `make test-fast` leaves out."""
     for item in items:
-        spawns = "callspec" in vars(item) and SPAWN in map(str, item.callspec.params.values())
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        spawns = any(isinstance(value, str) and value == SPAWN for value in parameters)
         if spawns or not COSTLY_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.costly)
 

@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT, run_python
+from finished_workspace import CONFIG, at
 
 from utils.building import latency, pruning_builder
 from utils.building.build_commands import build_ensemble
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
-from utils.core.workspace import Workspace
 from utils.operations import inventory
 
-CONFIG = PROJECT / "configs" / "votes.yaml"
-NAMES = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "image_cache", "logs")
 METHODS = ("greedy_forward", "greedy_backward", "diversity_max", "clustering")
 PRUNED = tuple(f"pruned_{method}" for method in METHODS)
 ON = ("pruning.enable=true", "device=cpu", "pruning.cost_budget.max_latency_ms=null")  # a busy machine is slow
@@ -40,10 +38,6 @@ def pruned(built_once, tmp_path):
 @pytest.fixture
 def workspace(own_copy):
     return at(own_copy)
-
-
-def at(base):
-    return Workspace(base, *(base / name for name in NAMES))
 
 
 def build(workspace, *overrides, **options):

@@ -109,13 +109,7 @@ def run(*argv: str | Path, workspace: Path | None = None) -> Done:
     """`python ensemble_orchestrator.py ARGV --workspace WORKSPACE`, with empty figures."""
     place = () if workspace is None else ("--workspace", str(workspace))
     out, err = io.StringIO(), io.StringIO()
-    with (
-        own_settings(),
-        empty_figures(),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        warnings.catch_warnings(),
-    ):
+    with own_settings(), empty_figures(), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
         for name in ("DBT_ENSEMBLE_DIR", "DBT_BASE_DIR", "DBT_GROUP_REGEX"):
             os.environ.pop(name, None)
         try:

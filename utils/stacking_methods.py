@@ -74,16 +74,14 @@ def calibrate(
     The weight is that of least log-loss in the mixture with the members' mean (N, C), which has a separate temperature;
     without `fallback` it is 1.
     """
-
-    def selected(values: np.ndarray) -> float:
-        if not use_temperature:
-            return 1.0
-        return temperature.select_temperature(clipped_log(values), labels, folds).temperature
-
-    divisor = selected(probabilities)
+    sources = np.stack([probabilities, mean]) if fallback else probabilities[None]
+    divisors = [1.0] * len(sources)
+    if use_temperature:
+        choices = temperature.select_temperatures(clipped_log(sources), labels, folds)
+        divisors = [choice.temperature for choice in choices]
     if not fallback:
-        return Calibration(divisor)
-    mean_divisor = selected(mean)
+        return Calibration(divisors[0])
+    divisor, mean_divisor = divisors
     parts = [Calibration(divisor, weight, mean_divisor).apply(probabilities, mean) for weight in (1.0, 0.0)]
     both = np.stack(parts)[:, np.arange(len(labels)), labels]
     return Calibration(divisor, float(pools.fit_linear(both).weights[0]), mean_divisor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.numeric import temperature
+from utils.numeric import pools, temperature
 from utils.numeric.metrics import log_loss, softmax
 
 
@@ -110,6 +110,27 @@ def test_each_member_gets_its_own():
     logits, labels = calibrated(600, 3)
     found = temperature.select_member_temperatures(np.stack([logits / 3, logits * 4]), labels, folds_of(600))
     assert found == pytest.approx([1 / 3, 4], rel=0.15)
+
+
+@pytest.mark.parametrize("rows", [61, 4000, 16_000])  # in one batch, in several, and each fit alone
+def test_fits_have_the_same_result_together_and_alone(rows):
+    sets = np.stack([calibrated(rows, 10, seed=7)[0] * factor for factor in (0.1, 0.7, 1.0, 3.0, 40.0)])
+    labels, folds = calibrated(rows, 10, seed=7)[1], np.arange(rows) % 3
+    together = temperature.select_temperatures(sets, labels, folds)
+    for scores, choice in zip(sets, together, strict=True):
+        alone = temperature.select_temperature(scores, labels, folds)
+        assert (choice.temperature, choice.initial_loss, choice.held_out_loss) == (
+            *(alone.temperature, alone.initial_loss, alone.held_out_loss),
+        )
+        np.testing.assert_array_equal(choice.row_temperatures, alone.row_temperatures)
+        if choice.temperature != 1:
+            expected = 1 / pools.fit_log_linear(scores[None], labels).weights[0]  # not batched
+            assert choice.temperature == pytest.approx(expected, rel=1e-9)
+            for fold in range(3):
+                others = scores[None, folds != fold], labels[folds != fold]
+                expected = 1 / pools.fit_log_linear(*others).weights[0]
+                assert choice.row_temperatures[folds == fold] == pytest.approx(expected, rel=1e-9)
+    assert len({choice.temperature for choice in together} - {1.0}) >= 3
 
 
 def test_huge_logits_are_no_trouble():

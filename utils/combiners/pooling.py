@@ -60,7 +60,7 @@ def fixed_weights(
 ) -> Weighting:
     """Return a weighting by given weights (M,); `calibrate` fits a temperature."""
     crossfit = pool.pooled(np.tensordot(weights, pool.parts(scores), axes=1))
-    divisor, crossfit = _calibrated(crossfit, labels, folds, calibrate=calibrate)
+    [(divisor, crossfit)] = _calibrated(crossfit[None], labels, folds, calibrate=calibrate)
     return Weighting(pool, weights, divisor, crossfit)
 
 
@@ -106,7 +106,8 @@ def tuned_weights(
             ).weights
             for number in np.unique(folds)
         )
-        held_out = _calibrated(_unseen(pool, parts, folds, fold_weights), labels, folds, calibrate=calibrate)
+        unseen = _unseen(pool, parts, folds, fold_weights)
+        [held_out] = _calibrated(unseen[None], labels, folds, calibrate=calibrate)
     solution = weight_search.minimise(pool.loss(parts, labels, metric), **options)
     return Weighting(pool, solution.weights, *held_out, fold_weights, strength, solution.gap)
 
@@ -145,7 +146,7 @@ def with_members_added(
     crossfit = _unseen(weighting.pool, parts, folds, fold_weights)
     if _score(crossfit, labels, metric) <= _score(weighting.crossfit, labels, metric):
         return weighting
-    divisor, crossfit = _calibrated(crossfit, labels, folds, calibrate=calibrate)
+    [(divisor, crossfit)] = _calibrated(crossfit[None], labels, folds, calibrate=calibrate)
     weights = _moved(weighting.pool, parts, labels, weighting.weights, metric, seed)
     return replace(
         weighting, weights=weights, temperature=divisor, crossfit=crossfit, fold_weights=fold_weights, added=True
@@ -177,15 +178,19 @@ def tuning_rows(labels: NDArray[Any], folds: NDArray[Any], scores_per_row: int) 
 
 def _calibrated(
     log_probabilities: Floats, labels: NDArray[Any], folds: NDArray[Any], *, calibrate: bool
-) -> tuple[float, Floats]:
-    """Return a temperature, and log-probabilities (N, C) at the temperatures fitted on the other folds of each row.
+) -> list[tuple[float, Floats]]:
+    """Return, for each of B log-probabilities (B, N, C), a temperature and the rows at those of the other folds.
 
-    The temperature is 1 without `calibrate`.
+    The temperature is 1 without `calibrate`; with it, a row's log-probabilities (C,) are divided by the temperature
+    that was fitted on the other folds.
     """
     if not calibrate:
-        return 1.0, log_probabilities
-    choice = temperature.select_temperature(log_probabilities, labels, folds)
-    return choice.temperature, log_softmax(log_probabilities / choice.row_temperatures[:, None])
+        return [(1.0, each) for each in log_probabilities]
+    choices = temperature.select_temperatures(log_probabilities, labels, folds)
+    return [
+        (choice.temperature, log_softmax(each / choice.row_temperatures[:, None]))
+        for choice, each in zip(choices, log_probabilities, strict=True)
+    ]
 
 
 def _score(log_probabilities: Floats, labels: NDArray[Any], metric: str) -> float:
@@ -221,10 +226,8 @@ def _tried(
     for number in np.unique(folds):
         rows = parts[:, folds != number], labels[folds != number]
         paths.append(shared.result((pool.name, metric), rows, partial(_path, pool, *rows, metric)))
-    candidates = [
-        _calibrated(_unseen(pool, parts, folds, fold_weights), labels, folds, calibrate=calibrate)
-        for fold_weights in zip(*paths, strict=True)
-    ]
+    unseen = np.stack([_unseen(pool, parts, folds, fold_weights) for fold_weights in zip(*paths, strict=True)])
+    candidates = _calibrated(unseen, labels, folds, calibrate=calibrate)
     means = np.array([pooled_losses(crossfit, labels, metric).mean() for _, crossfit in candidates])
     best = int(np.flatnonzero(means <= means.min() + 1e-9 * abs(means.min()))[0])
     if metric in PIECEWISE_CONSTANT and _hits_more(candidates[0][1], candidates[best][1], labels, metric):

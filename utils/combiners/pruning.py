@@ -127,13 +127,11 @@ class Pruned(PooledMembers):
             crossfit = np.stack([problem.mean(subset.members) for subset in subsets])
         # A temperature changes no predicted class: if the metric reads only these, only the picked subset gets one.
         early = calibrate and self.metric not in PIECEWISE_CONSTANT
-        self.points = tuple(
-            self._point(subset, np.log(probabilities.clip(SMALLEST_PROBABILITY)), labels, folds, calibrate=early)
-            for subset, probabilities in zip(subsets, crossfit, strict=True)
-        )
+        log_probabilities = np.log(crossfit.clip(SMALLEST_PROBABILITY))
+        self.points = self._points(subsets, log_probabilities, labels, folds, calibrate=early)
         picked = self.points[PICKS[self.pick](self.points)]
         if calibrate and not early:
-            picked = self._point(picked.subset, picked.crossfit, labels, folds, calibrate=True)
+            [picked] = self._points([picked.subset], picked.crossfit[None], labels, folds, calibrate=True)
         self.weights = np.bincount(picked.subset.members, minlength=len(logits)) / len(picked.subset.members)
         self.temperature = picked.divisor
         notes = (
@@ -147,13 +145,28 @@ class Pruned(PooledMembers):
         probabilities = np.exp(self._scores(logits)).astype(np.float32)
         return SubsetProblem(self.members.names, probabilities, labels, self.metric, self.target_size, self.limits)
 
-    def _point(
-        self, subset: Subset, crossfit: Floats, labels: np.ndarray, folds: np.ndarray, *, calibrate: bool
-    ) -> ScoredSubset:
-        divisor = 1.0
-        if calibrate:
-            choice = temperature.select_temperature(crossfit, labels, folds)
-            divisor, crossfit = choice.temperature, log_softmax(crossfit / choice.row_temperatures[:, None])
+    def _points(
+        self,
+        subsets: Sequence[Subset],
+        log_probabilities: Floats,
+        labels: np.ndarray,
+        folds: np.ndarray,
+        *,
+        calibrate: bool,
+    ) -> tuple[ScoredSubset, ...]:
+        """Score K subsets by cross-fitted log-probabilities (K, N, C), at temperatures with `calibrate`."""
+        if not calibrate:
+            return tuple(
+                self._point(subset, 1.0, crossfit, labels)
+                for subset, crossfit in zip(subsets, log_probabilities, strict=True)
+            )
+        choices = temperature.select_temperatures(log_probabilities, labels, folds)
+        return tuple(
+            self._point(subset, choice.temperature, log_softmax(each / choice.row_temperatures[:, None]), labels)
+            for subset, choice, each in zip(subsets, choices, log_probabilities, strict=True)
+        )
+
+    def _point(self, subset: Subset, divisor: float, crossfit: Floats, labels: np.ndarray) -> ScoredSubset:
         probabilities = np.exp(crossfit)
         return ScoredSubset(
             subset,

@@ -107,33 +107,41 @@ def minimise(
 
 
 def _minimise_alone(loss: ConvexLoss, start: float, bounds: tuple[float, float], tolerance: float) -> Solution:
-    """Return the weight of least loss of one member within `bounds`, as `minimise` does.
-
-    Newton's method on the derivative, safeguarded by bisection: the bounds bracket its root, and a step beyond them is
-    replaced by their midpoint. It has to be fast, since a nested search fits thousands of temperatures.
-    """
-    lower, upper = bounds
-    weight, step = min(max(start, lower), upper), 0
+    """Return the weight of least loss of one member within `bounds`, as `minimise` does."""
+    lower, upper = (np.array([bound]) for bound in bounds)
+    weights, step = np.clip([start], *bounds), 0
     while True:
-        weights = np.array([weight])
         value, gradient, hessian = loss.derivatives(weights)
-        slope, curvature = float(gradient[0]), float(hessian[0, 0])
         gap = duality_gap(weights, gradient, bounds)
         if gap <= tolerance or step == MAX_STEPS:
             break
-        if slope > 0:
-            upper = weight
-        else:
-            lower = weight
-        candidate = weight - slope / curvature if curvature > 0 else (lower if slope > 0 else upper)
-        if candidate <= lower:
-            candidate = lower if lower == bounds[0] else (lower + upper) / 2
-        elif candidate >= upper:
-            candidate = upper if upper == bounds[1] else (lower + upper) / 2
-        if candidate == weight:
+        candidates, lower, upper = newton_candidates(weights, gradient, hessian[0], lower, upper, bounds)
+        if candidates == weights:
             break
-        weight, step = candidate, step + 1
+        weights, step = candidates, step + 1
     return Solution(weights, value, gap, step)
+
+
+def newton_candidates(
+    weights: Floats,
+    slopes: Floats,
+    curvatures: Floats,
+    lower: Floats,
+    upper: Floats,
+    bounds: tuple[float, float],
+) -> tuple[Floats, Floats, Floats]:
+    """Return the next weights (F,) of F convex functions of one weight, and narrower brackets (F,) of their minima.
+
+    Newton's method on the derivative, safeguarded by bisection: `lower` and `upper` bracket its root within `bounds`,
+    and a step beyond a bracket that is no bound is replaced by the midpoint.
+    """
+    is_rising = slopes > 0
+    lower, upper = np.where(is_rising, lower, weights), np.where(is_rising, weights, upper)
+    steps = np.divide(slopes, curvatures, out=np.where(is_rising, np.inf, -np.inf), where=curvatures > 0)
+    candidates, midpoints = weights - steps, (lower + upper) / 2
+    below, above = candidates <= lower, candidates >= upper
+    candidates = np.where(above, np.where(upper == bounds[1], upper, midpoints), candidates)
+    return np.where(below, np.where(lower == bounds[0], lower, midpoints), candidates), lower, upper
 
 
 def duality_gap(weights: Floats, gradient: Floats, sum_bounds: tuple[float, float]) -> float:

@@ -38,6 +38,19 @@ os.environ |= {"OMP_WAIT_POLICY": "passive"}
 # No test downloads a network, nor takes one that its user has downloaded.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": SETTINGS_FOLDER}
 
+
+def has_room(folder: Path) -> bool:
+    """Whether a folder can hold the files of a run, and programs among them."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return False
+    system = os.statvfs(folder)
+    return not system.f_flag & os.ST_NOEXEC and system.f_bavail * system.f_frsize >= BYTES_OF_RUN
+
+
+IN_MEMORY, BYTES_OF_RUN = Path("/dev/shm"), 8_000_000_000
+if has_room(IN_MEMORY):  # a run writes twelve gigabytes, most of them removed after their test
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
+
 subprocess.Popen = warm.Popen  # type: ignore[misc]  # here and in the product, which starts programs of its own
 
 import utils  # noqa: E402, F401  (installs the mount)

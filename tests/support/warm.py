@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cache
 from multiprocessing import reduction
@@ -127,6 +128,13 @@ def _forks_for_spawn(method: str | None = None) -> Any:
     return _get_context("fork" if method == "spawn" else method)
 
 
+def _keep_operators() -> None:
+    """Do not unregister 188 libraries of operators, one after the other, when this process ends (10 ms)."""
+    for finalizer in list(weakref.finalize._registry):
+        if (alive := finalizer.peek()) and alive[1].__module__ == "torch.library":
+            finalizer.atexit = False
+
+
 def _run(
     command: Sequence[str],
     environment: Mapping[str, str],
@@ -138,6 +146,7 @@ def _run(
     ready_writer: int,
 ) -> None:
     gc.freeze()  # what the server has imported stays, so that no collection needs to look at it
+    _keep_operators()
     if session:
         os.setsid()
     for number, stream in ((1, out), (2, err)):

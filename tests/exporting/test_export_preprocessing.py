@@ -16,6 +16,7 @@ from finished_workspace import CONFIG, at
 from in_process import run as command_line
 from PIL import Image
 from torch import nn
+from two_members import two_members
 
 from utils import base_back
 from utils.combiners.heads import MeanOfProbabilities
@@ -27,6 +28,8 @@ from utils.inference.predict import predict, predict_from_export
 from utils.networks.ensemble_network import EnsembleNetwork, MemberNetworks
 from utils.predictions.catalog import TIMM, Member
 
+__all__ = ["two_members"]
+
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 ARCHITECTURES = {
     "vit_tiny_patch16_224": {"depth": 2},
@@ -36,7 +39,7 @@ ARCHITECTURES = {
     "convnext_atto": {"depths": (1, 1, 1, 1)},
 }
 """{architecture, which decides the preprocessing: options that make it shallow, since writing a layer takes long}"""
-MEMBERS = ("--set", "backbones.include=[CustomConvNeXt,vit,resnet]", "--set", "exports.enable=true")
+MEMBERS = ("--set", "backbones.include=[CustomViTHybrid,vit,resnet]", "--set", "exports.enable=true")
 SIZES = [(60, 90), (131, 97), (300, 41), (64, 64)]
 
 
@@ -136,11 +139,11 @@ def test_predict_from_export_agrees_too(exported):
 
 
 @pytest.fixture(scope="module")
-def workspace(built, tmp_path_factory):
+def workspace(two_members, tmp_path_factory):
     """A workspace with an ensemble of a base pipeline's member and two timm networks, all resized by other rules."""
     import timm
 
-    base = Path(shutil.copytree(built, tmp_path_factory.mktemp("rules") / "workspace"))
+    base = Path(shutil.copytree(two_members, tmp_path_factory.mktemp("rules") / "workspace"))
     for name, architecture, options in (("vit", "test_vit", {"img_size": 64}), ("resnet", "test_resnet", {})):
         torch.manual_seed(len(name))
         network = timm.create_model(architecture, num_classes=4, **options)

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from finished_workspace import DEMO, at
+from two_members import MEMBERS, two_members
 
 from export import programs
 from utils.core.artifacts import read_json, write_json
 from utils.exporting import export_folder, exported_programs
 
-NAME = "soft_voting_ensemble"
-MEMBER = "CustomConvNeXt"  # alone, since torch.export takes long to capture a network
+__all__ = ["two_members"]
+
+NAME = MEMBERS[0]  # a member alone, since a runtime takes long to prepare the networks of an ensemble
 PROGRAM = f"torchscript/{NAME}_trace.pt"
 ALONE = (*DEMO, "--set", "exports.enable=true")
 CANARY = "@canary@"
@@ -59,9 +61,9 @@ class MapsAFile(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, built, orchestrator) -> Path:
+def exported(tmp_path_factory, two_members, orchestrator) -> Path:
     """A workspace with an export."""
-    base = Path(shutil.copytree(built, tmp_path_factory.mktemp("exported") / "workspace"))
+    base = Path(shutil.copytree(two_members, tmp_path_factory.mktemp("exported") / "workspace"))
     done = orchestrator("export", "--model-name", NAME, "--formats", "torchscript", *ALONE, workspace=base)
     assert done.returncode == 0, done.stderr
     return base
@@ -249,8 +251,8 @@ def test_an_export_takes_no_files_from_elsewhere(own, tmp_path, orchestrator, wa
 
 @pytest.mark.skipif(programs.refusal(torch.nn.Identity()) is not None, reason="this torch captures no programs")
 def test_a_program_of_torch_export_runs_by_the_same_rule(own, tmp_path, orchestrator, verify):
-    folder, program = own / "deployment_models" / MEMBER, f"exported_program/{MEMBER}.pt2"
-    line = ("export", "--model-name", MEMBER, "--formats", "exported_program", "--force", *ALONE)
+    folder, program = folder_of(own), f"exported_program/{NAME}.pt2"
+    line = ("export", "--model-name", NAME, "--formats", "exported_program", "--force", *ALONE)
     done = orchestrator(*line, workspace=own)
     assert done.returncode == 0, done.stderr
     recorded = verify(own, folder)

@@ -14,10 +14,13 @@ import pytest
 from conftest import PROJECT
 from finished_workspace import CONFIG, at
 from in_process import run
+from two_members import two_members
 
 from utils.core.config_file import load_config
 from utils.exporting import export
 from utils.inference.predict import predict, predict_from_export
+
+__all__ = ["two_members"]
 
 NAME = "soft_voting_ensemble"
 BLOCKED = """
@@ -37,9 +40,9 @@ OF_BASE_BACK = {"config", "models", "training", "export"}
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, built):
+def exported(tmp_path_factory, two_members):
     """(workspace, exported files by kind of input)"""
-    base = Path(shutil.copytree(built, tmp_path_factory.mktemp("exported") / "workspace"))
+    base = Path(shutil.copytree(two_members, tmp_path_factory.mktemp("exported") / "workspace"))
     config, files = load_config(CONFIG, overrides=["exports.enable=true"]), {}
     for kind in ("float-nchw", "uint8-nhwc"):
         export.export(config, at(base), model_name=NAME, formats=["onnx"], input=kind, force=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from file_reads import counted_reads
-from in_process import empty_figures, run
+from in_process import empty_figures, every_plot, run
 
 from utils.building import build_commands
 from utils.core import parsed_files
@@ -103,7 +103,8 @@ def test_latency_is_that_of_the_networks_and_the_combiner_and_measured_once(own_
 
 
 def test_pictures_and_tables_lie_beside_the_scores(own_copy, orchestrator):
-    done = orchestrator("evaluate", "--force", *DEMO, workspace=own_copy, apart=True)  # with all kinds of plots
+    with every_plot():
+        done = orchestrator("evaluate", "--force", *DEMO, workspace=own_copy)
     assert done.returncode == 0, done.stderr
     scores = own_copy / "metrics_output" / "ensembles"
     shown = plotted(own_copy)

@@ -27,14 +27,14 @@ from utils.training.image_source import ImageSource
 
 ARCHITECTURES = {
     "clip": ("vit_xsmall_patch16_clip_224", 224),
-    "convnext": ("convnext_atto", 128),
-    "lite": ("tf_efficientnet_lite0", 128),
-    "resnet": ("resnet18", 128),
+    "convnext": ("convnext_atto", 64),
+    "lite": ("tf_efficientnet_lite0", 64),
+    "resnet": ("resnet18", 64),
     "vit": ("test_vit", 160),
 }
 """{member: (architecture, input size)}; the convolutional networks take any, and a smaller one saves time"""
-SMALLER = 128
-COUNT = 30  # images of the test split: every shape and every mode several times
+SMALLER = 64
+COUNT = 18  # images of the test split: every shape and every mode several times
 CLASSES = ("ant", "bee", "fly")
 N_PREDICTED = 4
 

@@ -10,11 +10,14 @@ from pathlib import Path
 import damage
 import pytest
 from damage import EXPORT
+from few_folds import few_folds
 from given_predictions import write
 from in_process import run
 
 from utils.core import parsed_files
 from utils.core.artifacts import FileDigests
+
+__all__ = ["few_folds"]
 
 VOTES = (
     *("--set", "runs.score_ensemble.methods=[soft_voting,weighted]", "--set", "pruning.enable=false"),
@@ -38,11 +41,12 @@ READ_BY = {
     f"{EXPORT}/checksums.json": (VERIFY,),
 }
 """{record: commands that read it}"""
+pytestmark = pytest.mark.usefixtures("short_paths", "few_folds")
 SECONDS = 120.0  # a hang, on however busy a machine
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory) -> Path:
+def template(few_folds, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("damaged")
     write(folder / "given")
     workspace = folder / "workspace"

@@ -18,10 +18,13 @@ from pathlib import Path
 
 import pytest
 from equality import differences, unfinished
+from few_folds import few_folds
 from forked_commands import KILLED, Ended, Running
 from in_process import run
 
 from utils.core import caches, locks
+
+__all__ = ["few_folds"]
 
 KILLS, SEED = int(os.environ.get("KILLS", "4")), int(os.environ.get("SEED", "0"))
 KILLS_OF_ONE = 1 if "KILLS" in os.environ else KILLS
@@ -47,7 +50,7 @@ def fresh(synthetic: Path, folder: Path, latency: Path | None = None) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(synthetic, tmp_path_factory) -> Path:
+def undisturbed(synthetic, few_folds, tmp_path_factory) -> Path:
     """What a run leaves that nobody disturbs. The others take over the latencies that it measured."""
     folder = fresh(synthetic, tmp_path_factory.mktemp("undisturbed") / "w")
     done = run(*LINE, workspace=folder)  # in this process, whose forks then need not import what it has imported

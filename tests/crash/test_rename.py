@@ -10,15 +10,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+from few_folds import few_folds
 from in_process import run
 from named_members import VOTES, imported, stored
 from test_write_points import GONE, STRIDE, WAYS, dying, in_child
+
+__all__ = ["few_folds"]
 
 LINE = ("discover", "--rename", "a.npz=a", "--quiet")
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
+def start(few_folds, tmp_path_factory) -> Path:
     return imported(tmp_path_factory.mktemp("start"), "a.npz", "forest")
 
 

@@ -17,11 +17,14 @@ from pathlib import Path
 
 import pytest
 from equality import differences, unfinished
+from few_folds import few_folds
 from given_predictions import write
 from in_process import run
 from matplotlib.figure import Figure
 
 from utils.evaluation import score_plots
+
+__all__ = ["few_folds"]
 
 STRIDE = int(os.environ.get("STRIDE", "9"))
 GONE = 99
@@ -81,10 +84,10 @@ def dying(way: str, number: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    """Three imported members."""
+def start(few_folds, tmp_path_factory) -> Path:
+    """Two imported members."""
     folder = tmp_path_factory.mktemp("start")
-    write(folder / "given")
+    write(folder / "given", {"bayes": 1, "forest": 2})
     (folder / "w").mkdir()
     done = run("import-predictions", "--from", folder / "given", workspace=folder / "w")
     assert done.code == 0, done.stderr

@@ -11,17 +11,21 @@ from pathlib import Path
 import pytest
 import spoiling as s
 from fault_table import FAULTS, STACK, VOTES, Fault
+from few_folds import few_folds
 from given_predictions import write
 from in_process import Done, run
 
+__all__ = ["few_folds"]
+
 
 @pytest.fixture(scope="module")
-def templates(synthetic, tmp_path_factory) -> dict[str, Path]:
+def templates(synthetic, short_paths, few_folds, tmp_path_factory) -> dict[str, Path]:
     """The four workspaces, each made once."""
     folder = tmp_path_factory.mktemp("templates")
     (folder / "empty").mkdir()
-    shutil.copytree(synthetic, folder / "trained")
-    shutil.copytree(synthetic, folder / "ready")
+    not_read = shutil.ignore_patterns("Data", "*_snapshot?.pth", "*_best.pth")
+    shutil.copytree(synthetic, folder / "trained", ignore=not_read)
+    shutil.copytree(synthetic, folder / "ready", ignore=not_read)
     for line in (("discover", *VOTES), ("build-ensemble", *VOTES), ("stack", *VOTES, *STACK), ("evaluate", *VOTES)):
         done = run(*line, workspace=folder / "ready")
         assert done.code == 0, done.stderr

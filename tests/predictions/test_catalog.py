@@ -8,8 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from few_folds import few_folds
 
 from utils.predictions.catalog import Catalog, Problem
+
+__all__ = ["few_folds"]
 
 DEMO = ("--config", "configs/votes.yaml")
 
@@ -97,7 +100,8 @@ def test_class_order_is_matched_by_name(workspace, orchestrator):
     np.testing.assert_allclose(after, before, atol=1e-5)
 
 
-def test_a_hostile_checkpoint_is_refused_by_name_and_nothing_runs(small, orchestrator, short_paths, tmp_path):
+@pytest.mark.usefixtures("short_paths", "few_folds")
+def test_a_hostile_checkpoint_is_refused_by_name_and_nothing_runs(small, orchestrator, tmp_path):
     canary = tmp_path / "canary"
 
     class Hostile:

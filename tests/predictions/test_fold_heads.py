@@ -28,19 +28,19 @@ CONFIG = load_config(
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory, base_main):
-    """A workspace of one frozen network on weights that saw none of the images."""
+    """A workspace of one frozen network on weights that saw none of the images, after `discover`."""
     folder = tmp_path_factory.mktemp("frozen")
     weights = write_weights(folder / "small.pth")
     data = write_digits(folder / "raw", classes=(0, 1, 2), per_class=30)
     done = base_main(*frozen_options(weights, data=str(data), trained_on="none"), workspace=folder / "w")
     assert done.returncode == 0, done.stderr
+    discover.discover(CONFIG, workspace_at(folder / "w"), verify=True)
     return folder / "w"
 
 
 @pytest.fixture
 def store(tmp_path, frozen):
     workspace = workspace_at(shutil.copytree(frozen, tmp_path / "w"))
-    discover.discover(CONFIG, workspace, verify=True)
     return Store(CONFIG, workspace, catalog.load(workspace))
 
 

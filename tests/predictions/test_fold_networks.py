@@ -23,16 +23,26 @@ from utils.predictions.store import Store
 NAME = "CustomConvNeXt"
 
 
-@pytest.fixture
-def store(tmp_path, trained):
-    """One member of three, which is what these tests run."""
-    base = Path(shutil.copytree(trained, tmp_path / "w"))
+@pytest.fixture(scope="module")
+def config():
+    return load_config(CONFIG, overrides=["device=cpu"])
+
+
+@pytest.fixture(scope="module")
+def discovered(tmp_path_factory, trained, config) -> Path:
+    """One member of three, which is what these tests run, after `discover`."""
+    left_out = shutil.ignore_patterns("Data", "deployment_models")
+    base = Path(shutil.copytree(trained, tmp_path_factory.mktemp("discovered") / "w", ignore=left_out))
     for path in (base / "checkpoints").glob("*.pth"):
         if not path.name.startswith(NAME):
             path.unlink()
-    workspace = workspace_at(base)
-    config = load_config(CONFIG, overrides=["device=cpu"])
-    discover.discover(config, workspace)
+    discover.discover(config, workspace_at(base))
+    return base
+
+
+@pytest.fixture
+def store(tmp_path, discovered, config):
+    workspace = workspace_at(Path(shutil.copytree(discovered, tmp_path / "w")))
     return Store(config, workspace, catalog.load(workspace))
 
 
@@ -137,13 +147,15 @@ def test_the_mean_of_networks_is_that_of_their_probabilities_whatever_the_batche
 
 
 @pytest.mark.skipif(worker_processes.start_method() != "fork", reason="members are divided among forks only")
-def test_members_are_divided_among_processes_with_equal_bytes(tmp_path, trained, monkeypatch):
+def test_members_are_divided_among_processes_with_equal_bytes(tmp_path, trained, config, monkeypatch):
+    left_out = shutil.ignore_patterns(
+        "Data", "deployment_models", "*_snapshot?.pth", "*_best.pth", "CustomConvNeXt_*.pth"
+    )
     monkeypatch.setattr(worker_processes, "START_SECONDS", dict.fromkeys(worker_processes.START_SECONDS, 0.0))
     found = {}
     for cores in (1, 2):
         monkeypatch.setattr(engines, "cores", lambda cores=cores: cores)
-        workspace = workspace_at(Path(shutil.copytree(trained, tmp_path / f"{cores}")))
-        config = load_config(CONFIG, overrides=["device=cpu"])
+        workspace = workspace_at(Path(shutil.copytree(trained, tmp_path / f"{cores}", ignore=left_out)))
         discover.discover(config, workspace)
         store = Store(config, workspace, catalog.load(workspace))
         members = [member for member in store.catalog.members.values() if member.source == "trained"]

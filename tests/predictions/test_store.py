@@ -21,13 +21,19 @@ from utils.predictions.folds import crossfit_folds
 from utils.predictions.store import Store
 
 
+@pytest.fixture(scope="module")
+def discovered(tmp_path_factory, trained) -> Path:
+    """A copy of the trained workspace after `discover`."""
+    left_out = shutil.ignore_patterns("Data", "deployment_models")
+    base = Path(shutil.copytree(trained, tmp_path_factory.mktemp("discovered") / "w", ignore=left_out))
+    discover.discover(load_config(CONFIG), workspace_at(base))
+    return base
+
+
 @pytest.fixture
-def store(tmp_path, trained):
-    base = Path(shutil.copytree(trained, tmp_path / "w"))
-    workspace = workspace_at(base)
-    config = load_config(CONFIG)
-    discover.discover(config, workspace)
-    return Store(config, workspace, catalog.load(workspace))
+def store(tmp_path, discovered):
+    workspace = workspace_at(Path(shutil.copytree(discovered, tmp_path / "w")))
+    return Store(load_config(CONFIG), workspace, catalog.load(workspace))
 
 
 def test_stored_logits_are_those_of_the_network_on_the_base_transform(store):

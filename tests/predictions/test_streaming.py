@@ -250,16 +250,26 @@ def test_two_image_sizes_cost_one_decode(laid, monkeypatch):
     assert len(opened) == 56 + 2
 
 
-@pytest.fixture
-def store(trained, tmp_path):
+def workspace_at(base):
     names = ("split_dataset", "checkpoints", "metrics", "kfold_results", "deployment_models", "image_cache", "logs")
-    workspace = Workspace(tmp_path, *(tmp_path / name for name in names))
+    return Workspace(base, *(base / name for name in names))
+
+
+@pytest.fixture(scope="module")
+def discovered(trained, tmp_path_factory):
+    """A workspace of one network after `discover`."""
+    workspace = workspace_at(tmp_path_factory.mktemp("discovered"))
     shutil.copytree(trained / "split_dataset", workspace.split_dir)
     workspace.checkpoints.mkdir()
-    shutil.copy(trained / "checkpoints" / "CustomConvNeXt_final.pth", workspace.checkpoints)
-    config = load_config(PROJECT / "configs" / "votes.yaml")
-    discover.discover(config, workspace)
-    return Store(config, workspace, catalog.load(workspace))
+    shutil.copy2(trained / "checkpoints" / "CustomConvNeXt_final.pth", workspace.checkpoints)
+    discover.discover(load_config(PROJECT / "configs" / "votes.yaml"), workspace)
+    return workspace.base
+
+
+@pytest.fixture
+def store(discovered, tmp_path):
+    workspace = workspace_at(shutil.copytree(discovered, tmp_path, dirs_exist_ok=True))
+    return Store(load_config(PROJECT / "configs" / "votes.yaml"), workspace, catalog.load(workspace))
 
 
 def test_a_network_without_embeddings_is_stored_once_and_then_known(store, monkeypatch):

@@ -26,11 +26,9 @@ def config():
 @pytest.fixture
 def workspace(tmp_path, trained):
     """A copy of the trained workspace with one member of three left, which is what most of these tests run."""
-    base = shutil.copytree(trained, tmp_path / "w")
-    for path in (base / "checkpoints").glob("*.pth"):
-        if not path.name.startswith(NAME):
-            path.unlink()
-    return workspace_at(base)
+    others = ("CustomResNetMish", "CustomViTHybrid")
+    left_out = shutil.ignore_patterns("Data", *others, *(f"{name}_*.pth" for name in others))
+    return workspace_at(shutil.copytree(trained, tmp_path / "w", ignore=left_out))
 
 
 def change(path, alter):

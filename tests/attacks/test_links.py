@@ -6,11 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from few_folds import few_folds
 from given_predictions import write
 from in_process import run
 
 from utils.core.errors import UserError
 from utils.core.links import require_unlinked
+
+__all__ = ["few_folds"]
+
+pytestmark = pytest.mark.usefixtures("few_folds")
 
 VOTES = (
     *("--set", "runs.score_ensemble.methods=[soft_voting]", "--set", "pruning.enable=false"),

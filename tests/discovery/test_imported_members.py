@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from few_folds import few_folds
 from given_predictions import (
     CLASSES,
     CONFIG,
@@ -36,6 +37,10 @@ from utils.predictions import catalog, prediction_files
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.prediction_files import Predictions
 from utils.predictions.rows import MemberRows, Samples
+
+__all__ = ["few_folds"]
+
+pytestmark = pytest.mark.usefixtures("few_folds", "without_figures")
 
 
 @pytest.fixture

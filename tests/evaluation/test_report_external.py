@@ -16,7 +16,7 @@ MODELS = ("ensemble_00", "ensemble_01")
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
+def workspace(tmp_path_factory, without_figures):
     made = synthetic_report.synthetic(tmp_path_factory.mktemp("synthetic"), classes=CLASSES)
     write_page(made)
     return made

@@ -97,7 +97,8 @@ def test_a_section_without_its_command_never_passes(prepared, monkeypatch):
 def test_beside_trained_members_nothing_of_production_changes(own):
     before = tree(own)
     budget = ("--set", "pruning.cost_budget.max_latency_ms=100000")  # whatever else this machine is doing
-    done = run("debug", "--section", "build_ensemble", "--json", *budget, workspace=own)
+    few = ("--set", "runs.score_ensemble.methods=[soft_voting]", "--set", "pruning.methods=[greedy_forward]")
+    done = run("debug", "--section", "build_ensemble", "--json", *budget, *few, workspace=own)
     assert done.code == 0, done.stderr
     assert done.document["synthetic"] is False
     assert (own / "debug_tmp" / "workspace" / "ensembles" / "models" / "soft_voting_ensemble").is_dir()

@@ -14,6 +14,8 @@ from utils.predictions.catalog import Catalog, Problem
 
 __all__ = ["few_folds"]
 
+pytestmark = pytest.mark.usefixtures("few_folds", "short_paths")
+
 DEMO = ("--config", "configs/votes.yaml")
 
 
@@ -100,7 +102,6 @@ def test_class_order_is_matched_by_name(workspace, orchestrator):
     np.testing.assert_allclose(after, before, atol=1e-5)
 
 
-@pytest.mark.usefixtures("short_paths", "few_folds")
 def test_a_hostile_checkpoint_is_refused_by_name_and_nothing_runs(small, orchestrator, tmp_path):
     canary = tmp_path / "canary"
 

@@ -15,12 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PROJECT, needs_ray, run_python
+from engine_jobs import (
+    killed_in_a_worker,
+    slow_with_process,
+    started_at,
+    trained,
+    waits_in_a_worker,
+    waits_to_be_alone,
+    with_jobs_inside,
+    with_process,
+)
 from given_predictions import write
 
 from utils import commands
 from utils.combiners.gate_learners import AttentionLearner
 from utils.core import engines, worker_processes
-from utils.core.artifacts import replacing
 from utils.core.errors import ConfigError, UserError
 from utils.numeric import nested_cv, setting_paths
 
@@ -83,15 +92,6 @@ def test_jobs_side_by_side_keep_their_order():
     assert threading.get_ident() not in {thread for _, thread in found}
 
 
-def with_process(shared, item):
-    return shared.sum() + item, os.getpid()
-
-
-def slow_with_process(shared, item):
-    time.sleep(0.3)
-    return with_process(shared, item)
-
-
 @pytest.fixture(params=[worker_processes.FORK, worker_processes.SPAWN])
 def start_method(request, monkeypatch):
     """Both ways to start workers."""
@@ -126,13 +126,6 @@ def test_jobs_that_turn_out_to_take_long_are_shared():
     assert len(set(processes)) == 2
 
 
-def with_jobs_inside(item):
-    """The processes of jobs that a job starts, and the number of threads that it gets for others."""
-    local = engines.Local()
-    processes = {process for _, process in local.map(with_process, range(3), shared=(np.zeros(1),), n_processes=2)}
-    return processes == {os.getpid()}, n_threads_inside(8)
-
-
 def test_libraries_that_are_loaded_later_are_limited_too():
     code = """
 import json
@@ -150,15 +143,6 @@ with limited(1):
     assert set(threads) == {1}
 
 
-def n_threads_inside(wanted):
-    return len({thread for _, thread in engines.Local().map(with_thread, range(wanted), n_threads=wanted)})
-
-
-def with_thread(item):
-    time.sleep(0.02)
-    return item, threading.get_ident()
-
-
 def test_jobs_beside_others_start_no_processes_and_share_the_cores(start_method):
     found = list(engines.Local().map(with_jobs_inside, range(4), n_processes=2, are_long=True))
     threads = max(1, engines.cores() // 2)
@@ -166,22 +150,6 @@ def test_jobs_beside_others_start_no_processes_and_share_the_cores(start_method)
     assert found[1][1] == threads  # that of this process; one that ends late may be alone
     assert not worker_processes.is_within_job()
     assert worker_processes.n_side_by_side() == 1
-
-
-def waits_to_be_alone(long, began, item):
-    """The jobs beside the `long` one, and the threads that it gets, before and after the other has ended.
-
-    The other ends when the file `began` shows that the long one has counted.
-    """
-    before = worker_processes.n_side_by_side()
-    if item == long:
-        began.touch()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and (
-        worker_processes.n_side_by_side() > 1 if item == long else not began.exists()
-    ):
-        time.sleep(0.01)
-    return before, worker_processes.n_side_by_side(), n_threads_inside(4)
 
 
 @pytest.mark.parametrize("long", [0, 1], ids=["in a worker", "in this process"])
@@ -194,13 +162,6 @@ def test_the_last_job_has_the_cores_of_those_that_have_ended(start_method, monke
     assert after == 1
     assert before == 2 or is_spawned
     assert threads == 4 or is_spawned
-
-
-def started_at(item):
-    """The process and the time of a job, which is long enough for every process to take one."""
-    started = time.monotonic()
-    time.sleep(0.2)
-    return item, os.getpid(), started
 
 
 def test_processes_take_items_by_the_start_order_and_results_are_in_order(start_method):
@@ -222,31 +183,12 @@ def test_what_a_process_warns_of_and_raises_arrives_here(at_once, heard):
         list(engines.Local().map(refused_later, range(4), n_processes=2))
 
 
-def killed_in_a_worker(folder, here, item):
-    """Jobs end their worker by SIGKILL, as running out of memory would."""
-    Path(folder, f"{item}.{os.getpid()}").touch()
-    if os.getpid() != here:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.2)
-    return item
-
-
 def test_jobs_go_on_here_when_a_process_dies(tmp_path, at_once, heard):
     shared = (str(tmp_path), os.getpid())
     found = engines.Local().map(killed_in_a_worker, range(4), shared=shared, description="fits", n_processes=2)
     assert list(found) == [0, 1, 2, 3]
     assert "fits: a worker process died" in heard.text
     assert sorted(path.name for path in tmp_path.glob(f"*.{os.getpid()}")) == [f"{n}.{os.getpid()}" for n in range(4)]
-
-
-def waits_in_a_worker(folder, here, item):
-    if os.getpid() != here:
-        with replacing(Path(folder, "result")):
-            Path(folder, str(os.getpid())).touch()
-            time.sleep(600)
-    while not any(path.name.isdecimal() for path in Path(folder).iterdir()):
-        time.sleep(0.02)
-    raise UserError("refused here")
 
 
 def test_an_error_ends_jobs_that_are_running(tmp_path, start_method, caplog):
@@ -257,20 +199,6 @@ def test_an_error_ends_jobs_that_are_running(tmp_path, start_method, caplog):
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
     assert [record.getMessage() for record in caplog.records if record.name == "concurrent.futures"] == []
-
-
-def trained(item):
-    """The weights of a small network after a few steps."""
-    import torch
-
-    torch.manual_seed(item)
-    network = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
-    optimizer = torch.optim.AdamW(network.parameters())
-    for _ in range(5):
-        optimizer.zero_grad()
-        network(torch.randn(512, 64)).square().mean().backward()
-        optimizer.step()
-    return torch.nn.utils.parameters_to_vector(network.parameters()).detach().numpy()
 
 
 def test_workers_train_after_their_parent_has_trained_on_several_threads(start_method):

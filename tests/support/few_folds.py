@@ -1,4 +1,4 @@
-"""Two cross-fitting folds instead of five, for tests that do not depend on their number."""
+"""Three cross-fitting folds instead of five, for tests that do not depend on their number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.predictions import folds
 
 @pytest.fixture(scope="module")
 def few_folds() -> Iterator[None]:
-    """Nested fits of five folds, thirty for each setting, took most of a build on few rows."""
+    """Nested fits of five folds took most of a build on few rows. With two, settings are selected on single rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folds, "CROSSFIT_FOLDS", 2)
+        patch.setattr(folds, "CROSSFIT_FOLDS", 3)
         yield

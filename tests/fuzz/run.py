@@ -42,6 +42,7 @@ from utils import base_back  # noqa: E402
 from utils.building import ensembles  # noqa: E402
 from utils.core.errors import OrchestratorError  # noqa: E402
 from utils.core.workspace import Workspace  # noqa: E402
+from utils.predictions import folds  # noqa: E402
 
 GIGABYTES, SECONDS, MINUTE = 2, 10, 60
 PERCENTAGES = {
@@ -141,6 +142,7 @@ def prepare(folder: Path) -> Readers:
         place.mkdir()
     write(given_folder)
     assert run("import-predictions", "--from", given_folder, workspace=imported).code == 0
+    folds.CROSSFIT_FOLDS = 3  # nested fits of five took most of every build
     printed = ("--config", "configs/ensemble_config.yaml")
     for line in (("build-ensemble", "--config", "configs/votes.yaml"), ("stack", *printed, *STACK)):
         done = run(*line, workspace=imported)

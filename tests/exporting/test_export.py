@@ -27,6 +27,7 @@ from utils.exporting import (
     export_comparison,
     export_folder,
     export_formats,
+    parity_rows,
     reduced_precision,
     tflite_conversion,
 )
@@ -284,8 +285,9 @@ def test_verify_finds_answers_that_differ(own_export):
         export_checks.verify(at(own_export), folder)
 
 
-def test_forms_of_fewer_bits_have_a_tolerance_of_their_own_and_their_accuracy(own_export):
+def test_forms_of_fewer_bits_have_a_tolerance_of_their_own_and_their_accuracy(own_export, monkeypatch):
     """Made from the ONNX file that is there; ranges come from train, figures from test."""
+    monkeypatch.setattr(parity_rows, "N_CALIBRATION_IMAGES", 32)
     folder = folder_of(own_export)
     before = (folder / "onnx" / f"{NAME}.onnx").stat().st_ino
     result = run(own_export, NAME, "onnx", precision=["fp32", "fp16", "int8"])

@@ -21,7 +21,7 @@ from two_members import two_members
 from utils import base_back
 from utils.combiners.heads import MeanOfProbabilities
 from utils.core.config_file import load_config
-from utils.exporting import export_comparison, export_formats
+from utils.exporting import export_comparison, export_formats, parity_rows
 from utils.exporting.exported_network import ExportSignature, ExportSource, describe_network
 from utils.inference import onnx_prediction
 from utils.inference.predict import predict, predict_from_export
@@ -160,7 +160,8 @@ def workspace(two_members, tmp_path_factory):
     return base
 
 
-def test_every_format_of_members_with_different_rules_is_proved(workspace):
+def test_every_format_of_members_with_different_rules_is_proved(workspace, monkeypatch):
+    monkeypatch.setattr(parity_rows, "N_CALIBRATION_IMAGES", 32)
     done = command_line(
         *("export", "--config", CONFIG, *MEMBERS, "--model-name", NAME, "--json"),
         *("--formats", "state_dict", "torchscript", "onnx", "--precision", "fp32", "fp16", "int8"),

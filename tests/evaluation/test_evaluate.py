@@ -395,14 +395,21 @@ def test_an_ensemble_of_old_checkpoints_is_told_and_left_out(own_copy, orchestra
     assert "soft_voting_ensemble" not in done.stdout
 
 
-@pytest.fixture
-def imported(tmp_path):
-    """A workspace of imported members with three votes, before any evaluation; figures are empty meanwhile."""
-    workspace = given_predictions.empty_workspace(tmp_path / "w")
-    given_predictions.take_in(workspace, given_predictions.write(tmp_path / "given", stems=("oof", "val", "test")))
+@pytest.fixture(scope="module")
+def voting(tmp_path_factory):
+    """A workspace of imported members with three votes, before any evaluation."""
+    folder = tmp_path_factory.mktemp("voting")
+    workspace = given_predictions.empty_workspace(folder / "w")
+    given_predictions.take_in(workspace, given_predictions.write(folder / "given", stems=("oof", "val", "test")))
     build_commands.build_ensemble(given_predictions.CONFIG, workspace)
+    return workspace.base
+
+
+@pytest.fixture
+def imported(tmp_path, voting):
+    """A copy of it to evaluate; figures are empty meanwhile."""
     with empty_figures():
-        yield workspace
+        yield given_predictions.empty_workspace(shutil.copytree(voting, tmp_path / "w"))
 
 
 def repeated(reads):

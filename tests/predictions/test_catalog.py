@@ -21,7 +21,7 @@ DEMO = ("--config", "configs/votes.yaml")
 
 @pytest.fixture
 def workspace(tmp_path, trained):
-    return shutil.copytree(trained, tmp_path / "w")
+    return shutil.copytree(trained, tmp_path / "w", ignore=shutil.ignore_patterns("Data"))
 
 
 @pytest.fixture

@@ -162,6 +162,19 @@ def short_paths() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def few_folds() -> Iterator[None]:
+    """For tests that do not depend on the number of cross-fitting folds: nested fits of five took most of a build.
+
+    Three of them, as settings would be selected on single rows with two.
+    """
+    from utils.predictions import folds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folds, "CROSSFIT_FOLDS", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
 def without_figures() -> Iterator[None]:
     """For tests that look at no figure: drawing took most of `evaluate` on few rows."""
     from in_process import empty_figures

@@ -10,14 +10,11 @@ from pathlib import Path
 import damage
 import pytest
 from damage import EXPORT
-from few_folds import few_folds
 from given_predictions import write
 from in_process import run
 
 from utils.core import parsed_files
 from utils.core.artifacts import FileDigests
-
-__all__ = ["few_folds"]
 
 VOTES = (
     *("--set", "runs.score_ensemble.methods=[soft_voting,weighted]", "--set", "pruning.enable=false"),

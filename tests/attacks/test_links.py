@@ -6,14 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from few_folds import few_folds
 from given_predictions import write
 from in_process import run
 
 from utils.core.errors import UserError
 from utils.core.links import require_unlinked
-
-__all__ = ["few_folds"]
 
 pytestmark = pytest.mark.usefixtures("few_folds")
 

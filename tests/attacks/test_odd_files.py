@@ -11,14 +11,11 @@ from pathlib import Path
 
 import onnx_files
 import pytest
-from few_folds import few_folds
 from given_predictions import write
 from in_process import run
 from PIL import Image
 
 from utils.core import parsed_files
-
-__all__ = ["few_folds"]
 
 pytestmark = pytest.mark.usefixtures("few_folds")
 

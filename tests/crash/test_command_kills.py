@@ -17,13 +17,10 @@ from pathlib import Path
 
 import pytest
 from equality import differences, unfinished
-from few_folds import few_folds
 from forked_commands import KILLED, Running
 from given_predictions import write
 from in_process import run as run_here
 from warm import LARGE
-
-__all__ = ["few_folds"]
 
 KILLS, SEED = int(os.environ.get("KILLS", "4")), int(os.environ.get("SEED", "0"))
 LIMIT = 600.0  # seconds, on however busy a machine

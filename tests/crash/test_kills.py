@@ -18,13 +18,10 @@ from pathlib import Path
 
 import pytest
 from equality import differences, unfinished
-from few_folds import few_folds
 from forked_commands import KILLED, Ended, Running
 from in_process import run
 
 from utils.core import caches, locks
-
-__all__ = ["few_folds"]
 
 KILLS, SEED = int(os.environ.get("KILLS", "4")), int(os.environ.get("SEED", "0"))
 KILLS_OF_ONE = 1 if "KILLS" in os.environ else KILLS

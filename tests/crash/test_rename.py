@@ -10,12 +10,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from few_folds import few_folds
 from in_process import run
 from named_members import VOTES, imported, stored
 from test_write_points import GONE, STRIDE, WAYS, dying, in_child
-
-__all__ = ["few_folds"]
 
 LINE = ("discover", "--rename", "a.npz=a", "--quiet")
 

@@ -17,14 +17,11 @@ from pathlib import Path
 
 import pytest
 from equality import differences, unfinished
-from few_folds import few_folds
 from given_predictions import write
 from in_process import run
 from matplotlib.figure import Figure
 
 from utils.evaluation import score_plots
-
-__all__ = ["few_folds"]
 
 STRIDE = int(os.environ.get("STRIDE", "9"))
 GONE = 99

@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 from conftest import PROJECT
-from few_folds import few_folds
 from given_predictions import (
     CLASSES,
     CONFIG,
@@ -35,8 +34,6 @@ from utils.discovery import discover
 from utils.evaluation.evaluate import evaluate
 from utils.numeric.metrics import softmax
 from utils.predictions import catalog, member_selection
-
-__all__ = ["few_folds"]
 
 pytestmark = pytest.mark.usefixtures("few_folds", "without_figures")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from few_folds import few_folds
 from given_predictions import (
     CLASSES,
     CONFIG,
@@ -37,8 +36,6 @@ from utils.predictions import catalog, prediction_files
 from utils.predictions.image_splits import ImageSplit
 from utils.predictions.prediction_files import Predictions
 from utils.predictions.rows import MemberRows, Samples
-
-__all__ = ["few_folds"]
 
 pytestmark = pytest.mark.usefixtures("few_folds", "without_figures")
 

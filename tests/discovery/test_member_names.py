@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from few_folds import few_folds
 from given_predictions import content, write
 from in_process import run
 from named_members import VOTES, imported, stored
@@ -17,8 +16,6 @@ from named_members import VOTES, imported, stored
 from utils.building import ensembles, meta_builder, snapshot_builder, soup_mixing
 from utils.discovery.member_names import RESERVED
 from utils.distillation import students
-
-__all__ = ["few_folds"]
 
 pytestmark = pytest.mark.usefixtures("few_folds")
 

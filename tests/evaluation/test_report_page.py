@@ -10,7 +10,6 @@ import shutil
 import given_predictions as given
 import pytest
 from conftest import PROJECT
-from few_folds import few_folds
 from in_process import empty_figures, few_plots
 from report_pages import CONFIG, Page, page_of, write_page
 
@@ -24,8 +23,6 @@ from utils.core.config_sections import Project
 from utils.core.workspace import Workspace
 from utils.evaluation.evaluate import evaluate
 from utils.evaluation.report import report_page, thumbnails
-
-__all__ = ["few_folds"]
 
 pytestmark = pytest.mark.usefixtures("few_folds")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from few_folds import few_folds
 from given_predictions import CONFIG, NAMES, empty_workspace, opened, take_in, write
 
 from utils.building import build_commands
@@ -12,8 +11,6 @@ from utils.core.artifacts import read_json, write_json
 from utils.core.errors import UserError
 from utils.evaluation.evaluate import evaluate
 from utils.evaluation.report import report_sources
-
-__all__ = ["few_folds"]
 
 pytestmark = pytest.mark.usefixtures("few_folds", "without_figures")
 

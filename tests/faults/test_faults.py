@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 import spoiling as s
 from fault_table import FAULTS, STACK, VOTES, Fault
-from few_folds import few_folds
 from given_predictions import write
 from in_process import Done, run
-
-__all__ = ["few_folds"]
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from few_folds import few_folds
 
 from utils.predictions.catalog import Catalog, Problem
-
-__all__ = ["few_folds"]
 
 pytestmark = pytest.mark.usefixtures("few_folds", "short_paths")
 

@@ -10,8 +10,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from stored_predictions import workspace_at
 from student_runs import SMALL, store_of
+from synthetic_votes import votes
 
 from utils.core import engines, worker_processes
 from utils.core.errors import UserError
@@ -22,14 +22,15 @@ from utils.predictions import extraction
 from utils.training.batch_schedule import NEVER, BatchSchedule
 from utils.training.image_source import ImageSource
 
+__all__ = ["votes"]
 EPOCHS = 4
 forks = pytest.mark.skipif(worker_processes.start_method() != "fork", reason="passes run ahead in forks only")
 
 
 @pytest.fixture
-def passes(built, monkeypatch):
+def passes(votes, monkeypatch):
     """A function that opens the block of predictions on a number of cores."""
-    store = store_of(workspace_at(built), SMALL)
+    store = store_of(votes, SMALL)
     teacher = teachers.resolve(store, "soft_voting", excluded_member="x")
     train = store.images("train")
     preprocessing = store.catalog.members["CustomConvNeXt"].image_preprocessing
@@ -37,7 +38,7 @@ def passes(built, monkeypatch):
 
     def opened(cores, beside=None):
         monkeypatch.setattr(engines, "cores", lambda: cores)
-        schedule = BatchSchedule(source, 32, 5, np.full(len(source), NEVER), mix="both", is_shared=True)
+        schedule = BatchSchedule(source, 4, 5, np.full(len(source), NEVER), mix="both", is_shared=True)
         predict = partial(epoch_predictions.predict_epoch, store, teacher, OpenNetworks(), schedule)
         n_processes = epoch_predictions.n_processes(store, len(source), EPOCHS)
         if not extraction.use_one_thread(teachers.network_sizes(store, teacher)):
@@ -88,7 +89,7 @@ def test_a_training_that_fails_leaves_no_worker(passes):
 @forks
 @pytest.mark.parametrize(
     ("module", "name", "value"),
-    [(epoch_predictions, "MAX_BYTES", 1000), (extraction, "HALF_BYTES", 1e-6)],
+    [(epoch_predictions, "MAX_BYTES", 10), (extraction, "HALF_BYTES", 1e-6)],
     ids=["memory", "networks of two threads"],
 )
 def test_passes_stay_here_where_they_would_take_memory_or_threads(passes, monkeypatch, module, name, value):

@@ -6,14 +6,15 @@ import pytest
 import torch
 from given_predictions import logged
 from pretrained_files import write_weights
-from stored_predictions import workspace_at
 from student_runs import SMALL, config, distill, record, store_of
+from synthetic_votes import own, votes
 
 from utils import base_back
 from utils.core.errors import UserError
 from utils.distillation import students, teachers
 from utils.predictions import catalog
 
+__all__ = ["own", "votes"]
 NETWORK = "test_resnet"
 TIMM_STUDENT = f"distillation.student=timm:{NETWORK}"
 
@@ -25,8 +26,8 @@ def weights(tmp_path, monkeypatch) -> dict[str, torch.Tensor]:
     return torch.load(write_weights(tmp_path / "pretrained" / f"{NETWORK}.pth"), weights_only=True)
 
 
-def test_a_network_of_timm_starts_from_pretrained_weights_at_its_own_input_size(built, weights):
-    store = store_of(workspace_at(built), TIMM_STUDENT)
+def test_a_network_of_timm_starts_from_pretrained_weights_at_its_own_input_size(votes, weights):
+    store = store_of(votes, TIMM_STUDENT)
     student = students.resolve(store, store.config.distillation.student)
     assert (student.name, student.architecture, student.img_size) == (NETWORK, f"timm:{NETWORK}", 64)
     assert student.preprocessing != students.resolve(store, "CustomConvNeXt").preprocessing
@@ -35,41 +36,40 @@ def test_a_network_of_timm_starts_from_pretrained_weights_at_its_own_input_size(
     assert head == {"fc.weight"} | ({"fc.bias"} if "fc.bias" in state else set())
     assert not state["fc.weight"].any()
     assert all(torch.equal(state[name], weights[name]) for name in state if name not in head)
-    again = store_of(workspace_at(built), TIMM_STUDENT, "distillation.initial_weights=random")
+    again = store_of(votes, TIMM_STUDENT, "distillation.initial_weights=random")
     assert students.resolve(again, NETWORK).identity() != student.identity()
 
 
-def test_a_pretrained_student_records_its_weights_and_is_shown_the_views_of_its_teacher(own_copy, weights, caplog):
-    workspace = workspace_at(own_copy)
+def test_a_pretrained_student_records_its_weights_and_is_shown_the_views_of_its_teacher(own, weights, caplog):
     with logged(caplog):
-        distill(workspace, TIMM_STUDENT, "distillation.epochs=1", "distillation.targets=consistent")
-    assert record(workspace, TIMM_STUDENT)["initial_weights"] == f"file:{NETWORK}.pth"
+        distill(own, TIMM_STUDENT, "distillation.epochs=1", "distillation.targets=consistent")
+    assert record(own, TIMM_STUDENT)["initial_weights"] == f"file:{NETWORK}.pth"
     assert "the student reads images otherwise" in caplog.text
-    member = catalog.load(workspace).members[f"{NETWORK}_distilled"]
+    member = catalog.load(own).members[f"{NETWORK}_distilled"]
     assert (member.img_size, member.pretrained_on) == (64, "unknown")
-    extra = torch.load(workspace.checkpoint(NETWORK, "distilled"), weights_only=True)["extra"]
+    extra = torch.load(own.checkpoint(NETWORK, "distilled"), weights_only=True)["extra"]
     assert extra["weights"]["trained_on"] == "unknown"
-    assert distill(workspace, TIMM_STUDENT, "distillation.epochs=1", "distillation.targets=consistent").document[
+    assert distill(own, TIMM_STUDENT, "distillation.epochs=1", "distillation.targets=consistent").document[
         "up_to_date"
     ] == [f"distilled_{NETWORK}"]
 
 
-def test_without_weights_auto_is_random_and_pretrained_says_what_to_do(built, tmp_path, monkeypatch):
+def test_without_weights_auto_is_random_and_pretrained_says_what_to_do(votes, tmp_path, monkeypatch):
     monkeypatch.setattr(base_back.settings(), "PRETRAINED_DIR", tmp_path)
-    store = store_of(workspace_at(built), TIMM_STUDENT)
+    store = store_of(votes, TIMM_STUDENT)
     student = students.resolve(store, NETWORK)
     assert student.pretrained is None
     assert student.img_size == 32
-    required = store_of(workspace_at(built), TIMM_STUDENT, "distillation.initial_weights=pretrained")
+    required = store_of(votes, TIMM_STUDENT, "distillation.initial_weights=pretrained")
     with pytest.raises(UserError, match=r"no pretrained weights of test_resnet on this machine.*or set it to random"):
         students.resolve(required, NETWORK)
 
 
-def test_a_student_starts_from_the_teachers_member_of_its_architecture(built):
-    store = store_of(workspace_at(built), SMALL, "distillation.initial_weights=member")
+def test_a_student_starts_from_the_teachers_member_of_its_architecture(votes):
+    store = store_of(votes, SMALL, "distillation.initial_weights=member")
     student = students.resolve(store, "CustomConvNeXt")
     members = teachers.members_of(store, teachers.resolve(store, "soft_voting", excluded_member="x"))
-    expected = torch.load(built / "checkpoints" / "CustomConvNeXt_final.pth", weights_only=True)["model_state_dict"]
+    expected = torch.load(votes.checkpoint("CustomConvNeXt", "final"), weights_only=True)["model_state_dict"]
     state = students.initial_network(store, student, members).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
     others = [member for member in members if member.name != "CustomConvNeXt"]
@@ -77,8 +77,8 @@ def test_a_student_starts_from_the_teachers_member_of_its_architecture(built):
         students.initial_network(store, student, others)
 
 
-def test_every_seed_has_its_own_random_weights(built):
-    store = store_of(workspace_at(built), SMALL)
+def test_every_seed_has_its_own_random_weights(votes):
+    store = store_of(votes, SMALL)
     student = students.resolve(store, "CustomConvNeXt")
     networks = [students.initial_network(store, student, seed=seed) for seed in (None, config().seed, 7)]
     first, same, other = (torch.cat([weight.flatten() for weight in each.parameters()]) for each in networks)

@@ -19,6 +19,7 @@ from given_predictions import logged
 from killing import run_and_kill_repeatedly
 from stored_predictions import workspace_at
 from student_runs import QUICK, SMALL, config, distill, record, store_of
+from synthetic_votes import own, votes
 
 from utils.building import ensembles, recommendation
 from utils.core import engines, worker_processes
@@ -30,8 +31,10 @@ from utils.numeric.metrics import log_loss, softmax
 from utils.operations import inventory, upkeep
 from utils.predictions import catalog, member_selection, streaming
 
+__all__ = ["own", "votes"]
 pytestmark = pytest.mark.usefixtures("without_figures")
 NAME = "distilled_mobile"
+ALONE = "distillation.teacher=CustomConvNeXt"  # where one network teaches as well as three
 
 
 def weights(workspace, name="CustomConvNeXt"):
@@ -39,18 +42,13 @@ def weights(workspace, name="CustomConvNeXt"):
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory, built):
-    """The built workspace after `distill` and `evaluate`. Shared: read it, never write into it."""
-    workspace = workspace_at(Path(shutil.copytree(built, tmp_path_factory.mktemp("taught") / "w")))
+def taught(tmp_path_factory, votes):
+    """The workspace after `distill` and `evaluate`. Shared: read it, never write into it."""
+    workspace = workspace_at(Path(shutil.copytree(votes.base, tmp_path_factory.mktemp("taught") / "w")))
     result = distill(workspace)
     assert result.document["built"] == [NAME]
     evaluate(config(), workspace)
     return workspace
-
-
-@pytest.fixture
-def own(own_copy):
-    return workspace_at(own_copy)
 
 
 # what it leaves -------------------------------------------------------------------------------------------------------
@@ -264,10 +262,12 @@ def test_consistent_hands_teacher_and_student_the_same_tensors(own, monkeypatch)
         "initial_network",
         lambda *given, **options: listened(next(turns), initial(*given, **options)),
     )
-    distill(own, SMALL, "distillation.targets=consistent", "distillation.mix=cutmix", "distillation.epochs=1")
-    assert len(shown["student"]) == 7
+    settings = ("distillation.targets=consistent", "distillation.mix=cutmix", "distillation.batch_size=4")
+    distill(own, SMALL, "distillation.epochs=1", *settings)
+    batches = len(store_of(own).images("train").sample_ids) // 4
+    assert len(shown["student"]) == batches > 1
     for name in ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid", "alone"):
-        pairs = zip(shown[name][:7], shown["student"], strict=True)
+        pairs = zip(shown[name][:batches], shown["student"], strict=True)
         assert all(torch.equal(one, other) for one, other in pairs), name
     assert residents[:3] == [1, 1, 1]
     assert record(own, SMALL)["targets"]["rows"] == "in_sample"
@@ -313,9 +313,10 @@ def test_views_are_asked_about_once_and_found_again(own, monkeypatch, caplog):
         teachers, "predict_views", lambda *given, **options: passes.append(given[2]) or shown(*given, **options)
     )
     distill(own, SMALL, *views)
-    assert passes == [2 * 224]
+    train = len(store_of(own).images("train").sample_ids)
+    assert passes == [2 * train]
     with np.load(own.distillation("distilled_convnext") / "targets.npz") as arrays:
-        assert arrays["values"].shape == (2, 224, 4)
+        assert arrays["values"].shape == (2, train, 2)
         assert arrays["values"].dtype == np.float16
     distill(own, SMALL, *views, "distillation.temperature=2")
     assert len(passes) == 1
@@ -328,7 +329,7 @@ def test_views_are_asked_about_once_and_found_again(own, monkeypatch, caplog):
 # matched embeddings ---------------------------------------------------------------------------------------------------
 def test_embeddings_are_matched_on_request_and_auto_takes_what_val_prefers(own, monkeypatch):
     """Both students are trained; the val rows that chose are no longer out of sample for the one that is kept."""
-    short = (SMALL, "distillation.epochs=1")
+    short = (SMALL, "distillation.epochs=1", "distillation.batch_size=4")
     distill(own, *short, "distillation.feature_weight=1")
     matched, weights_of_matched = record(own, SMALL), weights(own)
     assert matched["feature_weight"] == {"value": 1.0, "val_log_loss": None}
@@ -374,7 +375,7 @@ def test_a_model_of_timm_is_a_student_and_loads_with_timm_alone(own):
     member = catalog.load(own).members[f"{model}_distilled"]
     assert member.architecture == f"timm:{model}"
     found = torch.load(own.checkpoint(model, "distilled"), weights_only=True)
-    timm.create_model(model, num_classes=4).load_state_dict(found["model_state_dict"])
+    timm.create_model(model, num_classes=2).load_state_dict(found["model_state_dict"])
     from utils.discovery import discover
 
     discover.discover(config(), own)  # a later scan finds it again
@@ -382,13 +383,14 @@ def test_a_model_of_timm_is_a_student_and_loads_with_timm_alone(own):
 
 
 def test_an_assistant_stands_between(own):
-    result = distill(own, SMALL, "distillation.assistant=CustomResNetMish", "distillation.epochs=1")
+    settings = (SMALL, "distillation.assistant=CustomResNetMish", "distillation.epochs=1")
+    first_teacher = "distillation.teacher=CustomViTHybrid"
+    result = distill(own, *settings, first_teacher)
     assert result.document["built"] == ["distilled_resnetmish", "distilled_convnext"]
     assert record(own, SMALL)["teacher"] == "CustomResNetMish_distilled"
-    again = distill(own, SMALL, "distillation.assistant=CustomResNetMish", "distillation.epochs=1")
+    again = distill(own, *settings, first_teacher)
     assert again.document["built"] == []
     # Another teacher changes the assistant alone, and by that the student's own teacher.
-    settings = (SMALL, "distillation.assistant=CustomResNetMish", "distillation.epochs=1")
     other_teacher = distill(own, *settings, "distillation.teacher=CustomConvNeXt")
     assert other_teacher.document["built"] == ["distilled_resnetmish", "distilled_convnext"]
 
@@ -416,7 +418,8 @@ def test_images_without_labels_join_with_the_teacher_s_words_alone(own, tmp_path
     found = record(own, SMALL)
     assert found["targets"]["unlabeled"] == 5
     with np.load(own.distillation("distilled_convnext") / "targets.npz") as arrays:
-        assert arrays["values"].shape == (4, 229, 4)
+        train = len(store_of(own).images("train").sample_ids)
+        assert arrays["values"].shape == (4, train + 5, 2)
         assert np.isfinite(arrays["values"]).all()
     (folder / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"1 unreadable image.*broken\.png"):
@@ -443,24 +446,19 @@ def test_what_killed_trainings_left_is_counted_and_goes_with_the_next_one(own):
     for path in (*unfinished, of_the_base):
         path.write_bytes(b"12345")
     assert upkeep.status(config(SMALL), own).document["bytes"]["temporary"] == 15
-    distill(own, SMALL, "distillation.epochs=1")
+    distill(own, SMALL, ALONE, "distillation.epochs=1")
     assert not [path for path in unfinished if path.exists()]
     assert of_the_base.exists()
     for path in (folder / "progress_student.pth", unfinished[0]):
         path.write_bytes(b"of a training that was killed when it had just been recorded")
-    assert distill(own, SMALL, "distillation.epochs=1").document["up_to_date"] == ["distilled_convnext"]
+    assert distill(own, SMALL, ALONE, "distillation.epochs=1").document["up_to_date"] == ["distilled_convnext"]
     assert sorted(path.name for path in folder.iterdir() if "progress" in path.name) == []
 
 
 # a kill at any moment -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("distillation.seeds=2", "distillation.initial_weights=member"),
-        ("distillation.feature_weight=auto",),
-    ],
-)
-def test_kill_nine_in_the_middle_and_again_gives_equal_weights(own, tmp_path, options):
+def test_kill_nine_in_the_middle_and_again_gives_equal_weights(own, tmp_path):
+    """Of two seeds and of the second student that `auto` trains, from a member's weights, with unlabeled images."""
+    options = ("distillation.seeds=2", "distillation.initial_weights=member", "distillation.feature_weight=auto", ALONE)
     undisturbed = workspace_at(Path(shutil.copytree(own.base, tmp_path / "undisturbed")))
     unlabeled = f"distillation.unlabeled_dir={write_noise(tmp_path / 'more')}"
     longer = (SMALL, "distillation.epochs=3", unlabeled, *options)

@@ -31,6 +31,11 @@ TORCH_MODULES = {
     ),
 }
 """Imported inside functions alone, once something is trained, averaged or exported."""
+SPAWN = (
+    "import multiprocessing, os; multiprocessing.process.ORIGINAL_DIR = os.getcwd(); "
+    "context = multiprocessing.context.SpawnContext()"
+)
+"""Workers that start Python, from the working directory, also where the program itself is a fork (`warm`)."""
 STRANGERS = ("config.py", "models/__init__.py", "training.py", "export.py", "utils/__init__.py")
 
 # The specification's block; only its `...` ends are left out.
@@ -125,14 +130,15 @@ def test_modules_of_the_same_names_in_the_working_directory_do_not_win(strangers
     code = (
         f"import sys\nsys.path.insert(0, {str(PROJECT)!r})\n"
         + ("import utils\n" + BLOCK if how == "script" else "")
-        + """
+        + f"""
 def work():
-    import json, multiprocessing, operator
+    import json, operator
     import utils
     from models import create_custom_backbone_safe
     import export, training, utils.datasets
     from probe import look
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    {SPAWN}
+    with context.Pool(1) as pool:
         model = create_custom_backbone_safe("CustomConvNeXt", 3)
         there = [pool.apply(operator.attrgetter("training"), (model,)), pool.apply(look)]
         pool.close()
@@ -143,9 +149,11 @@ if __name__ == "__main__":
     work()
 """
     )
-    (strangers.cwd / "script.py").write_text(code)
+    script = strangers.cwd / "script.py"
+    script.write_text(code)
     before = snapshot(strangers.cwd)
-    (here, trained, there), errors = strangers.run(*(["script.py"] if how == "script" else ["-c", code]))
+    run = partial(strangers.run_file, script) if how == "script" else partial(strangers.run, "-c", code)
+    (here, trained, there), errors = run()
     assert trained is True
     assert_whole(here, strangers)
     assert_whole(there, strangers)
@@ -158,12 +166,18 @@ def test_it_works_below_python_m_pytest(strangers: Mount) -> None:
     (strangers.cwd / "test_inner.py").write_text(
         BLOCK + "\ndef test_inner():\n    assert create_custom_backbone_safe('CustomConvNeXt', 3) is not None\n"
     )
-    code = (
-        "import json, subprocess, sys\n"
-        "done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--rootdir=.', '.'], "
-        "capture_output=True, text=True)\nprint(json.dumps([done.returncode, done.stdout + done.stderr]))"
-    )
-    (status, text), _ = strangers.run("-c", code)
+    code = """
+import contextlib, io, json, os, runpy, sys
+sys.path[0], sys.argv = os.getcwd(), ["pytest", "-q", "-p", "no:cacheprovider", "--rootdir=.", "."]
+status = None
+with contextlib.redirect_stdout(io.StringIO()) as written:
+    try:
+        runpy.run_module("pytest", run_name="__main__", alter_sys=True)  # what `-m` does
+    except SystemExit as end:
+        status = int(end.code)
+print(json.dumps([status, written.getvalue()]))
+"""
+    (status, text), _ = strangers.run_script(code)
     assert status == 0, text
 
 
@@ -179,39 +193,44 @@ def test_workers_mount_the_bundled_one(tmp_path: Path) -> None:
 def _assert_workers(mount: Mount, method: str) -> None:
     """Pools whose first object is a model of BASE-BACK's, or an error of ours; a loader whose first is its data set."""
     code = f"""
-import json, multiprocessing, operator, os
-from pathlib import Path
-import utils
-from models import BACKBONE_MAP
-from utils.datasets import WindowsCompatibleImageFolder
-from utils.core.errors import UserError
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader
-from probe import look, use
+def work():
+    import json, operator
+    from pathlib import Path
+    import utils
+    from models import BACKBONE_MAP
+    from utils.datasets import WindowsCompatibleImageFolder
+    from utils.core.errors import UserError
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader
+    from probe import look, use
 
-torch.set_num_threads(1)
-context = multiprocessing.get_context({method!r})
+    torch.set_num_threads(1)
+    {SPAWN if method == "spawn" else f"import multiprocessing; context = multiprocessing.get_context({method!r})"}
 
-def in_a_worker(function, argument, then):
-    with context.Pool(1) as pool:
-        answers = pool.apply(function, (argument,)), pool.apply(then)
-        pool.close()
-        pool.join()
-    return answers
+    def in_a_worker(function, argument, then):
+        with context.Pool(1) as pool:
+            answers = pool.apply(function, (argument,)), pool.apply(then)
+            pool.close()
+            pool.join()
+        return answers
 
-model = BACKBONE_MAP["CustomConvNeXt"](num_classes=3)
-back, theirs_first = in_a_worker(operator.methodcaller("train"), model, use)
-printed, ours_first = in_a_worker(str, UserError("ours"), look)
-same = type(back) is type(model)
-for name in "ab":
-    Path("Data", name).mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(Path("Data", name, "1.png"))
-images = WindowsCompatibleImageFolder("Data")
-batches = list(DataLoader(images, 1, collate_fn=operator.itemgetter(0), num_workers=1, multiprocessing_context=context))
-print(json.dumps([same, printed, ours_first, theirs_first, sorted(label for _, label in batches)]))
+    model = BACKBONE_MAP["CustomConvNeXt"](num_classes=3)
+    back, theirs_first = in_a_worker(operator.methodcaller("train"), model, use)
+    printed, ours_first = in_a_worker(str, UserError("ours"), look)
+    same = type(back) is type(model)
+    for name in "ab":
+        Path("Data", name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(Path("Data", name, "1.png"))
+    images, first = WindowsCompatibleImageFolder("Data"), operator.itemgetter(0)
+    batches = list(DataLoader(images, 1, collate_fn=first, num_workers=1, multiprocessing_context=context))
+    print(json.dumps([same, printed, ours_first, theirs_first, sorted(label for _, label in batches)]))
+
+if __name__ == "__main__":
+    work()
 """
-    run = mount.run_script if method == "fork" else partial(mount.run, "-c")  # the others start Python themselves
+    # A server of forks that has imported torch is that of the tests.
+    run = partial(mount.run, "-c") if method == "forkserver" else mount.run_script
     (same, printed, ours_first, theirs_first, labels), errors = run(code)
     assert same is True
     assert printed == "ours"
@@ -257,7 +276,7 @@ print(json.dumps([settings.K_FOLDS, str(settings.BASE_DIR), look()]))
 
 
 def test_other_names_are_refused_at_once_and_bind_nothing(foreign: Mount) -> None:
-    code = """
+    refused = """
 import json
 import utils
 from probe import look
@@ -276,20 +295,22 @@ try:
 except ImportError as error:
     printed.append(type(error).__name__)
 seen = look()
-import utils.checkpoint_manager
-print(json.dumps([printed, seen, look()]))
 """
-    (printed, before, after), _ = foreign.run("-c", code)
-    assert printed == [
+    expected = [
         "module 'utils' has no attribute 'nonsense'",
         "module 'utils' has no attribute 'np'",
         "module 'utils' has no attribute 'datasets'",
         ["ModuleNotFoundError", "No module named 'utils.nonsense'"],
         "ImportError",
     ]
+    (printed, before), _ = foreign.run("-c", refused + "print(json.dumps([printed, seen]))")
+    assert printed == expected
     assert before["torch"] is False
     assert not os.path.isabs(before["base_back"])
     assert all("BASE-BACK" not in entry for entry in before["path"])
+    code = refused + "import utils.checkpoint_manager\nprint(json.dumps([printed, look()]))"
+    (printed, after), _ = foreign.run_script(code)
+    assert printed == expected
     assert_whole(after, foreign)
 
 

@@ -66,6 +66,10 @@ class Mount:
         """The same of a script outside the working directory, which may start where torch is imported already."""
         script = self.cwd.parent / "probe" / "script.py"
         script.write_text(code)
+        return self.run_file(script, *arguments)
+
+    def run_file(self, script: Path, *arguments: str) -> tuple[Any, str]:
+        """The same of a script anywhere."""
         return self._run(str(script), *arguments)
 
     def _run(self, *command: str) -> tuple[Any, str]:

@@ -17,11 +17,11 @@ from utils.datasets import prepare_datasets_for_backbone
 
 if __name__ == "__main__":
     train, val = prepare_datasets_for_backbone("CustomConvNeXt", 32)
-    model = create_custom_backbone_safe("CustomConvNeXt", 4)
+    model = create_custom_backbone_safe("CustomConvNeXt", 2)
     model, best, history, metrics = main.train_backbone_with_metrics("CustomConvNeXt", model, train, val, 1, 2)
     assert len(history["head"]) == 1 and len(history["finetune"]) == 2 and len(history["head"][0]) == 5
     assert best == metrics["best_accuracy"] and metrics["epochs_finetune"] == 2
-    assert model(train[0][0][None]).shape == (1, 4)
+    assert model(train[0][0][None]).shape == (1, 2)
     mean, deviation, summary = main.k_fold_cross_validation("CustomConvNeXt", train, k_folds=3)
     assert summary["k_folds"] == 3 and summary["mean_accuracy"] == mean
     results = main.run_full_pipeline()
@@ -31,8 +31,8 @@ if __name__ == "__main__":
 """
 
 
-def test_the_three_functions(trained, tmp_path):
-    shutil.copytree(trained / "split_dataset", tmp_path / "w" / "split_dataset")
+def test_the_three_functions(synthetic, tmp_path):
+    shutil.copytree(synthetic / "split_dataset", tmp_path / "w" / "split_dataset")
     script = tmp_path / "calls.py"
     script.write_text(CALLS.format(src=str(PROJECT / "BASE-BACK" / "src")))
     settings = {

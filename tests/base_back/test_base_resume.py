@@ -31,14 +31,17 @@ from utils.datasets import BatchLoader, DecodedDataset
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
-def test_kills_in_a_training_of_three_backbones_change_no_byte(trained, tmp_path, kills):
+# One network with BatchNorm and the hybrid, which has LayerNorm as well; the slow test trains the third one too.
+@pytest.mark.parametrize(
+    ("kills", "backbones"), [(4, ZOO_BACKBONES[1:]), pytest.param(10, ZOO_BACKBONES, marks=pytest.mark.slow)]
+)
+def test_kills_in_a_training_of_several_backbones_change_no_byte(trained, tmp_path, kills, backbones):
     workspace = tmp_path / "w"
     shutil.copytree(trained / "split_dataset", workspace / "split_dataset")
     shutil.copytree(trained / "image_cache", workspace / "image_cache")
     stages = ("--stages", "kfold", "train", "--jobs", "1")
     command = [sys.executable, str(PROJECT / "BASE-BACK" / "src" / "main.py"), "--workspace", str(workspace)]
-    command += ["--backbones", *ZOO_BACKBONES, *ZOO_OPTIONS, *stages]
+    command += ["--backbones", *backbones, *ZOO_OPTIONS, *stages]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
     environment |= {"DBT_AUGMENT": "no_flip", "DBT_BATCH_SIZE": "32", "DBT_PROGRESS_SECONDS": "0"}
     rng = random.Random(20)
@@ -53,8 +56,8 @@ def test_kills_in_a_training_of_three_backbones_change_no_byte(trained, tmp_path
     assert len(resumed) >= kills // 3, resumed
     assert any(" at epoch " in line and "at epoch 1 " not in line for line in resumed), resumed  # within a stage
     assert "damaged" not in log
-    expected = digests(trained)
-    assert len(expected) == len(ZOO_BACKBONES) * (6 + ZOO_FOLDS + 1)
+    expected = {name: digest for name, digest in digests(trained).items() if name.startswith(backbones)}
+    assert len(expected) == len(backbones) * (6 + ZOO_FOLDS + 1)
     assert digests(workspace) == expected
     assert not (workspace / "checkpoints" / ".progress").exists()
     assert not list(workspace.rglob(".*partial*"))
@@ -142,7 +145,7 @@ class Keeping(Progress):
 # One cycle and warm-up with cosine: the two schedules; both networks draw random numbers while they train.
 @pytest.mark.parametrize("backbone", ["CustomConvNeXt", "CustomViTHybrid"])
 def test_a_training_stopped_after_any_epoch_ends_with_the_same_bytes(backbone, loaders, tmp_path):
-    recipe = recipe_of(backbone)
+    recipe = recipe_of(backbone, epochs_finetune=2)
     expected = bytes_of(train(recipe, loaders), tmp_path / "expected.pth")
     keeping = Keeping(tmp_path / "progress" / "a.pth")
     train(recipe, loaders, keeping)

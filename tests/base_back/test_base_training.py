@@ -199,7 +199,7 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_ends_the_same(base_mai
     workspace = tmp_path / "killed"
     shutil.copytree(trained / "split_dataset", workspace / "split_dataset")
     script = str(PROJECT / "BASE-BACK" / "src" / "main.py")
-    options = ("--backbones", ZOO_BACKBONES[0], "--stages", "kfold", "train", *ZOO_OPTIONS)
+    options = ("--backbones", ZOO_BACKBONES[0], "--stages", "kfold", *ZOO_OPTIONS)
     process = subprocess.Popen(
         [sys.executable, script, "--workspace", str(workspace), *options],
         env={"DBT_AUGMENT": "no_flip", "DBT_BATCH_SIZE": "32", "PATH": "/usr/bin:/bin"},
@@ -215,7 +215,7 @@ def test_a_killed_run_leaves_whole_files_and_the_next_one_ends_the_same(base_mai
     for path in (workspace / "checkpoints").glob("*.pth"):
         assert load(path)["extra"]["classes"] == ["0", "1", "2", "3"]
     assert base_main(*options, workspace=workspace).returncode == 0
-    whole = digests(trained / "checkpoints", f"{ZOO_BACKBONES[0]}_*.pth")
+    whole = digests(trained / "checkpoints", f"{ZOO_BACKBONES[0]}_fold*.pth")
     assert digests(workspace / "checkpoints", "*.pth") == whole
     assert not list(workspace.rglob(".*partial*"))
 

@@ -95,12 +95,13 @@ def test_one_more_network_sees_the_images_as_the_others(runs, tmp_path, base_mai
 def test_a_network_of_timm_sees_them_as_it_is_told_and_by_its_name_alone_again(runs, tmp_path, base_main):
     weights = write_weights(tmp_path / "weights.pth")
     logits = {}
-    for name, data in (("a", "upright"), ("b", "sideways")):
+    for name, data, last in (("a", "upright", ()), ("b", "sideways", ("train",))):
         options = frozen_options(weights, exif="apply")
-        stages = ("--stages", "split", "kfold", "train", "--data", str(runs / data))
+        stages = ("--stages", "split", "kfold", *last, "--data", str(runs / data))
         done = base_main(*options, *stages, workspace=tmp_path / name)
         assert done.returncode == 0, done.stderr
-        record = torch.load(tmp_path / name / "checkpoints" / "small_final.pth", weights_only=True)["extra"]
+        role = "final" if last else "fold0"
+        record = torch.load(tmp_path / name / "checkpoints" / f"small_{role}.pth", weights_only=True)["extra"]
         assert record["preprocessing"]["exif"] == "apply"
         with np.load(tmp_path / name / "kfold_results" / "small_oof_predictions.npz") as arrays:
             logits[name] = arrays["logits"]

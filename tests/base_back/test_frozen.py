@@ -178,11 +178,11 @@ def test_the_name_alone_repeats_the_network_and_other_options_replace_it(frozen,
     done = base_main(*stages, "--backbones", "small", "--folds", "2", workspace=copy)
     assert done.returncode == 0, done.stderr
     assert "5 of 5 units are up to date" in done.stderr
-    done = base_main(*stages, "--backbones", "small", "--folds", "2", "--views", "2", workspace=copy)
+    done = base_main("--stages", "train", "--backbones", "small", "--views", "2", workspace=copy)
     assert done.returncode == 0, done.stderr
     assert digests(copy / "checkpoints", "small_final.pth") != digests(workspace / "checkpoints", "small_final.pth")
     other = write_weights(tmp_path / "other.pth", seed=1)
-    done = base_main(*stages, "--backbones", "small", "--folds", "2", "--weights", str(other), workspace=copy)
+    done = base_main(*stages[:3], "--backbones", "small", "--folds", "2", "--weights", str(other), workspace=copy)
     assert done.returncode == 0, done.stderr
     first, second = (load(w / "checkpoints" / "small_fold0.pth")["extra"]["trunk"]["sha256"] for w in (workspace, copy))
     assert first != second

@@ -221,7 +221,7 @@ def test_the_control_is_trained_in_another_process_with_equal_results(own, monke
     found = {}
     for cores in (1, 2):
         monkeypatch.setattr(engines, "cores", lambda cores=cores: cores)
-        distill(own, SMALL, f"distillation.targets={kind}", "distillation.epochs=2", force=True)
+        distill(own, SMALL, ALONE, f"distillation.targets={kind}", force=True)
         history = record(own, SMALL)["history"]
         found[cores] = history, weights(own), (own.distillation("distilled_convnext") / "controls.npz").read_bytes()
     processes = dict(path.name.split(".")[1:] for path in tmp_path.glob("cores.*"))
@@ -286,10 +286,10 @@ def test_auto_is_function_matching_and_tells_where_that_is_expensive(own, caplog
             assert target_sources.resolve_kind(epochs_store, teacher, train, size)[0] == "consistent"
         told[epochs] = "auto takes consistent: each of the" in caplog.text
     assert told == {1: True, 200: False}
-    distill(own, SMALL, "distillation.epochs=1", "distillation.targets=views")
+    distill(own, SMALL, ALONE, "distillation.epochs=1", "distillation.targets=views")
     found = record(own, SMALL)["targets"]
     assert (found["kind"], found["rows"], found["views"], found["mix"]) == ("views", "in_sample", 4, "both")
-    distill(own, SMALL, "distillation.epochs=1")
+    distill(own, SMALL, ALONE, "distillation.epochs=1")
     assert record(own, SMALL)["targets"]["kind"] == "consistent"
 
 

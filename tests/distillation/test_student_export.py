@@ -19,7 +19,7 @@ def exported(workspace, **options) -> dict[str, dict]:
 @pytest.fixture
 def taught(own_copy):
     workspace = workspace_at(own_copy)
-    distill(workspace, SMALL, "distillation.epochs=1")
+    distill(workspace, SMALL, "distillation.teacher=CustomConvNeXt", "distillation.epochs=1")
     return workspace
 
 

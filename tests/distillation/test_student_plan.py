@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from given_predictions import empty_workspace, opened, take_in, write
 from student_runs import config
@@ -14,12 +16,17 @@ from utils.predictions.store import Store
 STUDENT = "distillation.student=CustomConvNeXt"
 
 
-@pytest.fixture
-def store(tmp_path) -> Store:
+def imported(folder: Path) -> Store:
     """Three imported members, of which one teaches."""
-    workspace = empty_workspace(tmp_path / "workspace")
-    take_in(workspace, write(tmp_path / "given"))
+    workspace = empty_workspace(folder / "workspace")
+    take_in(workspace, write(folder / "given"))
     return Store(config(STUDENT, "distillation.teacher=forest"), workspace, opened(workspace).catalog)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    """Shared: read its workspace, never write into it."""
+    return imported(tmp_path_factory.mktemp("imported"))
 
 
 def test_without_an_assistant_there_is_one_step():
@@ -37,7 +44,8 @@ def test_an_assistant_is_the_student_of_the_first_step_and_the_teacher_of_the_se
     assert student_plan.names(settings) == ["distilled_resnetmish", "distilled_convnext"]
 
 
-def test_the_reasons_name_a_missing_record_other_inputs_and_an_unknown_teacher(store):
+def test_the_reasons_name_a_missing_record_other_inputs_and_an_unknown_teacher(tmp_path):
+    store = imported(tmp_path)
     assert "missing" in student_plan.stale_reason(store, "CustomConvNeXt", "forest")
     path = store.workspace.distillation("distilled_convnext") / "record.json"
     write_json(path, {"key": "of other settings", "teacher": "forest", "sha256": ""})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,21 +231,28 @@ def split(tmp_path_factory, base_main):
     return folder / "w"
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Weights of which one file is good. Shared: read them, never write into their folder."""
+    folder = tmp_path_factory.mktemp("weights") / "files"
+    good = write_weights(folder / "good.pth")
+    write_weights(folder / "vit.pth", architecture="test_vit", classes=3)
+    (folder / "cut.pth").write_bytes(good.read_bytes()[:5000])
+    torch.save({"a": np.random.default_rng}, folder / "code.pth")
+    (folder / "vit").mkdir()
+    shutil.copy(good, folder / "vit" / "model.pth")
+    (folder / "vit" / "config.json").write_text('{"architecture": "test_vit", "pretrained_cfg": {}}')
+    (folder / "nan").mkdir()
+    shutil.copy(good, folder / "nan" / "model.pth")
+    (folder / "nan" / "config.json").write_text('{"architecture": "test_resnet", "mean": NaN}')
+    return folder
+
+
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_cannot_be_trained_is_refused_before_anything_is(split, tmp_path, base_main, case):
+def test_what_cannot_be_trained_is_refused_before_anything_is(split, files, tmp_path, base_main, case):
     line, words = REFUSALS[case]
-    good = write_weights(tmp_path / "files" / "good.pth")
-    write_weights(tmp_path / "files" / "vit.pth", architecture="test_vit", classes=3)
-    (tmp_path / "files" / "cut.pth").write_bytes(good.read_bytes()[:5000])
-    torch.save({"a": np.random.default_rng}, tmp_path / "files" / "code.pth")
-    (tmp_path / "files" / "vit").mkdir()
-    shutil.copy(good, tmp_path / "files" / "vit" / "model.pth")
-    (tmp_path / "files" / "vit" / "config.json").write_text('{"architecture": "test_vit", "pretrained_cfg": {}}')
-    (tmp_path / "files" / "nan").mkdir()
-    shutil.copy(good, tmp_path / "files" / "nan" / "model.pth")
-    (tmp_path / "files" / "nan" / "config.json").write_text('{"architecture": "test_resnet", "mean": NaN}')
     copy = shutil.copytree(split, tmp_path / "w")
-    options = [word.replace("{folder}", str(tmp_path / "files")) for word in line.split()]
+    options = [word.replace("{folder}", str(files)) for word in line.split()]
     stages = () if "--stages" in options else ("--stages", "train")
     done = base_main("--backbones", *options, *stages, workspace=copy)
     assert done.returncode == 2, (done.returncode, done.stderr)

@@ -262,8 +262,7 @@ def test_consistent_hands_teacher_and_student_the_same_tensors(own, monkeypatch)
         "initial_network",
         lambda *given, **options: listened(next(turns), initial(*given, **options)),
     )
-    settings = ("distillation.targets=consistent", "distillation.mix=cutmix", "distillation.batch_size=4")
-    distill(own, SMALL, "distillation.epochs=1", *settings)
+    distill(own, SMALL, "distillation.targets=consistent", "distillation.mix=cutmix", "distillation.epochs=1")
     batches = len(store_of(own).images("train").sample_ids) // 4
     assert len(shown["student"]) == batches > 1
     for name in ("CustomConvNeXt", "CustomResNetMish", "CustomViTHybrid", "alone"):
@@ -329,7 +328,7 @@ def test_views_are_asked_about_once_and_found_again(own, monkeypatch, caplog):
 # matched embeddings ---------------------------------------------------------------------------------------------------
 def test_embeddings_are_matched_on_request_and_auto_takes_what_val_prefers(own, monkeypatch):
     """Both students are trained; the val rows that chose are no longer out of sample for the one that is kept."""
-    short = (SMALL, "distillation.epochs=1", "distillation.batch_size=4")
+    short = (SMALL, "distillation.epochs=1")
     distill(own, *short, "distillation.feature_weight=1")
     matched, weights_of_matched = record(own, SMALL), weights(own)
     assert matched["feature_weight"] == {"value": 1.0, "val_log_loss": None}

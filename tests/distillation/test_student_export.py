@@ -19,7 +19,8 @@ def exported(workspace, **options) -> dict[str, dict]:
 @pytest.fixture
 def taught(own_copy):
     workspace = workspace_at(own_copy)
-    distill(workspace, SMALL, "distillation.teacher=CustomConvNeXt", "distillation.epochs=1")
+    settings = ("distillation.teacher=CustomConvNeXt", "distillation.epochs=1", "distillation.batch_size=32")
+    distill(workspace, SMALL, *settings)
     return workspace
 
 

@@ -13,7 +13,7 @@ from utils.predictions.store import Store
 
 QUICK = (
     *("device=cpu", "distillation.enable=true", "distillation.teacher=soft_voting", "distillation.epochs=2"),
-    "dataset.num_workers=0",
+    *("distillation.batch_size=4", "dataset.num_workers=0"),  # three steps an epoch in the synthetic workspace
 )
 
 

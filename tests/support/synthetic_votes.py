@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import made_once
 from stored_predictions import workspace_at
-from student_runs import config
+from student_runs import config, store_of
 
-from utils.building import build_commands
+from utils.building import build_commands, latency
 from utils.core.workspace import Workspace
 from utils.discovery import discover
 
@@ -20,7 +20,8 @@ from utils.discovery import discover
 def votes(tmp_path_factory: pytest.TempPathFactory, synthetic: Path) -> Workspace:
     """A copy of the synthetic workspace after `discover` and `build-ensemble`. Shared: read it, never write into it.
 
-    Its members state another augmentation than the default, so that it shows which one a student is trained with.
+    Its members state another augmentation than the default, so that it shows which one a student is trained with. Their
+    latencies are stored, since every `distill` in a copy would measure them for half a second each.
     """
 
     def make(base: Path) -> None:
@@ -31,6 +32,8 @@ def votes(tmp_path_factory: pytest.TempPathFactory, synthetic: Path) -> Workspac
             torch.save(record, path)
         discover.discover(config(), workspace_at(base))
         build_commands.build_ensemble(config(), workspace_at(base))
+        store = store_of(workspace_at(base))
+        latency.measure(store, list(store.catalog.members.values()))
 
     return workspace_at(made_once(tmp_path_factory, "votes", make))
 

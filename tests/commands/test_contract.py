@@ -12,6 +12,7 @@ import pytest
 from conftest import PROJECT
 from embedded_members import embedded
 from evaluated_workspaces import write_workspace
+from few_fits import fewer_fits  # noqa: F401
 from given_predictions import write
 from in_process import run
 
@@ -33,7 +34,9 @@ SMALL = (
         "--set",
         "runs.fusion.fusion_methods=[concat_mlp]",
     ),
-    *("--set", "runs.fusion.fusion_config.epochs=2", "--set", "runs.fusion.train_embeddings=val"),
+    *("--set", "runs.fusion.fusion_config.epochs=2", "--set", "runs.fusion.fusion_config.hidden_dims=[4]"),
+    *("--set", "runs.fusion.train_embeddings=val", "--set", "runs.meta_fuser.mlp_config.epochs=2"),
+    *("--set", "runs.meta_fuser.mlp_config.hidden_dims=[4]"),
     *("--set", "runs.cascade.enable=true"),
     *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,stacking_lr]", "--set", "runs.meta_fuser.fuser_type=mlp"),
     *("--set", "distillation.enable=false", "--set", "exports.enable=false", "--quiet"),

@@ -14,19 +14,30 @@ from utils.evaluation import score_plots
 PLOTTED = "soft_voting_ensemble"
 PROGRAM = f"""
 import sys
+from contextlib import ExitStack
 
 sys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / "tests" / "support")!r}]
+from few_fits import few_fits
 from in_process import write_pixel
 
 import ensemble_orchestrator
+from utils.core import engines
 from utils.evaluation import score_plots
 
 draw = score_plots._draw
 score_plots._draw = lambda picture: (draw if picture.record["name"] == {PLOTTED!r} else write_pixel)(picture)
+cores = engines.cores
+fewer = ExitStack()
+fewer.enter_context(few_fits())
 if __name__ == "__main__":
+    if sys.argv.pop(1) == "several":
+        engines.cores = cores
     sys.exit(ensemble_orchestrator.main(sys.argv[1:]))
 """
-"""The orchestrator's command line that draws all kinds of plots of one ensemble, and the figures of the report."""
+"""The orchestrator's command line that draws all kinds of plots of one ensemble, and the figures of the report.
+
+Its first word says whether one process fits and draws, or several.
+"""
 LINE = (
     *("pipeline", "--quiet", "--device", "cpu"),
     *("--set", "runs.score_ensemble.methods=[soft_voting,logit_averaging,weighted,greedy_selection]"),
@@ -44,22 +55,22 @@ LINE = (
 KINDS = {".npy", ".npz", ".safetensors", ".json", ".pth", ".html"}
 
 
-def run(workspace: Path, workers: int, *, afresh: bool) -> Path:
+def run(workspace: Path, workers: int, processes: str, *, afresh: bool) -> Path:
     """A new interpreter has another order of sets than the processes that are forks of one."""
     program = workspace.parent / "program.py"
     program.write_text(PROGRAM)
     options = ("--set", f"dataset.num_workers={workers}", "--workspace", str(workspace))
-    done = run_python(str(program), *LINE, *options, afresh=afresh)
+    done = run_python(str(program), processes, *LINE, *options, afresh=afresh)
     assert done.returncode == 0, done.stderr
     return workspace
 
 
 def test_a_pipeline_in_another_folder_by_other_workers_gives_the_same_bytes(synthetic, tmp_path):
-    one = run(Path(shutil.copytree(synthetic, tmp_path / "one")), 0, afresh=False)
+    one = run(Path(shutil.copytree(synthetic, tmp_path / "one")), 0, "one", afresh=False)
     other = Path(shutil.copytree(synthetic, tmp_path / "elsewhere" / "another"))
     (other / "ensembles").mkdir()
     shutil.copy(one / "ensembles" / "latency.json", other / "ensembles" / "latency.json")
-    run(other, 2, afresh=True)
+    run(other, 2, "several", afresh=True)
     found = content(one)
     models = {name.split("/")[2] for name in found if name.startswith("ensembles/models/")}
     assert {"stacking_lr", "stacking_xgb", "stacking_mlp", "meta_fuser", "weighted_ensemble"} <= models

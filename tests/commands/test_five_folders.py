@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from few_fits import fewer_fits  # noqa: F401
 from timm_folders import fit_head, save_folder
 
 from utils.discovery import preprocessing_sources
@@ -16,7 +17,7 @@ CLASSES = ("blue", "red", "yellow")
 COLOURS = ((115, 115, 135), (135, 115, 115), (128, 128, 110))
 LABEL_NAMES = ["yellow", "blue", "red"]
 ARCHITECTURES = ("test_convnext", "test_efficientnet", "test_resnet", "test_vit", "test_vit3")
-PHOTOGRAPHS = 120
+PHOTOGRAPHS = 60
 SPLITS = ("train", "train", "val", "test")
 PIPELINE = (
     *("--config", "configs/votes.yaml", "--set", "backbones.include=all", "--set", "device=cpu"),
@@ -83,7 +84,8 @@ def test_three_commands_lead_to_a_recommended_ensemble_and_one_file(material, or
 
 def test_without_a_statement_the_walk_ends_in_a_refusal_that_names_it(material, orchestrator, tmp_path):
     workspace = shutil.copytree(material / "w", tmp_path / "w")
-    done = orchestrator("discover", "--add-from", str(material / "networks"), workspace=workspace)
+    shutil.copytree(material / "networks" / ARCHITECTURES[0], tmp_path / "networks" / ARCHITECTURES[0])
+    done = orchestrator("discover", "--add-from", str(tmp_path / "networks"), workspace=workspace)
     assert done.returncode == 0, done.stderr
     done = orchestrator("pipeline", *PIPELINE, workspace=workspace)
     assert done.returncode == 3

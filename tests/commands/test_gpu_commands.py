@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from fake_cuda import fake_cuda
+from few_fits import fewer_fits  # noqa: F401
 from in_process import run
 
 SMALL = (
@@ -16,6 +17,7 @@ SMALL = (
     *("runs.score_ensemble.methods=[soft_voting,weighted]", "runs.model_soup.methods=[uniform]"),
     *("runs.model_soup.enable=true", "runs.stacking.enable=false", "runs.meta_fuser.enable=false"),
     *("runs.fusion.enable=true", "runs.fusion.fusion_methods=[concat_mlp]", "runs.fusion.fusion_config.epochs=1"),
+    "runs.fusion.fusion_config.hidden_dims=[4]",
     *("runs.fusion.end_to_end=true", "runs.fusion.end_to_end_epochs=1", "pruning.enable=false"),
     *("distillation.enable=true", "distillation.teacher=soft_voting", "distillation.epochs=1", "tta.enable=true"),
     *("distillation.targets=consistent", "distillation.student=CustomMobileOne", "tta.views=[flip]"),

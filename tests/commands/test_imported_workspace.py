@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_python
-from given_predictions import content, empty_workspace, opened, shuffled, take_in
+from conftest import PROJECT, run_python
+from few_fits import fewer_fits  # noqa: F401
+from given_predictions import content, empty_workspace, opened, shuffled, take_in, write
+
+from utils.evaluation import score_plots
 
 DEMO = ("--config", "configs/votes.yaml")
 MEMBERS = ("bayes", "forest", "logistic", "neighbours")
@@ -135,10 +138,17 @@ def test_the_same_ensembles_whatever_the_order_of_rows_and_classes(given, alone,
             assert (workspace / place).read_bytes() == (alone / place).read_bytes(), place
 
 
-def test_every_command_runs_without_images_and_without_torch(given, tmp_path):
+def test_every_command_runs_without_images_and_without_torch(tmp_path):
+    """Plots of one ensemble are drawn, and the figures of the report."""
     code = (
         "import sys, ensemble_orchestrator as o\n"
-        "place, folder = sys.argv[1:]\n"
+        "from utils.evaluation import score_plots\n"
+        "place, folder, support = sys.argv[1:]\n"
+        "sys.path.append(support)\n"
+        "from in_process import write_pixel\n"
+        "draw = score_plots._draw\n"
+        "plotted = lambda picture: picture.record['name'] == 'soft_voting_ensemble'\n"
+        "score_plots._draw = lambda picture: (draw if plotted(picture) else write_pixel)(picture)\n"
         "lines = [['import-predictions', '--from', folder], ['build-ensemble'], ['evaluate'],\n"
         "    ['evaluate', '--split', 'val', '--plots', 'none'], ['discover'], ['status'], ['clean'], ['pipeline'],\n"
         "    ['status']]\n"
@@ -147,18 +157,26 @@ def test_every_command_runs_without_images_and_without_torch(given, tmp_path):
         "    assert o.main([*line, *common]) == 0, line\n"
         "    assert not {'torch', 'sklearn', 'timm'} & set(sys.modules), line"  # matplotlib brings PIL
     )
-    done = run_python("-c", code, str(tmp_path), str(given))
+    given = write(tmp_path / "given")
+    workspace = tmp_path / "w"
+    workspace.mkdir()
+    done = run_python("-c", code, str(workspace), str(given), str(PROJECT / "tests" / "support"))
     assert done.returncode == 0, done.stderr
+    plots = (workspace / "metrics_output" / "ensembles" / "soft_voting_ensemble").rglob("*.png")
+    assert len([path for path in plots if path.stat().st_size > 5000]) == len(score_plots.KINDS)
     assert done.stdout.rstrip().endswith("nothing is missing or stale")
     assert "train networks" not in done.stdout
 
 
-def test_the_configuration_as_printed_takes_all_imported_members(given, alone, tmp_path, orchestrator):
-    workspace = shutil.copytree(alone, tmp_path / "w")
+def test_the_configuration_as_printed_takes_all_imported_members(tmp_path, orchestrator):
+    workspace = tmp_path / "w"
+    workspace.mkdir()
+    given = write(tmp_path / "given")
+    assert orchestrator("import-predictions", "--from", str(given), workspace=workspace).returncode == 0
     printed = ("--config", "configs/ensemble_config.yaml")
-    done = orchestrator("build-ensemble", "--force", *printed, workspace=workspace)
+    done = orchestrator("build-ensemble", *printed, workspace=workspace)
     assert done.returncode == 4, done.stderr  # of soups and the like, which need networks
-    assert "4 members: bayes, forest, logistic, neighbours" in done.stdout
+    assert "3 members: bayes, forest, linear" in done.stdout
     assert "not found, skipping" not in done.stderr
 
 

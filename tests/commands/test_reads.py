@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT
+from few_fits import fewer_fits  # noqa: F401
 from file_reads import counted_reads
 from given_predictions import empty_workspace, take_in, write
 
@@ -25,6 +26,7 @@ ON = (
     "runs.stacking.meta_learners=[lr]",
     "runs.meta_fuser.enable=true",
     "runs.meta_fuser.fuser_type=xgb",
+    "runs.stacking.xgb_config.n_estimators=3",
     "runs.meta_fuser.input_ensembles=[soft_voting,stacking_lr]",
     "pruning.enable=true",
 )

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from few_fits import fewer_fits  # noqa: F401
 from given_predictions import write
 from in_process import run
 
@@ -14,7 +15,8 @@ from utils.core.config_file import load_config
 
 SMALL = (
     *("--set", "runs.score_ensemble.methods=[soft_voting,weighted]", "--set", "runs.stacking.meta_learners=[lr,mlp]"),
-    *("--set", "runs.stacking.mlp_config.epochs=3", "--set", "distillation.enable=false"),
+    *("--set", "runs.stacking.mlp_config.epochs=3", "--set", "runs.stacking.mlp_config.hidden_dims=[4]"),
+    *("--set", "distillation.enable=false"),
     *("--set", "runs.model_soup.enable=false", "--set", "runs.fusion.enable=false"),
     *("--set", "pruning.enable=false", "--set", "runs.meta_fuser.enable=false", "--set", "exports.enable=false"),
 )

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from few_fits import fewer_fits  # noqa: F401
 from in_process import run
 
 from utils.numeric.setting_paths import FIT_THREADS
@@ -16,6 +17,7 @@ SETTINGS = (
     *("backbones.include=[CustomConvNeXt,CustomResNetMish]", "pruning.enable=false", "runs.model_soup.enable=false"),
     "runs.score_ensemble.methods=[soft_voting]",
     *("runs.stacking.enable=true", "runs.stacking.meta_learners=[lr,mlp]", "runs.stacking.mlp_config.epochs=2"),
+    *("runs.stacking.mlp_config.hidden_dims=[4]", "runs.fusion.fusion_config.hidden_dims=[4]"),
     *("runs.fusion.enable=true", "runs.fusion.fusion_methods=[concat_mlp]", "runs.fusion.fusion_config.epochs=2"),
     *("runs.moe.enable=false", "runs.fusion.end_to_end=true", "runs.fusion.end_to_end_epochs=1"),
     *("distillation.enable=true", "distillation.student=CustomConvNeXt", "distillation.epochs=1"),

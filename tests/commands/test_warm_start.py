@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import made_once, run_python
+from few_fits import fewer_fits  # noqa: F401
 from given_predictions import write
 from in_process import every_plot, run
 
@@ -37,7 +38,8 @@ SHORT = (
     *("--set", "backbones.exclude=[CustomViTHybrid]"),
     *("--set", "runs.stacking.mlp_config.epochs=2", "--set", "runs.stacking.xgb_config.n_estimators=3"),
     *("--set", "runs.stacking.mlp_config.hidden_dims=[4]", "--set", "runs.fusion.fusion_config.hidden_dims=[4]"),
-    *("--set", "runs.fusion.fusion_config.epochs=2", "--set", "runs.moe.epochs=2", "--set", "distillation.epochs=1"),
+    *("--set", "runs.fusion.fusion_config.epochs=2", "--set", "distillation.epochs=1"),
+    *("--set", "runs.moe.epochs=2", "--set", "runs.moe.gating_hidden_dim=4"),
     *("--set", "pruning.cost_budget.max_latency_ms=null"),  # a busy machine is slow
 )
 """Every family of the demo, each trained as little as can be."""

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_disk
 from conftest import PROJECT, run_python
+from few_fits import few_fits
 from in_process import run
 
 import ensemble_orchestrator
@@ -39,6 +41,20 @@ def script(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, synthetic) -> Path:
+    """Sixteen images and three networks after `pipeline`. Read it only."""
+    workspace = Path(shutil.copytree(synthetic, tmp_path_factory.mktemp("small") / "w"))
+    done = run("pipeline", *DEMO, workspace=workspace)
+    assert done.code == 0, done.stderr
+    return workspace
+
+
+@pytest.fixture
+def own_small(tmp_path, small) -> Path:
+    return Path(shutil.copytree(small, tmp_path / "small"))
 
 
 def test_help_lists_what_works_and_loads_nothing_heavy():
@@ -108,43 +124,44 @@ def test_the_quick_start_of_the_specification(trained, tmp_path, orchestrator):
     assert files == {"ensemble.json", "combiner.safetensors", "crossfit.npz", "provenance.npz"}
 
 
-def test_the_full_configuration_builds_every_method_it_lists(own_copy, orchestrator):
-    done = orchestrator("build-ensemble", "--config", "configs/ensemble_config.yaml", workspace=own_copy)
+def test_the_full_configuration_builds_every_method_it_lists(own_small, orchestrator):
+    with few_fits():
+        done = orchestrator("build-ensemble", "--config", "configs/ensemble_config.yaml", workspace=own_small)
     assert done.returncode == 0, done.stderr
     assert "soft_voting_ensemble" in done.stdout
     assert "greedy_soup_CustomConvNeXt           built" in done.stdout
-    record = json.loads((own_copy / "ensembles" / "models" / "weighted_ensemble" / "ensemble.json").read_text())
+    record = json.loads((own_small / "ensembles" / "models" / "weighted_ensemble" / "ensemble.json").read_text())
     assert sum(record["weights"].values()) == pytest.approx(1)
     assert record["duality_gap"] <= 1e-9
 
 
-def test_pipeline_twice_does_nothing_the_second_time_and_loads_no_torch(own_copy):
-    before = {path: path.stat().st_mtime_ns for path in (own_copy / "ensembles" / "models").rglob("*")}
+def test_pipeline_twice_does_nothing_the_second_time_and_loads_no_torch(own_small):
+    before = {path: path.stat().st_mtime_ns for path in (own_small / "ensembles" / "models").rglob("*")}
     code = (
         "import sys, ensemble_orchestrator as o\n"
         "codes = [o.main([command, *sys.argv[1:]]) for command in ('build-ensemble', 'evaluate')]\n"
         "assert codes == [0, 0], codes\n"
         "assert not {'torch', 'sklearn', 'PIL'} & set(sys.modules)"
     )
-    done = run_python("-c", code, *DEMO, "--workspace", str(own_copy))
+    done = run_python("-c", code, *DEMO, "--workspace", str(own_small))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("up to date") == 4
-    assert before == {path: path.stat().st_mtime_ns for path in (own_copy / "ensembles" / "models").rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in (own_small / "ensembles" / "models").rglob("*")}
 
 
-def test_json_is_alone_on_stdout(own_copy, orchestrator):
+def test_json_is_alone_on_stdout(own_small, orchestrator):
     for command in (("discover", "--verify"), ("build-ensemble", "--force"), ("evaluate",), ("pipeline",)):
-        done = orchestrator(*command, *DEMO, "--json", workspace=own_copy)
+        done = orchestrator(*command, *DEMO, "--json", workspace=own_small)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["failures"] == []
 
 
-def test_force_gives_the_same_bytes(built, own_copy, orchestrator):
-    done = orchestrator("build-ensemble", "--force", *DEMO, workspace=own_copy)
+def test_force_gives_the_same_bytes(small, own_small, orchestrator):
+    done = orchestrator("build-ensemble", "--force", *DEMO, workspace=own_small)
     assert done.returncode == 0, done.stderr
-    for path in (own_copy / "ensembles" / "models").rglob("*"):
+    for path in (own_small / "ensembles" / "models").rglob("*"):
         if path.is_file() and not path.name.startswith("predictions_"):
-            assert path.read_bytes() == (built / path.relative_to(own_copy)).read_bytes(), path
+            assert path.read_bytes() == (small / path.relative_to(own_small)).read_bytes(), path
 
 
 @pytest.mark.parametrize(
@@ -189,13 +206,13 @@ def test_a_workspace_without_networks_says_how_to_train(tmp_path, trained, orche
     assert not (tmp_path / "ensembles" / "ensemble_catalog.json").exists()
 
 
-def test_a_bug_is_one_line_and_its_traceback_is_in_the_log(own_copy, monkeypatch):
+def test_a_bug_is_one_line_and_its_traceback_is_in_the_log(own_small, monkeypatch):
     monkeypatch.setattr(discover, "discover", lambda *arguments, **options: 1 / 0)
-    done = run("discover", workspace=own_copy)
+    done = run("discover", workspace=own_small)
     assert done.code == 70
     assert len(done.stderr.strip().splitlines()) == 1
     assert "bug: ZeroDivisionError: division by zero; traceback in" in done.stderr
-    log = (own_copy / "debug_logs" / "ensemble_orchestrator.log").read_text()
+    log = (own_small / "debug_logs" / "ensemble_orchestrator.log").read_text()
     assert "Traceback (most recent call last)" in log
 
 
@@ -226,36 +243,27 @@ def full_at(place: str, way: str, patch: pytest.MonkeyPatch) -> None:
         ("evaluate", "ranking.json", "replace"),
     ],
 )
-def test_a_full_disk_names_the_file_and_the_remedy_and_leaves_nothing_half_written(own_copy, command, place, way):
-    before = {path: path.read_bytes() for path in own_copy.rglob("*.json")}
+def test_a_full_disk_names_the_file_and_the_remedy_and_leaves_nothing_half_written(own_small, command, place, way):
+    before = {path: path.read_bytes() for path in own_small.rglob("*.json")}
     typed = (command, "--force", "--quiet", *DEMO)
     with pytest.MonkeyPatch.context() as patch:
         full_at(place, way, patch)
-        done = run(*typed, workspace=own_copy)
+        done = run(*typed, workspace=own_small)
     assert done.code == 1
     line = done.stderr.strip().splitlines()[-1]
     assert f"{place}: cannot be written (" in line
     assert ("No space left on device" if way == "replace" else "4096 requested and 100 written") in line
     assert "Free some space (`python ensemble_orchestrator.py clean` lists files that can be removed)" in line
     assert "Traceback" not in done.stderr
-    assert not list(own_copy.rglob(".*partial*"))
-    assert not (own_copy / "ensembles" / ".lock").exists()
+    assert not list(own_small.rglob(".*partial*"))
+    assert not (own_small / "ensembles" / ".lock").exists()
     if place.endswith(".json"):
         written = next(path for path in before if str(path).endswith(place))
         assert written.read_bytes() == before[written]
     else:  # an ensemble without its record is none
-        assert not (own_copy / "ensembles" / "models" / "soft_voting_ensemble" / "ensemble.json").exists()
-    done = run(*typed, workspace=own_copy)
+        assert not (own_small / "ensembles" / "models" / "soft_voting_ensemble" / "ensemble.json").exists()
+    done = run(*typed, workspace=own_small)
     assert done.code == 0, done.stderr
-
-
-ON_A_SMALL_DISK = """
-mount -t tmpfs -o size=8k none "$1" && place="$1" && shift || exit 99
-"$@"
-code=$?
-find "$place" -type f
-exit $code
-"""
 
 
 @pytest.mark.parametrize(
@@ -272,23 +280,21 @@ def test_a_disk_that_fills_is_an_error_and_no_signal(own_copy, place, file):
     for folder in (small, own_copy / "ensembles" / "predictions"):
         shutil.rmtree(folder)
     small.mkdir()
-    program = (sys.executable, str(PROJECT / "ensemble_orchestrator.py"))
-    command = (*program, "build-ensemble", "--force", "--quiet", *DEMO, "--workspace", str(own_copy))
-    alone = ("unshare", "-rm", "sh", "-c", ON_A_SMALL_DISK, "sh", str(small))
-    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+    command = ("build-ensemble", "--force", "--quiet", *DEMO)
+    done = run_python(small_disk.PROGRAM, str(small), *command, "--workspace", str(own_copy))
+    if done.returncode == small_disk.NOT_MOUNTED:
         pytest.skip("no disk can be mounted here")
-    done = subprocess.run([*alone, *command], cwd=PROJECT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     line = done.stderr.strip().splitlines()[-1]
     assert re.search(f"{re.escape(str(small))}/{file}\\. Free some space", line), line
     assert done.stdout == ""  # nothing is left on the small disk
     assert not list(own_copy.rglob(".*partial*"))
     assert not list((own_copy / "ensembles").rglob("predictions/**/record.json"))
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run(*command, workspace=own_copy)
+    assert done.code == 0, done.stderr
 
 
-def test_a_file_that_vanishes_in_between_is_named_with_a_remedy(own_copy, monkeypatch):
+def test_a_file_that_vanishes_in_between_is_named_with_a_remedy(own_small, monkeypatch):
     list_images = image_splits.list_images
 
     def late(split_dir, split, digests):
@@ -303,14 +309,14 @@ def test_a_file_that_vanishes_in_between_is_named_with_a_remedy(own_copy, monkey
         return list_images(split_dir, split, digests)
 
     monkeypatch.setattr(image_splits, "list_images", late)
-    done = run("discover", *DEMO, "--quiet", workspace=own_copy)
+    done = run("discover", *DEMO, "--quiet", workspace=own_small)
     assert done.code == 1
     (line,) = done.stderr.strip().splitlines()
-    assert re.search(r"split_dataset/train/0/\d+\.png: No such file or directory\. It was removed meanwhile", line)
+    assert re.search(r"split_dataset/train/bright/\d+\.png: No such file or directory\. It was removed meanwhile", line)
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interruption_leaves_nothing_half_written(own_copy, script, sent, code):
+def test_interruption_leaves_nothing_half_written(own_small, script, sent, code):
     hold = (
         "import sys, time, signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
@@ -322,9 +328,9 @@ def test_interruption_leaves_nothing_half_written(own_copy, script, sent, code):
         "s.open_network = slow\n"
         "sys.exit(o.main(sys.argv[1:]))"
     )
-    shutil.rmtree(own_copy / "ensembles" / "predictions")
+    shutil.rmtree(own_small / "ensembles" / "predictions")
     process = subprocess.Popen(
-        [sys.executable, script(hold), "build-ensemble", "--force", *DEMO, "--workspace", str(own_copy)],
+        [sys.executable, script(hold), "build-ensemble", "--force", *DEMO, "--workspace", str(own_small)],
         cwd=PROJECT,
         env=os.environ | FROM_ANYWHERE,
         stdout=subprocess.PIPE,
@@ -332,20 +338,20 @@ def test_interruption_leaves_nothing_half_written(own_copy, script, sent, code):
         text=True,
     )
     assert process.stdout.readline() == "ready\n"
-    assert json.loads((own_copy / "ensembles" / ".lock").read_text())["command"] == "build-ensemble"
+    assert json.loads((own_small / "ensembles" / ".lock").read_text())["command"] == "build-ensemble"
     process.send_signal(sent)
     process.communicate(timeout=60)
     assert process.returncode == code
-    assert not (own_copy / "ensembles" / ".lock").exists()
-    assert not list((own_copy / "ensembles").rglob(".*partial*"))
+    assert not (own_small / "ensembles" / ".lock").exists()
+    assert not list((own_small / "ensembles").rglob(".*partial*"))
 
 
-def test_same_result_from_another_folder(own_copy, tmp_path, orchestrator):
+def test_same_result_from_another_folder(own_small, tmp_path, orchestrator):
     foreign = tmp_path / "elsewhere"
     (foreign / "utils").mkdir(parents=True)
     (foreign / "models").mkdir()
     (foreign / "config.py").write_text("raise RuntimeError('foreign')")
-    done = orchestrator("evaluate", "--force", "--plots", "none", *DEMO, workspace=own_copy, cwd=foreign)
+    done = orchestrator("evaluate", "--force", "--plots", "none", *DEMO, workspace=own_small, cwd=foreign)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in foreign.iterdir()) == ["config.py", "models", "utils"]
 
@@ -359,6 +365,6 @@ def test_every_file_of_arrays_is_free_of_pickles(built):
             assert loaded[name].dtype != object
 
 
-def test_times_are_shown_as_the_base_pipeline_shows_them(own_copy, orchestrator):
-    done = orchestrator("discover", "--verify", "--force", *DEMO, workspace=own_copy)
+def test_times_are_shown_as_the_base_pipeline_shows_them(own_small, orchestrator):
+    done = orchestrator("discover", "--verify", "--force", *DEMO, workspace=own_small)
     assert re.search(r"^\d\d:\d\d:\d\d \| INFO \| verify CustomConvNeXt: ran on ", done.stderr, re.MULTILINE)

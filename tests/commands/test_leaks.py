@@ -85,7 +85,7 @@ EVERY = [(method, "xgb") for method in sorted(COMBINERS)] + [
 ]
 
 
-@pytest.mark.usefixtures("small_forests", "short_paths")
+@pytest.mark.usefixtures("small_forests")
 @pytest.mark.parametrize(("method", "fuser_type"), EVERY)
 def test_unseen_predictions_of_shuffled_labels_are_no_better_than_chance(method, fuser_type):
     """Over several draws, so that little of a leak hides in chance; any leak of a row's own label shows at once."""

@@ -10,19 +10,28 @@ import numpy as np
 import pytest
 import torch
 from combiner_cases import FACTS, QUICK, C, M, N, changed_settings, facts_of
+from short_searches import short_searches
 
 from utils.building import ensembles
 from utils.building.ensembles import COMBINERS, Crossfit, Ensemble, Provenance
+from utils.combiners.logistic import Coefficients
+from utils.combiners.perceptron import Layers
 from utils.combiners.protocol import Combiner, fit_nested, saved_fields
+from utils.combiners.stacking_features import KINDS, features
 from utils.core.config import Config
 from utils.core.workspace import Workspace
 from utils.numeric.metrics import log_loss_per_row
 from utils.numeric.uniform_mixture import mixed_with_uniform
 from utils.predictions.rows import MemberOutputs
 
-pytestmark = pytest.mark.usefixtures("small_forests", "short_paths")
 WIDTHS = (5, 8, 4, 6)
 FOLDS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 @pytest.fixture(params=sorted(COMBINERS), scope="module")
@@ -156,9 +165,13 @@ def test_same_rows_same_bytes_whatever_was_fitted_before(make, rows, fitted):
     assert {k: v.tobytes() for k, v in again.state().items()} == {k: v.tobytes() for k, v in fitted.state().items()}
 
 
+@pytest.fixture(scope="module")
+def traced(fitted, rows):
+    return torch.jit.trace(fitted.to_module().eval(), _tensors(rows[0][:, :2]))
+
+
 @pytest.mark.parametrize("batch", [1, 3, 17])
-def test_module_agrees_traced_at_two_rows_and_run_at_others(fitted, rows, batch):
-    traced = torch.jit.trace(fitted.to_module().eval(), _tensors(rows[0][:, :2]))
+def test_module_agrees_traced_at_two_rows_and_run_at_others(traced, fitted, rows, batch):
     with torch.no_grad():
         found = traced(*_tensors(rows[0][:, :batch])).numpy()
     assert found.shape == (batch, C)
@@ -175,27 +188,51 @@ def test_extreme_logits_stay_finite(make):
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-9)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("battery")
+
+
 @pytest.mark.parametrize("members", range(1, 9))
 @pytest.mark.parametrize("method", sorted(COMBINERS))
-def test_no_setting_is_lost_on_disk(method, members, tmp_path):
+def test_no_setting_is_lost_on_disk(method, members, folder):
     """With every setting changed, the ensemble read from disk and its module answer as the one that was fitted."""
     facts = facts_of(members)
     combiner = COMBINERS[method].configured(changed_settings(COMBINERS[method]), facts)
     rng = np.random.default_rng(members)
-    labels = rng.integers(0, C, 36)
-    logits = (rng.normal(size=(members, 36, C)) + 2 * np.eye(C)[labels]).astype(np.float32)
+    labels = rng.integers(0, C, 24)
+    logits = (rng.normal(size=(members, 24, C)) + 2 * np.eye(C)[labels]).astype(np.float32)
     outputs = logits
     if combiner.reads_embeddings:
         outputs = MemberOutputs(logits, tuple(_embeddings(rng, own, 4 + place) for place, own in enumerate(logits)))
-    expected = combiner.fit(outputs, labels, np.arange(36) % 3).predict_proba(outputs)
+    expected = combiner.fit(outputs, labels, np.arange(24) % 3).predict_proba(outputs)
     used = combiner.used(members)
-    restored = _from_disk(tmp_path, method, combiner.restricted(used), tuple(np.array(facts.names)[used]))
+    names = tuple(np.array(facts.names)[used])
+    restored = _from_disk(folder / f"{method}-{members}", method, combiner.restricted(used), names)
     found = restored.predict_proba(outputs[used])
     assert found.tobytes() == combiner.restricted(used).predict_proba(outputs[used]).tobytes()
     np.testing.assert_allclose(found, expected, atol=1e-12)
     with torch.no_grad():
         exported = restored.to_module().eval()(*_tensors(outputs[used])).numpy()
     np.testing.assert_allclose(exported, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stacker_is_restored_with_its_kind_of_features(kind):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(M, 5, C)).astype(np.float32)
+    width = features(logits, kind).shape[1]
+    matrix, bias = rng.normal(size=(width, C)).astype(np.float32), np.zeros(C, dtype=np.float32)
+    fitted = {
+        "stacking_lr": Coefficients(kind, np.ones(M), matrix, bias),
+        "stacking_mlp": Layers(kind, (matrix,), (bias,)),
+    }
+    for method, model in fitted.items():
+        stacker = COMBINERS[method].configured(QUICK, FACTS)
+        stacker.model = model
+        again = COMBINERS[method].from_state(stacker.state())
+        assert again.model.kind == kind
+        np.testing.assert_array_equal(again.predict_proba(logits), stacker.predict_proba(logits))
 
 
 @pytest.mark.parametrize("method", sorted(COMBINERS))

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
+from short_searches import short_searches
 
 from utils.combiners import greedy, pooling
 from utils.combiners.greedy import GreedySelection
@@ -15,6 +16,12 @@ from utils.combiners.weighting import WeightedPool
 
 FOLDS = 4
 PAIRS, TRIPLES = 6, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 @pytest.fixture(scope="module")

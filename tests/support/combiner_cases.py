@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,9 +18,14 @@ M, N, C = 4, 60, 3
 
 SHORT: dict[str, Any] = {
     "runs": {
-        "stacking": {"mlp_config": {"hidden_dims": [8], "epochs": 4}, "xgb_config": {"n_estimators": 10}},
+        "stacking": {"mlp_config": {"hidden_dims": [8], "epochs": 4}, "xgb_config": {"n_estimators": 5}},
         "fusion": {"fusion_config": {"hidden_dims": [8], "epochs": 4}},
-        "meta_fuser": {"fuser_type": "attention", "mlp_config": {"hidden_dims": [8], "epochs": 4}},
+        "meta_fuser": {
+            "fuser_type": "attention",
+            "input_ensembles": ["soft_voting", "fusion_concat_mlp"],
+            "mlp_config": {"hidden_dims": [8], "epochs": 4},
+        },
+        "moe": {"epochs": 4, "gating_hidden_dim": 8},
     }
 }
 QUICK = validate(SHORT, source=Path("of the battery"))
@@ -35,6 +41,7 @@ def facts_of(members: int) -> MemberFacts:
     return MemberFacts(names, 0.5 + order / 20, 8.0 - order / 2, 1.0 + order)
 
 
+@cache
 def changed_settings(kind: type[Combiner]) -> Config:
     """A configuration in which every setting of the combiner has another value than its default."""
     changes = deepcopy(SHORT)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from short_searches import short_searches
 
 from utils.combiners import embedding_maps, fusion_learner
 from utils.combiners.fusion_heads import AttentionHead, BilinearHead
@@ -33,6 +34,12 @@ def recipe(method, **fusion):
 
 
 @pytest.fixture
+def shortened():
+    with short_searches():
+        yield
+
+
+@pytest.fixture
 def rows():
     """Outputs whose embeddings know the class and whose logits do not; labels; folds."""
     rng = np.random.default_rng(3)
@@ -46,6 +53,7 @@ def rows():
     return MemberOutputs(logits, embeddings), labels, np.arange(N) // C % 3
 
 
+@pytest.mark.usefixtures("shortened")
 @pytest.mark.parametrize("method", ["concat_mlp", "attention", "bilinear", "cca_aligned"])
 def test_heads_learn_what_only_the_embeddings_know(method, rows):
     unseen = fit_crossfitted(recipe(method, shape={"epochs": 14}), *rows)
@@ -57,6 +65,7 @@ def test_heads_learn_what_only_the_embeddings_know(method, rows):
     [np.zeros((N, 3)), np.arange(N)[:, None], np.outer(np.arange(N), [1, 2, 3]), np.full((N, 2), 1e30)],
     ids=["constant", "one column", "rank one", "huge"],
 )
+@pytest.mark.usefixtures("shortened")
 @pytest.mark.parametrize("method", ["concat_mlp", "cca_aligned", "bilinear"])
 def test_embeddings_that_say_little_do_no_harm(method, odd, rows):
     outputs, labels, folds = rows
@@ -75,6 +84,7 @@ def test_columns_that_are_not_finite_are_refused_with_the_members_name(value, ro
         recipe("concat_mlp").fit(outputs, labels, folds)
 
 
+@pytest.mark.usefixtures("shortened")
 @pytest.mark.parametrize("method", ["concat_mlp", "attention", "bilinear", "cca_aligned"])
 def test_without_a_hidden_width_a_head_is_linear_or_takes_its_own(method, rows):
     fitted = recipe(method, shape={"hidden_dims": []}).fit(*rows)
@@ -110,6 +120,7 @@ def test_label_smoothing_reaches_the_loss(rows):
     assert smooth.max(axis=1).mean() < plain.max(axis=1).mean() - 0.05
 
 
+@pytest.mark.usefixtures("shortened")
 @pytest.mark.parametrize("method", ["concat_mlp", "attention", "bilinear", "cca_aligned"])
 def test_the_module_goes_to_onnx_with_a_free_batch(method, rows, tmp_path):
     import onnxruntime
@@ -304,7 +315,7 @@ class Apart(engines.Local):
 def test_threads_and_an_engine_that_keeps_no_state_give_the_same_bytes(method, rows, monkeypatch):
     outputs, labels, folds = rows
     folds = np.where(np.arange(N) % 17 == 0, 0, folds)  # of unequal sizes
-    here, beside, apart = (recipe(method, shape={"epochs": 6}) for _ in range(3))
+    here, beside, apart = (recipe(method, shape={"epochs": 3}) for _ in range(3))
     beside.n_jobs = 2
     unseen = [fit_crossfitted(each, outputs, labels, folds) for each in (here, beside)]
     monkeypatch.setattr(engines, "_current", Apart())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from short_searches import short_searches
 
 from utils.combiners.protocol import MemberFacts, NestedPredictions, fit_crossfitted
 from utils.core.config import validate
@@ -29,6 +30,12 @@ def configuration(fuser_type="attention", inputs=("soft_voting", "hard_voting"))
 
 
 CONFIG = configuration()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 def combiner(method, config=CONFIG):

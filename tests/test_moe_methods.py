@@ -18,7 +18,7 @@ from utils.moe_methods import COMBINERS, CascadeCombiner, MixtureOfExperts
 from utils.numeric.metrics import accuracy, softmax
 from utils.numeric.uniform_mixture import mixed_with_uniform
 
-N, C = 600, 4
+N, C = 300, 4
 NAMES = ("a", "b", "c", "d", "e")
 LATENCIES = np.array([9.0, 1.0, 5.0, 7.0, 3.0])
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from short_searches import short_searches
 
 from utils.combiners.forest import ForestLearner
-from utils.combiners.protocol import MemberFacts, fit_crossfitted, fit_nested
+from utils.combiners.protocol import MemberFacts, fit_nested
 from utils.core.config import validate
 from utils.meta_methods import FUSERS
 from utils.numeric import nested_cv
@@ -17,8 +18,7 @@ from utils.numeric.metrics import log_loss, softmax
 from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 from utils.stacking_methods import COMBINERS, Calibration, calibrate
 
-pytestmark = pytest.mark.usefixtures("small_forests", "short_paths")
-M, N, C = 3, 300, 3
+M, N, C = 3, 200, 3
 FACTS = MemberFacts(("a", "b", "c"), np.full(M, 0.7), np.full(M, np.nan), np.full(M, np.nan))
 QUICK = {
     "runs": {
@@ -29,6 +29,12 @@ QUICK = {
     }
 }
 CONFIG = validate(QUICK, source=Path("of the test"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def rows():
     return logits, labels, rng.integers(0, 5, N)
 
 
-@pytest.fixture(params=[2_000, 100])
+@pytest.fixture(params=[2_000, 50])
 def enough_rows(request, monkeypatch):
     """Rows from which the neighbours of a fold select: more than there are, and fewer."""
     monkeypatch.setattr(nested_cv, "ENOUGH_ROWS", request.param)
@@ -63,30 +69,32 @@ def changed(labels, folds):
 
 
 @pytest.fixture(scope="module")
-def fitted(rows, small_forests, short_paths):
-    """A stacker fitted on the rows, and the predictions of its copies: once for all tests that only ask it."""
+def fitted(rows):
+    """A stacker fitted on the rows, and the predictions of its copies: once for all tests that only ask it.
+
+    `is_changed`: with other labels in one fold.
+    """
     logits, labels, folds = rows
 
     @cache
-    def fit(method, has_few_rows):
+    def fit(method, has_few_rows, is_changed):
         recipe = COMBINERS[method].configured(CONFIG, FACTS)
-        return recipe, fit_nested(recipe, logits, labels, folds)
+        return recipe, fit_nested(recipe, logits, changed(labels, folds) if is_changed else labels, folds)
 
-    return lambda method: fit(method, nested_cv.ENOUGH_ROWS > N)  # then all folds select for one another
+    # With few rows all folds select for one another.
+    return lambda method, is_changed=False: fit(method, nested_cv.ENOUGH_ROWS > N, is_changed)
 
 
 def test_a_fold_is_answered_by_what_has_not_read_its_labels(method, rows, fitted):
-    logits, labels, folds = rows
-    before = fitted(method)[1].crossfit
-    after = fit_crossfitted(COMBINERS[method].configured(CONFIG, FACTS), logits, changed(labels, folds), folds)
+    folds = rows[2]
+    before, after = fitted(method)[1].crossfit, fitted(method, is_changed=True)[1].crossfit
     np.testing.assert_array_equal(after[folds == 2], before[folds == 2])
     assert not np.array_equal(after[folds != 2], before[folds != 2])
 
 
 def test_inner_copies_of_a_fold_have_read_none_of_its_labels(method, rows, fitted, enough_rows):
     logits, labels, folds = rows
-    before = fitted(method)[1]
-    after = fit_nested(COMBINERS[method].configured(CONFIG, FACTS), logits, changed(labels, folds), folds)
+    before, after = fitted(method)[1], fitted(method, is_changed=True)[1]
     np.testing.assert_array_equal(after.inner[2], before.inner[2])
     assert not np.array_equal(after.inner[1], before.inner[1])
     known, mean = np.isfinite(before.inner[2]).all(axis=1), softmax(logits).mean(axis=0)

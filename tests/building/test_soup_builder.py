@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import run_python
 from one_member import change
-from soup_runs import DEMO, ROLES, SETTINGS, brew, config
-from soup_zoo import NAME, one_backbone
+from soup_runs import DEMO, ROLES, SETTINGS, brew, brewed_once, config
+from soup_zoo import NAME
 from stored_predictions import workspace_at
 
 from utils.building import builder_protocol, ensembles, soup_mixing
@@ -48,10 +48,8 @@ def loss_on_val(workspace, member):
 
 @pytest.fixture(scope="module")
 def brewed(tmp_path_factory, trained):
-    """A workspace of one backbone with its soups. Shared: read it, never write into it."""
-    workspace = workspace_at(one_backbone(trained, tmp_path_factory.mktemp("soups") / "w"))
-    brew(workspace)
-    return workspace
+    """Shared: read it, never write into it."""
+    return brewed_once(tmp_path_factory, trained)
 
 
 @pytest.fixture
@@ -203,11 +201,10 @@ def test_status_knows_which_soups_are_current_and_why_not(own):
 
 
 def test_another_ingredient_is_another_soup(own):
-    brew(own, UNIFORM)
     before = own.checkpoint(NAME, "uniform_soup").read_bytes()
     change(own.checkpoint(NAME, "snapshot2"), lambda r: r["model_state_dict"]["network.fc.bias"].add_(0.25))
     discover.discover(config(), own)
-    assert f"uniform_soup_{NAME}" in brew(own, UNIFORM).document["built"]
+    assert f"uniform_soup_{NAME}" in brew(own).document["built"]
     assert own.checkpoint(NAME, "uniform_soup").read_bytes() != before
 
 

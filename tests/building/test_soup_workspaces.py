@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from soup_runs import NAME, ROLES, brew, config
-from soup_zoo import one_backbone
+from soup_runs import NAME, ROLES, brew, brewed_once, config
 from stored_predictions import workspace_at
 
 from utils.building import listing
@@ -21,10 +20,8 @@ from utils.predictions import catalog
 
 @pytest.fixture(scope="module")
 def brewed(tmp_path_factory, trained):
-    """A workspace of one backbone with its soups. Shared: read it, never write into it."""
-    workspace = workspace_at(one_backbone(trained, tmp_path_factory.mktemp("soups") / "w"))
-    brew(workspace)
-    return workspace
+    """Shared: read it, never write into it."""
+    return brewed_once(tmp_path_factory, trained)
 
 
 @pytest.fixture
@@ -92,6 +89,7 @@ def test_checkpoints_of_a_declared_network_give_a_soup_that_stays_derived(own):
 
 
 # evaluate and clean ---------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("without_figures")
 def test_a_soup_is_ranked_once_and_under_its_own_name_where_it_is_asked_for(own):
     def ranked(*overrides):
         rows = evaluate(config(*overrides), own).document["rows"]

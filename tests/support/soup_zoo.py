@@ -15,7 +15,7 @@ NAME = "CustomResNetMish"
 
 def one_backbone(trained, base):
     """A copy of the trained workspace with one backbone in it, discovered."""
-    shutil.copytree(trained, base)
+    shutil.copytree(trained, base, ignore=shutil.ignore_patterns("Data"), dirs_exist_ok=True)
     for path in (base / "checkpoints").glob("*.pth"):
         if not path.name.startswith(NAME) or "fold1" in path.name:
             path.unlink()

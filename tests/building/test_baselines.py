@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from short_searches import short_searches
 
 from utils.building import baselines, ensembles, family_fits
 from utils.building.ensembles import Crossfit, Ensemble, Provenance
@@ -26,6 +27,12 @@ N, C = 200, 3
 FACTS = MemberFacts(("a", "b"), np.array([0.5, 0.6]), np.full(2, np.nan), np.full(2, np.nan))
 NO_ROWS = Provenance((), ())
 WORKSPACE = Workspace(*([Path("nowhere")] * 8))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 @pytest.fixture

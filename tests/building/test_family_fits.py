@@ -8,6 +8,7 @@ import pytest
 from conftest import PROJECT
 from equality import differences
 from given_predictions import empty_workspace, take_in, write
+from short_searches import short_searches
 
 from utils.building import build_commands, family_fits, stacking_builder
 from utils.combiners.fit_demand import FitDemand
@@ -28,6 +29,12 @@ CONFIG = load_config(
         "pruning.methods=[greedy_forward,greedy_backward]",
     ],
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 @pytest.fixture

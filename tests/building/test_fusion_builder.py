@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PROJECT
+from short_searches import short_searches
 from stored_predictions import workspace_at
 
 from utils.building import embedding_rows, fusion_builder
@@ -22,12 +23,18 @@ from utils.predictions.store import Store
 METHODS = ("concat_mlp", "attention", "bilinear", "cca_aligned")
 QUICK = (
     *("--config", "configs/votes.yaml", "--set", "runs.fusion.enable=true"),
-    *("--set", "runs.fusion.fusion_config.hidden_dims=[16]", "--set", "runs.fusion.fusion_config.epochs=6"),
+    *("--set", "runs.fusion.fusion_config.hidden_dims=[16]", "--set", "runs.fusion.fusion_config.epochs=4"),
     *("--set", "runs.meta_fuser.enable=true", "--set", "runs.meta_fuser.fuser_type=attention"),
     *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,fusion_concat_mlp]"),
-    *("--set", "runs.meta_fuser.mlp_config.epochs=6"),
+    *("--set", "runs.meta_fuser.mlp_config.epochs=4"),
 )
 ONE = ("--set", "runs.fusion.fusion_methods=[concat_mlp]")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 @pytest.fixture(scope="module")

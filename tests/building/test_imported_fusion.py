@@ -9,6 +9,7 @@ import pytest
 from conftest import PROJECT
 from embedded_members import embedded
 from given_predictions import empty_workspace, take_in, write
+from short_searches import short_searches
 
 from utils.building import build_commands, ensembles, fusion_builder
 from utils.building.ensembles import Crossfit
@@ -27,6 +28,12 @@ OVERRIDES = (
 
 def config(*overrides):
     return load_config(PROJECT / "configs" / "votes.yaml", overrides=[*OVERRIDES, *overrides])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 @pytest.fixture

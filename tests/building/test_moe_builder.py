@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from finished_workspace import at
 from given_predictions import CONFIG, take_in, write
+from short_searches import short_searches
 
 from utils.building import build_commands, ensembles
 from utils.building.builder_protocol import Session, state_of
@@ -33,6 +34,12 @@ ON = (
     "runs.cascade.enable=true",
 )
 QUICK = ("--config", "configs/votes.yaml", *(word for value in ON for word in ("--set", value)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, run_python
+from conftest import run_python
 from finished_workspace import CONFIG, at
+from short_searches import short_searches
 
 from utils.building import latency, pruning_builder
 from utils.building.build_commands import build_ensemble
@@ -20,6 +21,12 @@ from utils.operations import inventory
 METHODS = ("greedy_forward", "greedy_backward", "diversity_max", "clustering")
 PRUNED = tuple(f"pruned_{method}" for method in METHODS)
 ON = ("pruning.enable=true", "device=cpu", "pruning.cost_budget.max_latency_ms=null")  # a busy machine is slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +84,9 @@ def test_every_method_is_built_and_then_kept(workspace):
     assert set(PRUNED) <= set(again.document["up_to_date"])
 
 
-def test_what_is_built_is_found_without_torch_and_force_gives_the_same_bytes(own_copy):
-    options = (
-        "--config",
-        str(CONFIG),
-        "--workspace",
-        str(own_copy),
-        *(word for value in ON for word in ("--set", value)),
-    )
-    script = str(PROJECT / "ensemble_orchestrator.py")
-    done = run_python(script, "build-ensemble", *options)
+def test_what_is_built_is_found_without_torch_and_force_gives_the_same_bytes(own_copy, orchestrator):
+    options = ("--config", str(CONFIG), *(word for value in ON for word in ("--set", value)))
+    done = orchestrator("build-ensemble", *options, workspace=own_copy)
     assert done.returncode == 0, done.stderr
     files = [path for name in PRUNED for path in (own_copy / "ensembles" / "models" / name).iterdir()]
     before = {path: path.read_bytes() for path in [*files, own_copy / "ensembles" / "latency.json"]}
@@ -96,10 +96,10 @@ def test_what_is_built_is_found_without_torch_and_force_gives_the_same_bytes(own
         "assert codes == [0, 0], codes\n"
         "assert not {'torch', 'sklearn', 'scipy', 'PIL'} & set(sys.modules)"
     )
-    kept = run_python("-c", code, *options)
+    kept = run_python("-c", code, *options, "--workspace", str(own_copy))
     assert kept.returncode == 0, kept.stderr
     assert kept.stdout.count(" up to date ") == 7
-    forced = run_python(script, "build-ensemble", "--force", *options)
+    forced = orchestrator("build-ensemble", "--force", *options, workspace=own_copy)
     assert forced.returncode == 0, forced.stderr
     assert "measured" not in forced.stderr
     assert before == {path: path.read_bytes() for path in before}
@@ -173,10 +173,12 @@ def test_a_budget_decides_who_is_kept(pruned):
 
 
 def test_pick_on_the_command_line_takes_the_place_of_the_key(workspace):
-    build(workspace, pick="fastest")
+    one = "pruning.methods=[greedy_forward]"
+    build(workspace, one, pick="fastest")
     assert record(workspace)["pick"] == "fastest"
-    assert set(states(workspace, "pruning.pick=fastest").values()) == {"current"}
-    build(workspace, "pruning.pick=fastest", pick="knee")
+    found = inventory.take(load_config(CONFIG, overrides=(*ON, one, "pruning.pick=fastest")), workspace)
+    assert found.ensembles[PRUNED[0]].state == "current"
+    build(workspace, one, "pruning.pick=fastest", pick="knee")
     assert record(workspace)["pick"] == "knee"
 
 

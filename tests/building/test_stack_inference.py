@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from short_searches import short_searches
 from stored_predictions import CONFIG, workspace_at
 
 from utils.building import ensembles
@@ -19,6 +20,12 @@ DEMO = (
     *("--set", "runs.stacking.meta_learners=[lr]"),
 )
 FOLDS = (*DEMO, "--set", "runs.stacking.inference_members=folds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 def test_what_was_fitted_for_fold_networks_is_answered_by_them(own_copy, orchestrator):

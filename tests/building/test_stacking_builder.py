@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from short_searches import short_searches
 
-pytestmark = pytest.mark.usefixtures("short_paths")
 QUICK = (
     *("--set", "runs.stacking.enable=true", "--set", "runs.stacking.mlp_config.epochs=6"),
     *("--set", "runs.stacking.mlp_config.hidden_dims=[16]", "--set", "runs.stacking.meta_learners=[lr,mlp]"),
@@ -17,6 +17,12 @@ QUICK = (
     *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,logit_averaging,stacking_lr]"),
     *("--set", "runs.meta_fuser.mlp_config.epochs=6", "--config", "configs/votes.yaml"),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    with short_searches():
+        yield
 
 
 @pytest.fixture(scope="module")

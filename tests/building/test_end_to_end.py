@@ -25,7 +25,7 @@ NAME = "fusion_concat_mlp"
 QUICK = (
     *("--config", "configs/votes.yaml", "--set", "runs.fusion.enable=true", "--set", "runs.fusion.end_to_end=true"),
     *("--set", "runs.fusion.fusion_methods=[concat_mlp]", "--set", "runs.fusion.fusion_config.hidden_dims=[16]"),
-    *("--set", "runs.fusion.fusion_config.epochs=6", "--set", "runs.fusion.end_to_end_epochs=3"),
+    *("--set", "runs.fusion.fusion_config.epochs=2", "--set", "runs.fusion.end_to_end_epochs=3"),
 )
 
 
@@ -133,7 +133,7 @@ def test_killed_in_the_middle_it_goes_on_to_equal_networks(trained_further, buil
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
     watched = own / "ensembles" / "end_to_end" / NAME
-    *_, was_killed = run_and_kill_repeatedly(3, command, environment, own, random.Random(3), watched)
+    *_, was_killed = run_and_kill_repeatedly(2, command, environment, own, random.Random(3), watched)
     done = run_python(*command[1:])
     assert done.returncode == 0, done.stderr
     assert not was_killed or "resumed at epoch" in done.stderr

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from in_process import run
+from short_searches import short_searches
 
 from ensemble_orchestrator import COMMANDS
 from utils.core.workspace import SPLITS, Workspace
@@ -31,12 +33,13 @@ def folder(synthetic, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def workspace(folder, small_forests, short_paths) -> Workspace:
+def workspace(folder) -> Iterator[Workspace]:
     """Its file names, after discovery."""
     done = run("discover", *SMALL, workspace=folder)
     assert done.code == 0, done.stderr
     names = ("split_dataset", "checkpoints", "metrics_output", "kfold_results", "deployment_models", "cache", "logs")
-    return Workspace(folder, *(folder / name for name in names))
+    with short_searches():
+        yield Workspace(folder, *(folder / name for name in names))
 
 
 def typed(name: str, section: str, workspace: Workspace, *options: str):
@@ -76,7 +79,7 @@ def test_a_model_is_loaded_with_its_weights_and_answers(workspace, name):
 
 
 def test_predictions_are_extracted_once_and_lie_on_disk(workspace):
-    typed("build-ensemble", "build_ensemble", workspace)
+    typed("build-ensemble", "build_ensemble", workspace, "--set", "runs.model_soup.methods=[uniform]")
     for name in debug_sandbox.BACKBONES:
         for split in ("val", "test"):
             arrays = workspace.predictions(name, split)
@@ -124,7 +127,7 @@ def test_evaluation_ranks_members_and_ensembles_and_recommends_one(workspace):
 
 @needs("export")
 def test_an_exported_ensemble_is_loaded_again_and_agrees(workspace):
-    typed("export", "export", workspace, "--model-name", "soft_voting_ensemble")
+    typed("export", "export", workspace, "--model-name", "soft_voting_ensemble", "--formats", "onnx")
     package = workspace.exports / "soft_voting_ensemble"
     status = json.loads((package / "export_status.json").read_text())
     assert status["onnx"]["status"] == "ok"

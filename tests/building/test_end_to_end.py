@@ -90,11 +90,6 @@ def test_a_second_run_keeps_it_without_torch_and_another_setting_does_not(traine
     kept = run_python("-c", WITHOUT_TORCH, "fusion-train", *QUICK, "--json", "--workspace", str(own))
     assert kept.returncode == 0, kept.stderr
     assert json.loads(kept.stdout)["up_to_date"] == [NAME]
-    (own / "ensembles" / "models" / NAME / "CustomViTHybrid.pth").write_bytes(b"of somebody else")
-    orchestrator("discover", workspace=own)
-    again = orchestrator("fusion-train", *QUICK, "--json", workspace=own)
-    assert json.loads(again.stdout)["built"] == [NAME]
-    assert networks(own) == networks(trained_further)
     without = (*QUICK, "--set", "runs.fusion.end_to_end=false", "--json")
     plain = orchestrator("fusion-train", *without, workspace=own)
     assert json.loads(plain.stdout)["built"] == [NAME]
@@ -121,8 +116,12 @@ def test_it_is_current_for_its_own_settings_alone(trained_further, override, exp
     assert end_to_end.is_current(store, members, NAME, record) is expected
 
 
-def test_killed_in_the_middle_it_goes_on_to_equal_networks(trained_further, built, tmp_path):
-    own = Path(shutil.copytree(built, tmp_path / "workspace"))
+def test_a_network_that_changed_is_trained_again_and_goes_on_after_kills_to_equal_networks(
+    trained_further, tmp_path, orchestrator
+):
+    own = Path(shutil.copytree(trained_further, tmp_path / "workspace"))
+    (own / "ensembles" / "models" / NAME / "CustomViTHybrid.pth").write_bytes(b"of somebody else")
+    orchestrator("discover", workspace=own)
     command = [
         sys.executable,
         str(PROJECT / "ensemble_orchestrator.py"),
@@ -134,8 +133,9 @@ def test_killed_in_the_middle_it_goes_on_to_equal_networks(trained_further, buil
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DBT_")}
     watched = own / "ensembles" / "end_to_end" / NAME
     *_, was_killed = run_and_kill_repeatedly(2, command, environment, own, random.Random(3), watched)
-    done = run_python(*command[1:])
+    done = run_python(*command[1:], "--json")
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["built"] == [NAME]
     assert not was_killed or "resumed at epoch" in done.stderr
     assert networks(own) == networks(trained_further)
     assert record(own)["end_to_end"] == record(trained_further)["end_to_end"]

@@ -155,18 +155,20 @@ def test_the_exported_graph_holds_the_views(workspace, input_kind):
     assert parity["max_abs_diff"] <= 1e-4
 
 
-@pytest.fixture
-def folds(tmp_path, trained, monkeypatch):
-    """A workspace with fold networks, in which flips are chosen whatever the rows say."""
-    base = Path(shutil.copytree(trained, tmp_path / "w"))
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory, trained):
+    """A workspace with fold networks, in which flips are chosen whatever the rows say. Shared: remove nothing."""
+    base = tmp_path_factory.mktemp("folds") / "w"
+    shutil.copytree(trained, base, ignore=shutil.ignore_patterns("Data"))
     for path in (base / "checkpoints").glob("*.pth"):
         if not path.name.startswith(NAME) or "snapshot" in path.name:
             path.unlink()
     chosen = ViewChoice(("flip",), ("flip",), 0.1, (0.05, 0.15), 0.0)
-    monkeypatch.setattr(view_builder, "choose_views", lambda _: chosen)
     workspace = workspace_at(base)
     discover.discover(ON, workspace, verify=True)
-    build_commands.build_ensemble(ON, workspace)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(view_builder, "choose_views", lambda _: chosen)
+        build_commands.build_ensemble(ON, workspace)
     return Store(ON, workspace, catalog.load(workspace))
 
 

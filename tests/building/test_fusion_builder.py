@@ -23,7 +23,7 @@ from utils.predictions.store import Store
 METHODS = ("concat_mlp", "attention", "bilinear", "cca_aligned")
 QUICK = (
     *("--config", "configs/votes.yaml", "--set", "runs.fusion.enable=true"),
-    *("--set", "runs.fusion.fusion_config.hidden_dims=[16]", "--set", "runs.fusion.fusion_config.epochs=4"),
+    *("--set", "runs.fusion.fusion_config.hidden_dims=[16]", "--set", "runs.fusion.fusion_config.epochs=2"),
     *("--set", "runs.meta_fuser.enable=true", "--set", "runs.meta_fuser.fuser_type=attention"),
     *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,fusion_concat_mlp]"),
     *("--set", "runs.meta_fuser.mlp_config.epochs=4"),

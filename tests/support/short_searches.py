@@ -14,7 +14,7 @@ from utils.combiners import boosting, forest, fusion_learner, greedy, logistic, 
 
 @contextmanager
 def short_searches() -> Iterator[None]:
-    """Let learners and pools search few values of their settings, at least two, and greedy selections take few steps.
+    """Let learners and pools search few settings, at least two, and greedy selections take few steps.
 
     Logistic stackers keep both forms, on one kind of features; strong ridges need the fewest iterations.
     """
@@ -25,6 +25,7 @@ def short_searches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stacking_methods, "LogisticLearner", logistic_learner)
         patch.setattr(forest, "TREES", 4)
+        patch.setattr(forest, "LEAVES", forest.LEAVES[:1])
         patch.setattr(forest, "SHRINKAGES", forest.SHRINKAGES[::2])
         for learner in (boosting, fusion_learner, perceptron):
             patch.setattr(learner, "STOPS", 2)

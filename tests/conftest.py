@@ -162,6 +162,24 @@ def short_paths() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def short_searches() -> Iterator[None]:
+    """For tests of learners and builders that depend on what is searched and not on how finely."""
+    import short_fits
+
+    with short_fits.short_searches():
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_fits() -> Iterator[None]:
+    """For tests of commands that depend on neither the number of fits and timings nor on their values."""
+    import short_fits
+
+    with short_fits.few_fits():
+        yield
+
+
+@pytest.fixture(scope="module")
 def few_folds() -> Iterator[None]:
     """For tests that do not depend on the number of cross-fitting folds: nested fits of five took most of a build.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from in_process import run
-from short_searches import short_searches
+from short_fits import short_searches
 
 from ensemble_orchestrator import COMMANDS
 from utils.core.workspace import SPLITS, Workspace

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from short_searches import short_searches
+from short_fits import short_searches
 
 from utils.combiners import embedding_maps, fusion_learner
 from utils.combiners.fusion_heads import AttentionHead, BilinearHead
@@ -34,12 +34,6 @@ def recipe(method, **fusion):
 
 
 @pytest.fixture
-def shortened():
-    with short_searches():
-        yield
-
-
-@pytest.fixture
 def rows():
     """Outputs whose embeddings know the class and whose logits do not; labels; folds."""
     rng = np.random.default_rng(3)
@@ -51,6 +45,12 @@ def rows():
         for width in (4, 7, 5)
     )
     return MemberOutputs(logits, embeddings), labels, np.arange(N) // C % 3
+
+
+@pytest.fixture
+def shortened():
+    with short_searches():
+        yield
 
 
 @pytest.mark.usefixtures("shortened")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from short_searches import short_searches
 
 from utils.combiners.protocol import MemberFacts, NestedPredictions, fit_crossfitted
 from utils.core.config import validate
 from utils.meta_methods import FUSERS, INPUT_METHODS, FuserInput, MetaFuserCombiner
 from utils.predictions.rows import MemberOutputs
+
+pytestmark = pytest.mark.usefixtures("short_searches")
 
 M, N, C = 3, 120, 3
 FACTS = MemberFacts(("a", "b", "c"), np.full(M, 0.7), np.full(M, np.nan), np.full(M, np.nan))
@@ -30,12 +31,6 @@ def configuration(fuser_type="attention", inputs=("soft_voting", "hard_voting"))
 
 
 CONFIG = configuration()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 def combiner(method, config=CONFIG):

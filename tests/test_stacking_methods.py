@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from short_searches import short_searches
 
 from utils.combiners.forest import ForestLearner
 from utils.combiners.protocol import MemberFacts, fit_nested
@@ -17,6 +16,8 @@ from utils.numeric import nested_cv
 from utils.numeric.metrics import log_loss, softmax
 from utils.numeric.uniform_mixture import mixed_with_uniform, uniform_weight
 from utils.stacking_methods import COMBINERS, Calibration, calibrate
+
+pytestmark = pytest.mark.usefixtures("short_searches")
 
 M, N, C = 3, 200, 3
 FACTS = MemberFacts(("a", "b", "c"), np.full(M, 0.7), np.full(M, np.nan), np.full(M, np.nan))
@@ -29,12 +30,6 @@ QUICK = {
     }
 }
 CONFIG = validate(QUICK, source=Path("of the test"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 @pytest.fixture(scope="module")

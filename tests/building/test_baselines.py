@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from short_searches import short_searches
 
 from utils.building import baselines, ensembles, family_fits
 from utils.building.ensembles import Crossfit, Ensemble, Provenance
@@ -23,16 +22,12 @@ from utils.core.workspace import Workspace
 from utils.ensemble_methods import SoftVoting
 from utils.numeric.metrics import log_loss, softmax
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 N, C = 200, 3
 FACTS = MemberFacts(("a", "b"), np.array([0.5, 0.6]), np.full(2, np.nan), np.full(2, np.nan))
 NO_ROWS = Provenance((), ())
 WORKSPACE = Workspace(*([Path("nowhere")] * 8))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 @pytest.fixture

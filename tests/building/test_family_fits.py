@@ -8,7 +8,6 @@ import pytest
 from conftest import PROJECT
 from equality import differences
 from given_predictions import empty_workspace, take_in, write
-from short_searches import short_searches
 
 from utils.building import build_commands, family_fits, stacking_builder
 from utils.combiners.fit_demand import FitDemand
@@ -16,6 +15,8 @@ from utils.combiners.logistic import LogisticLearner
 from utils.core import engines, worker_processes
 from utils.core.config_file import load_config
 from utils.core.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("short_searches")
 
 CONFIG = load_config(
     PROJECT / "configs" / "votes.yaml",
@@ -29,12 +30,6 @@ CONFIG = load_config(
         "pruning.methods=[greedy_forward,greedy_backward]",
     ],
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PROJECT
-from short_searches import short_searches
 from stored_predictions import workspace_at
 
 from utils.building import embedding_rows, fusion_builder
@@ -19,6 +18,8 @@ from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.predictions import catalog, extraction
 from utils.predictions.store import Store
+
+pytestmark = pytest.mark.usefixtures("short_searches")
 
 METHODS = ("concat_mlp", "attention", "bilinear", "cca_aligned")
 QUICK = (
@@ -29,12 +30,6 @@ QUICK = (
     *("--set", "runs.meta_fuser.mlp_config.epochs=4"),
 )
 ONE = ("--set", "runs.fusion.fusion_methods=[concat_mlp]")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 from conftest import PROJECT
 from embedded_members import embedded
 from given_predictions import empty_workspace, take_in, write
-from short_searches import short_searches
 
 from utils.building import build_commands, ensembles, fusion_builder
 from utils.building.ensembles import Crossfit
@@ -20,6 +19,8 @@ from utils.core.errors import UserError
 from utils.numeric.metrics import log_loss
 from utils.predictions.rows import Rows
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 OVERRIDES = (
     *("device=cpu", "runs.fusion.enable=true", "runs.fusion.fusion_methods=[concat_mlp]"),
     *("runs.fusion.fusion_config.hidden_dims=[8]", "runs.fusion.fusion_config.epochs=6"),
@@ -28,12 +29,6 @@ OVERRIDES = (
 
 def config(*overrides):
     return load_config(PROJECT / "configs" / "votes.yaml", overrides=[*OVERRIDES, *overrides])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 from given_predictions import empty_workspace, logged, take_in, write
-from short_searches import short_searches
 
 from utils.building import baselines, build_commands, ensembles, fuser_inputs, listing
 from utils.building.builder_protocol import Session, state_of
@@ -24,17 +23,13 @@ from utils.core.workspace import Workspace
 from utils.numeric import nested_cv
 from utils.operations import upkeep
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 ON = ("runs.meta_fuser.enable=true", "runs.meta_fuser.input_ensembles=[soft_voting,logit_averaging]")
 
 
 def config(*overrides: str) -> Config:
     return load_config(PROJECT / "configs" / "votes.yaml", overrides=(*ON, *overrides))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 @pytest.fixture(scope="module")

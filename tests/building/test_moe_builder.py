@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from finished_workspace import at
 from given_predictions import CONFIG, take_in, write
-from short_searches import short_searches
 
 from utils.building import build_commands, ensembles
 from utils.building.builder_protocol import Session, state_of
@@ -26,6 +25,8 @@ from utils.numeric.metrics import softmax
 from utils.predictions import catalog, member_selection, streaming
 from utils.predictions.store import Store
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 ON = (
     "runs.moe.enable=true",
     "runs.stacking.fallback=false",
@@ -34,12 +35,6 @@ ON = (
     "runs.cascade.enable=true",
 )
 QUICK = ("--config", "configs/votes.yaml", *(word for value in ON for word in ("--set", value)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 @pytest.fixture(scope="module")

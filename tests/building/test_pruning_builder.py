@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import run_python
 from finished_workspace import CONFIG, at
-from short_searches import short_searches
 
 from utils.building import latency, pruning_builder
 from utils.building.build_commands import build_ensemble
@@ -18,15 +17,11 @@ from utils.core.config_file import load_config
 from utils.core.errors import UserError
 from utils.operations import inventory
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 METHODS = ("greedy_forward", "greedy_backward", "diversity_max", "clustering")
 PRUNED = tuple(f"pruned_{method}" for method in METHODS)
 ON = ("pruning.enable=true", "device=cpu", "pruning.cost_budget.max_latency_ms=null")  # a busy machine is slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from short_searches import short_searches
 from stored_predictions import CONFIG, workspace_at
 
 from utils.building import ensembles
@@ -15,17 +14,13 @@ from utils.core.errors import UserError
 from utils.predictions import catalog, fold_networks
 from utils.predictions.store import Store
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 DEMO = (
     *("--config", "configs/votes.yaml", "--set", "runs.stacking.enable=true"),
     *("--set", "runs.stacking.meta_learners=[lr]"),
 )
 FOLDS = (*DEMO, "--set", "runs.stacking.inference_members=folds")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 def test_what_was_fitted_for_fold_networks_is_answered_by_them(own_copy, orchestrator):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from short_searches import short_searches
+
+pytestmark = pytest.mark.usefixtures("short_searches")
 
 QUICK = (
     *("--set", "runs.stacking.enable=true", "--set", "runs.stacking.mlp_config.epochs=6"),
@@ -17,12 +18,6 @@ QUICK = (
     *("--set", "runs.meta_fuser.input_ensembles=[soft_voting,logit_averaging,stacking_lr]"),
     *("--set", "runs.meta_fuser.mlp_config.epochs=6", "--config", "configs/votes.yaml"),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from combiner_cases import FACTS, QUICK, C, M, N, changed_settings, facts_of
-from short_searches import short_searches
 
 from utils.building import ensembles
 from utils.building.ensembles import COMBINERS, Crossfit, Ensemble, Provenance
@@ -24,14 +23,10 @@ from utils.numeric.metrics import log_loss_per_row
 from utils.numeric.uniform_mixture import mixed_with_uniform
 from utils.predictions.rows import MemberOutputs
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 WIDTHS = (5, 8, 4, 6)
 FOLDS = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 @pytest.fixture(params=sorted(COMBINERS), scope="module")

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 from combiner_cases import FACTS, QUICK, C, M
-from short_searches import short_searches
 
 from utils.building.ensembles import COMBINERS
 from utils.combiners.protocol import fit_nested
@@ -15,14 +14,10 @@ from utils.numeric import nested_cv
 from utils.numeric.nested_cv import inner_folds
 from utils.predictions.rows import MemberOutputs
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 WIDTHS = (5, 8, 4, 6)
 N = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 def labels_of(case: str) -> np.ndarray:

@@ -6,7 +6,6 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
-from short_searches import short_searches
 
 from utils.combiners import greedy, pooling
 from utils.combiners.greedy import GreedySelection
@@ -14,14 +13,10 @@ from utils.combiners.protocol import fit_crossfitted, fit_nested
 from utils.combiners.shared_fits import SharedFits
 from utils.combiners.weighting import WeightedPool
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 FOLDS = 4
 PAIRS, TRIPLES = 6, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from short_searches import short_searches
 
 from utils import stacking_methods
 from utils.building import ensembles
@@ -22,14 +21,10 @@ from utils.meta_methods import FUSERS, MetaFuserCombiner
 from utils.numeric.metrics import accuracy
 from utils.predictions.rows import MemberRows, Rows, align
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 SHAPE = {"hidden_dims": [8], "epochs": 4, "lr": 0.01}
 LEARNERS = [*sorted(stacking_methods.COMBINERS), *(f"meta_fuser {kind}" for kind in sorted(FUSERS))]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shortened():
-    with short_searches():
-        yield
 
 
 def recipe(what: str, members: int):

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import small_disk
 from conftest import PROJECT, run_python
-from few_fits import few_fits
 from in_process import run
+from short_fits import few_fits
 
 import ensemble_orchestrator
 import ensemble_system

@@ -12,7 +12,6 @@ import pytest
 from conftest import PROJECT
 from embedded_members import embedded
 from evaluated_workspaces import write_workspace
-from few_fits import fewer_fits  # noqa: F401
 from given_predictions import write
 from in_process import run
 
@@ -22,6 +21,8 @@ from utils.core import errors
 from utils.core.config import Config
 from utils.core.config_sections import Section
 from utils.inference import output_files
+
+pytestmark = pytest.mark.usefixtures("few_fits")
 
 PAGE = (PROJECT / "docs" / "contract.md").read_text()
 SMALL = (

@@ -17,7 +17,7 @@ import sys
 from contextlib import ExitStack
 
 sys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / "tests" / "support")!r}]
-from few_fits import few_fits
+from short_fits import few_fits
 from in_process import write_pixel
 
 import ensemble_orchestrator

@@ -8,10 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
-from few_fits import fewer_fits  # noqa: F401
 from timm_folders import fit_head, save_folder
 
 from utils.discovery import preprocessing_sources
+
+pytestmark = pytest.mark.usefixtures("few_fits")
 
 CLASSES = ("blue", "red", "yellow")
 COLOURS = ((115, 115, 135), (135, 115, 115), (128, 128, 110))

@@ -7,9 +7,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from fake_cuda import fake_cuda
-from few_fits import fewer_fits  # noqa: F401
 from in_process import run
+
+pytestmark = pytest.mark.usefixtures("few_fits")
 
 SMALL = (
     "backbones.include=[CustomResNetMish,CustomViTHybrid]",

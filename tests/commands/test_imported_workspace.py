@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PROJECT, run_python
-from few_fits import fewer_fits  # noqa: F401
 from given_predictions import content, empty_workspace, opened, shuffled, take_in, write
 
 from utils.evaluation import score_plots
+
+pytestmark = pytest.mark.usefixtures("few_fits")
 
 DEMO = ("--config", "configs/votes.yaml")
 MEMBERS = ("bayes", "forest", "logistic", "neighbours")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from few_fits import few_fits
+from short_fits import few_fits
 from stored_predictions import CONFIG, workspace_at
 
 from utils.building.ensembles import COMBINERS

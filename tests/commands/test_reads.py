@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT
-from few_fits import fewer_fits  # noqa: F401
 from file_reads import counted_reads
 from given_predictions import empty_workspace, take_in, write
 
@@ -20,6 +19,8 @@ from utils.core.config import Config
 from utils.core.config_file import load_config
 from utils.core.workspace import Workspace
 from utils.operations import upkeep
+
+pytestmark = pytest.mark.usefixtures("few_fits")
 
 ON = (
     "runs.stacking.enable=true",

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from few_fits import fewer_fits  # noqa: F401
 from given_predictions import write
 from in_process import run
 
 from utils.core.config_file import load_config
+
+pytestmark = pytest.mark.usefixtures("few_fits")
 
 SMALL = (
     *("--set", "runs.score_ensemble.methods=[soft_voting,weighted]", "--set", "runs.stacking.meta_learners=[lr,mlp]"),

@@ -6,11 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
-from few_fits import fewer_fits  # noqa: F401
 from in_process import run
 
 from utils.numeric.setting_paths import FIT_THREADS
+
+pytestmark = pytest.mark.usefixtures("few_fits")
 
 SETTINGS = (
     *("device=cpu", "dataset.num_workers=0", "dataset.img_size=32", "dataset.batch_size=4", "dataset.group_regex=null"),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import made_once, run_python
-from few_fits import fewer_fits  # noqa: F401
 from given_predictions import write
 from in_process import every_plot, run
+
+pytestmark = pytest.mark.usefixtures("few_fits")
 
 OPTIONS = (
     *("--config", "configs/votes.yaml", "--json", "--quiet"),

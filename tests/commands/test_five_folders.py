@@ -18,7 +18,7 @@ CLASSES = ("blue", "red", "yellow")
 COLOURS = ((115, 115, 135), (135, 115, 115), (128, 128, 110))
 LABEL_NAMES = ["yellow", "blue", "red"]
 ARCHITECTURES = ("test_convnext", "test_efficientnet", "test_resnet", "test_vit", "test_vit3")
-PHOTOGRAPHS = 60
+PHOTOGRAPHS = 120
 SPLITS = ("train", "train", "val", "test")
 PIPELINE = (
     *("--config", "configs/votes.yaml", "--set", "backbones.include=all", "--set", "device=cpu"),

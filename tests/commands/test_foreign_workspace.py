@@ -115,8 +115,8 @@ def test_predictions_that_do_not_fit_are_made_again_with_its_networks(discovered
     done = run("discover", workspace=workspace)
     assert done.returncode == 0, done.stderr
     end = f"--base-back {foreign.base_back} --workspace {workspace}"
-    (line,) = [line for line in done.stdout.splitlines() if "10 of 240 train images" in line]
-    assert line.startswith("warning: CustomCoAtNet, CustomConvNeXt: out-of-fold predictions for 10 of 240")
+    (line,) = [line for line in done.stdout.splitlines() if "10 of 400 train images" in line]
+    assert line.startswith("warning: CustomCoAtNet, CustomConvNeXt: out-of-fold predictions for 10 of 400")
     assert line.endswith(f"--stages kfold --backbones CustomCoAtNet CustomConvNeXt {end}")
     (line,) = [line for line in done.stdout.splitlines() if "refused: no array fold" in line]
     assert "It is used without them. Run K-fold on this split again: python" in line
@@ -130,7 +130,7 @@ def test_folds_of_its_networks_are_checked_with_it_and_left_open_with_another(
     kfold = ("--stages", "kfold", "--backbones", "CustomConvNeXt", "--folds", "2", "--epochs-head", "0")
     theirs = ("--base-back", str(foreign.base_back))
     pixels = {"DBT_IMG_SIZE": "32"}
-    done = base_main(*theirs, *kfold, "--epochs-finetune", "1", workspace=workspace, environment=pixels)
+    done = base_main(*theirs, *kfold, "--epochs-finetune", "2", workspace=workspace, environment=pixels)
     assert done.returncode == 0, done.stderr
     bundled = ("--workspace", str(workspace), "--base-back", str(PROJECT / "BASE-BACK"))
     done = run_python(str(PROJECT / "ensemble_orchestrator.py"), "discover", "--verify", *DEMO, *bundled)
@@ -146,7 +146,7 @@ def test_folds_of_its_networks_are_checked_with_it_and_left_open_with_another(
     assert done.returncode == 0, done.stderr
     for fold in ("fold0", "fold1"):
         assert f"verify CustomConvNeXt {fold}: ran on" in done.stderr
-    assert catalog(workspace)["members"]["CustomConvNeXt"]["oof"]["rows"] == 240
+    assert catalog(workspace)["members"]["CustomConvNeXt"]["oof"]["rows"] == 400
     found = {p["code"] for p in catalog(workspace)["problems"] if p["member"] == "CustomConvNeXt"}
     assert not {code for code in found if code.startswith(("oof", "fold", "no_oof"))}
 
@@ -203,7 +203,7 @@ def test_voted_and_evaluated_as_its_own_code_would(discovered, foreign, run, tmp
     ranking = json.loads((workspace / "metrics_output" / "ensembles" / "ranking.json").read_text())
     assert ranking["recommended"]["evidence"]["rows"] == "val"
     surplus = {p["message"] for p in catalog(workspace)["problems"] if p["code"] == "surplus_logits"}
-    assert surplus == {f"{SURPLUS}; on the 30 val images they are never predicted"}
+    assert surplus == {f"{SURPLUS}; on the 50 val images they are never predicted"}
 
 
 def test_one_of_its_networks_is_taught_by_the_others(discovered, foreign, run, tmp_path):

@@ -46,6 +46,10 @@ class AttentionGate:
         return softmax(_scores(values, self.matrices, self.biases))
 
 
+SCORE_STEP = 2.0**-20
+"""Multiples of it are compared when experts are selected: a power of two, so that the division is exact."""
+
+
 @dataclass(frozen=True)
 class ExpertChoice:
     """The experts of one gate."""
@@ -82,9 +86,13 @@ class SparseGate:
         return softmax(np.where(takes_part, scores, -np.inf))
 
     def chosen(self, scores: np.ndarray) -> np.ndarray:
-        """Return which scores (N, E) are the `top_k` largest of their row, bool; ties go to the better experts."""
+        """Return which scores (N, E) are the `top_k` largest of their row, bool; ties go to the better experts.
+
+        Scores that agree up to `SCORE_STEP` are ties: after few steps of Adam, which are of equal size at first,
+        experts differ by rounding errors only, which are others in an exported file.
+        """
         mask = np.zeros(scores.shape, dtype=bool)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : self.top_k]
+        order = np.argsort(-np.round(scores / SCORE_STEP), axis=1, kind="stable")[:, : self.top_k]
         np.put_along_axis(mask, order, True, axis=1)
         return mask
 

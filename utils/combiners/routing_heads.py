@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.combiners.gates import SCORE_STEP
 from utils.combiners.heads import tempered
 from utils.numeric.metrics import SMALLEST_PROBABILITY
 
 
 def top_k_mask(scores: Tensor, count: int) -> Tensor:
-    """Return which scores (B, E) are the `count` largest of their row, bool (B, E); ties go to the first.
+    """Return which scores (B, E) are the `count` largest of their row, bool (B, E), as `SparseGate.chosen` does.
 
-    All pairs are compared, because runtimes differ in how `topk` breaks ties.
+    All pairs are compared, because runtimes differ in how `topk` breaks ties, which go to the first.
     """
-    experts = scores.shape[1]
+    scores, experts = torch.round(scores / SCORE_STEP), scores.shape[1]
     earlier = torch.ones(experts, experts, dtype=torch.bool, device=scores.device).tril(-1)
     score, other = scores[:, :, None], scores[:, None, :]
     ahead = (other > score) | ((other == score) & earlier)

@@ -49,11 +49,14 @@ from utils.datasets import (
 )
 
 torch.set_num_threads(1)
+listed = Path.iterdir
+Path.iterdir = lambda folder: iter(sorted(listed(folder)))  # the same split on every file system
 prepare_optimized_datasets()
+Path.iterdir = listed
 plain = create_optimized_transforms(IMG_SIZE, is_training=False)
 train, val, test = (WindowsCompatibleImageFolder(folder, plain) for folder in (TRAIN_DIR, VAL_DIR, TEST_DIR))
 for dataset in (train, val, test):
-    dataset.samples.sort()  # here alone it is not the file system that decides
+    dataset.samples.sort()  # here and in the split it is not the file system that decides
 loaders = [create_optimized_dataloader(dataset, 32, dataset is train, num_workers=0) for dataset in (train, val, test)]
 state = {"completed_backbones": [], "results": {}, "timestamp": "2025-01-01T00:00:00"}
 EPOCHS = 8

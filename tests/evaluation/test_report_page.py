@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 
 import given_predictions as given
 import pytest
@@ -87,6 +88,17 @@ def test_it_is_one_file_that_asks_for_nothing(synthetic):
     assert len(text) < 5e6
     ids = [facts["id"] for _, facts in page.elements if "id" in facts]
     assert len(ids) == len(set(ids))
+
+
+def test_empty_figures_of_one_test_are_not_found_again_by_another(tmp_path):
+    size = replace(synthetic_report.QUICK, rows=200)  # figures that no other test draws
+    workspace = synthetic_report.synthetic(tmp_path, size)
+    with empty_figures():
+        write_page(workspace)
+    assert "before the temperature" not in page_of(workspace).text
+    workspace.report("test").unlink()
+    write_page(workspace)
+    assert "before the temperature" in page_of(workspace).text
 
 
 def test_it_is_the_same_again_and_current_until_a_record_changes(tmp_path):

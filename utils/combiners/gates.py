@@ -17,6 +17,8 @@ from utils.numeric.metrics import softmax
 
 KIND = "log_probabilities"
 """Kind of the features that gates read."""
+SCORE_STEP = 2.0**-20
+"""Multiples of it are compared when experts are selected: a power of two, so that the division is exact."""
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -44,10 +46,6 @@ class AttentionGate:
     def _weights(self, values: np.ndarray) -> np.ndarray:
         """Features (N, F) -> weights (N, M)."""
         return softmax(_scores(values, self.matrices, self.biases))
-
-
-SCORE_STEP = 2.0**-20
-"""Multiples of it are compared when experts are selected: a power of two, so that the division is exact."""
 
 
 @dataclass(frozen=True)

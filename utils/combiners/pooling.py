@@ -60,7 +60,7 @@ def fixed_weights(
 ) -> Weighting:
     """Return a weighting by given weights (M,); `calibrate` fits a temperature."""
     crossfit = pool.pooled(np.tensordot(weights, pool.parts(scores), axes=1))
-    [(divisor, crossfit)] = _calibrated(crossfit[None], labels, folds, calibrate=calibrate)
+    [(divisor, crossfit)] = calibrated(crossfit[None], labels, folds, calibrate=calibrate)
     return Weighting(pool, weights, divisor, crossfit)
 
 
@@ -107,7 +107,7 @@ def tuned_weights(
             for number in np.unique(folds)
         )
         unseen = _unseen(pool, parts, folds, fold_weights)
-        [held_out] = _calibrated(unseen[None], labels, folds, calibrate=calibrate)
+        [held_out] = calibrated(unseen[None], labels, folds, calibrate=calibrate)
     solution = weight_search.minimise(pool.loss(parts, labels, metric), **options)
     return Weighting(pool, solution.weights, *held_out, fold_weights, strength, solution.gap)
 
@@ -146,7 +146,7 @@ def with_members_added(
     crossfit = _unseen(weighting.pool, parts, folds, fold_weights)
     if _score(crossfit, labels, metric) <= _score(weighting.crossfit, labels, metric):
         return weighting
-    [(divisor, crossfit)] = _calibrated(crossfit[None], labels, folds, calibrate=calibrate)
+    [(divisor, crossfit)] = calibrated(crossfit[None], labels, folds, calibrate=calibrate)
     weights = _moved(weighting.pool, parts, labels, weighting.weights, metric, seed)
     return replace(
         weighting, weights=weights, temperature=divisor, crossfit=crossfit, fold_weights=fold_weights, added=True
@@ -176,7 +176,7 @@ def tuning_rows(labels: NDArray[Any], folds: NDArray[Any], scores_per_row: int) 
     return np.sort(np.concatenate([rows[::step] for rows in by_fold]))
 
 
-def _calibrated(
+def calibrated(
     log_probabilities: Floats, labels: NDArray[Any], folds: NDArray[Any], *, calibrate: bool
 ) -> list[tuple[float, Floats]]:
     """Return, for each of B log-probabilities (B, N, C), a temperature and the rows at those of the other folds.
@@ -227,7 +227,7 @@ def _tried(
         rows = parts[:, folds != number], labels[folds != number]
         paths.append(shared.result((pool.name, metric), rows, partial(_path, pool, *rows, metric)))
     unseen = np.stack([_unseen(pool, parts, folds, fold_weights) for fold_weights in zip(*paths, strict=True)])
-    candidates = _calibrated(unseen, labels, folds, calibrate=calibrate)
+    candidates = calibrated(unseen, labels, folds, calibrate=calibrate)
     means = np.array([pooled_losses(crossfit, labels, metric).mean() for _, crossfit in candidates])
     best = int(np.flatnonzero(means <= means.min() + 1e-9 * abs(means.min()))[0])
     if metric in PIECEWISE_CONSTANT and _hits_more(candidates[0][1], candidates[best][1], labels, metric):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.combiners.pooled_members import PooledMembers
-from utils.combiners.pooling import PIECEWISE_CONSTANT
+from utils.combiners.pooling import PIECEWISE_CONSTANT, calibrated
 from utils.combiners.protocol import Combiner, MemberFacts, unsaved
 from utils.combiners.subset_search import SEARCHES, CostLimit, Subset, SubsetProblem
 from utils.core.config import Config
@@ -23,7 +23,7 @@ from utils.core.display_text import first_names
 from utils.numeric import temperature
 from utils.numeric.candidate_losses import TIE_TOLERANCE, candidate_losses
 from utils.numeric.means import is_within_one_standard_error
-from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, log_softmax, row_losses
+from utils.numeric.metrics import METRICS, SMALLEST_PROBABILITY, row_losses
 from utils.numeric.pareto import pareto_front
 
 SHOWN = 3  # most names in a reason
@@ -155,16 +155,8 @@ class Pruned(PooledMembers):
         calibrate: bool,
     ) -> tuple[ScoredSubset, ...]:
         """Score K subsets by cross-fitted log-probabilities (K, N, C), at temperatures with `calibrate`."""
-        if not calibrate:
-            return tuple(
-                self._point(subset, 1.0, crossfit, labels)
-                for subset, crossfit in zip(subsets, log_probabilities, strict=True)
-            )
-        choices = temperature.select_temperatures(log_probabilities, labels, folds)
-        return tuple(
-            self._point(subset, choice.temperature, log_softmax(each / choice.row_temperatures[:, None]), labels)
-            for subset, choice, each in zip(subsets, choices, log_probabilities, strict=True)
-        )
+        scored = calibrated(log_probabilities, labels, folds, calibrate=calibrate)
+        return tuple(self._point(subset, *each, labels) for subset, each in zip(subsets, scored, strict=True))
 
     def _point(self, subset: Subset, divisor: float, crossfit: Floats, labels: np.ndarray) -> ScoredSubset:
         probabilities = np.exp(crossfit)

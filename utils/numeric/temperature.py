@@ -61,10 +61,10 @@ def select_temperatures(scores: NDArray[Any], labels: NDArray[Any], folds: NDArr
     fitted = _fit_all(scores, labels, [np.flatnonzero(fold_of_row != fold) for fold in range(len(fold_names))])
     fitted = fitted[:, fold_of_row]
     held_out = np.array([_log_loss(each, labels, divisors) for each, divisors in zip(scores, fitted, strict=True)])
-    gains = np.flatnonzero(held_out < initial)
+    is_better = held_out < initial
     temperatures = np.ones(len(scores))
-    temperatures[gains] = _fit_all(scores[gains], labels, [np.arange(len(labels))])[:, 0]
-    row_temperatures = np.where((held_out < initial)[:, None], fitted, ones)
+    temperatures[is_better] = _fit_all(scores[is_better], labels, [np.arange(len(labels))])[:, 0]
+    row_temperatures = np.where(is_better[:, None], fitted, ones)
     return [
         TemperatureChoice(float(divisor), rows, float(before), float(after))
         for divisor, rows, before, after in zip(temperatures, row_temperatures, initial, held_out, strict=True)
@@ -96,11 +96,9 @@ def _fit_all(scores: NDArray[Any], labels: NDArray[Any], subsets: Sequence[NDArr
     is_row = np.arange(n_rows) < counts[:, None]  # (K, n): others are padding
     padded = np.zeros((len(subsets), n_rows), dtype=np.int64)
     padded[is_row] = np.concatenate(subsets)
-    numbers = [(each, subset) for each in range(len(scores)) for subset in range(len(subsets))]
-    length = MAX_BATCHED // (n_rows * n_classes)
-    inverse = np.empty(len(numbers))
-    for start in range(0, len(numbers), length):
-        sets, chosen = np.array(numbers[start : start + length]).T
+    inverse, length = np.empty(len(scores) * len(subsets)), MAX_BATCHED // (n_rows * n_classes)
+    for start in range(0, len(inverse), length):
+        sets, chosen = np.divmod(np.arange(start, min(start + length, len(inverse))), len(subsets))
         rows = padded[chosen]  # (F, n)
         values = np.asarray(scores[sets[:, None], rows], dtype=np.float64)  # (F, n, C)
         values -= np.take_along_axis(values, labels[rows][:, :, None], axis=2)

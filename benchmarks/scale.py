@@ -36,6 +36,7 @@ TRAIN_SHARE = 0.8
 """Of the out-of-sample rows; the others are val, and test has as many as val."""
 SIGNALS = (2.0, 3.0)
 """Of the weakest and the strongest member."""
+OUT_OF_SAMPLE = ("oof", "val")
 FOLDS = 5
 LEFT_OUT = 4  # finished without some requested part
 LEARNERS = ("lr", "xgb", "mlp")
@@ -123,10 +124,10 @@ def rows(
     return table
 
 
-def write_predictions(folder: Path, size: Size, seed: int) -> None:
-    """Write `<member>/{oof,val,test}.npz` of simulated members below `folder`."""
+def write_predictions(folder: Path, size: Size, seed: int, *, test_rows: int | None = None) -> None:
+    """Write `<member>/{oof,val,test}.npz` of simulated members below `folder`; by default test has as many as val."""
     train = round(TRAIN_SHARE * size.rows)
-    counts = {"oof": train, "val": size.rows - train, "test": size.rows - train}
+    counts = {"oof": train, "val": size.rows - train, "test": test_rows or size.rows - train}
     described = SimulatedWorkspace("", sum(counts.values()), size.classes, float(np.mean(SIGNALS)))
     signals = np.linspace(*SIGNALS, size.members).tolist()
     drawn = draw(described, np.random.default_rng(seed), size.members, signals=signals)
@@ -146,8 +147,11 @@ def write_predictions(folder: Path, size: Size, seed: int) -> None:
             np.savez(place / f"{stem}.npz", logits=drawn.logits[member, part].astype(np.float32), **common)
 
 
-def run_command(command: str, folder: Path, size: Size) -> Cost:
-    """Run one command of the product in the workspace below `folder`. Raises SystemExit where it fails."""
+def run_command(command: str, folder: Path, size: Size, *, overrides: Sequence[str] = ()) -> Cost:
+    """Run one command of the product in the workspace below `folder`; `overrides` are additional `--set` settings.
+
+    Raises SystemExit where it fails.
+    """
     call = [sys.executable, "ensemble_orchestrator.py", command, "--workspace", str(folder / "workspace")]
     if command == COMMANDS[0]:
         call += ["--from", str(folder / "predictions")]
@@ -160,6 +164,7 @@ def run_command(command: str, folder: Path, size: Size) -> Cost:
         "runs.meta_fuser.fuser_type=convex",
         "runs.model_soup.enable=false",
         "backbones.include=all",
+        *overrides,
     ]
     cost = timed([*call, *(part for setting in settings for part in ("--set", setting))])
     print(f"{command}: {cost.seconds:.1f} s", file=sys.stderr, flush=True)
@@ -191,7 +196,7 @@ def fit_peers(folder: Path, size: Size) -> None:
     from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedKFold
 
-    table, labels = _peer_rows(folder / "predictions")
+    table, labels = peer_rows(folder / "predictions")
     folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(table, labels))
     everything = np.arange(len(labels))
     fits = [(name, *fold) for name in LEARNERS for fold in [*folds, (everything, everything[:0])]]
@@ -223,12 +228,12 @@ def _fit_peer(
     return answers, time.perf_counter() - start
 
 
-def _peer_rows(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities float32 (N, M * C) and labels (N,) of the out-of-sample rows."""
+def peer_rows(folder: Path, stems: Sequence[str] = OUT_OF_SAMPLE) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities float32 (N, M * C) and labels (N,) of the rows of these files of every member."""
     from scipy.special import log_softmax
 
     tables, labels = [], []
-    for stem in ("oof", "val"):
+    for stem in stems:
         parts = []
         for member in sorted(folder.iterdir()):
             with np.load(member / f"{stem}.npz") as found:

@@ -96,14 +96,13 @@ def _bare_forest(
 ) -> Iterator[Callable[[], Any]]:
     from sklearn.ensemble import RandomForestClassifier
 
-    from utils.combiners.forest import LEAVES, TREES
+    from utils.combiners.forest import SAMPLE, TREES
     from utils.combiners.stacking_features import STEPS, features
 
     table = features(logits, STEPS)
-    for number, rows in enumerate(fits):
-        for leaf in LEAVES if number < len(fits) - 1 else [recipe.facts["setting"]["min_samples_leaf"]]:
-            model = RandomForestClassifier(TREES, min_samples_leaf=leaf, random_state=0, n_jobs=1)
-            yield lambda model=model, rows=rows: model.fit(table[rows], labels[rows])
+    for rows in fits:
+        model = RandomForestClassifier(TREES, max_samples=SAMPLE, random_state=0, n_jobs=1)
+        yield lambda model=model, rows=rows: model.fit(table[rows], labels[rows])
 
 
 def _bare_logistic(

@@ -17,7 +17,7 @@ def test_predictions_are_those_of_one_draw_in_three_splits(tmp_path):
         assert (len(oof["labels"]), len(val["labels"])) == (48, 12)
         assert np.bincount(oof["fold"]).min() >= 9
         assert "fold" not in val
-        table, labels = scale._peer_rows(tmp_path)
+        table, labels = scale.peer_rows(tmp_path)
         np.testing.assert_array_equal(labels, np.concatenate([oof["labels"], val["labels"]]))
         assert table.shape == (60, 6)
         np.testing.assert_allclose(np.exp(table).reshape(60, 2, 3).sum(axis=2), 1, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What must not leak: in-sample predictions into a stacker, and labels into predictions that are called unseen."""
+"""What must not leak: in-sample predictions into a stacker, and labels into cross-fitted predictions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from short_fits import few_fits
 from stored_predictions import CONFIG, workspace_at
 
 from utils.building.ensembles import COMBINERS
-from utils.combiners.protocol import MemberFacts, fit_crossfitted
+from utils.combiners.protocol import MemberFacts, fit_crossfitted, fit_nested
 from utils.core.config import validate
 from utils.core.config_file import load_config
 from utils.meta_methods import FUSERS
@@ -64,7 +64,7 @@ def test_memorised_train_rows_passed_off_as_out_of_fold_reach_no_stacker(own_cop
 
 
 def recipe(method: str, fuser_type: str):
-    """Unfitted, without what would draw it to the uniform probabilities and so hide a leak."""
+    """Unfitted, without what would draw it to the uniform probabilities and so make the labels matter less."""
     shape = {"hidden_dims": [8], "epochs": 6, "lr": 0.01}
     runs = {
         "score_ensemble": {"temperature": "off"},
@@ -85,10 +85,42 @@ EVERY = [(method, "xgb") for method in sorted(COMBINERS)] + [
 ]
 
 
+READ_LABELS_OF_ALL_FOLDS = [("meta_fuser", kind) for kind in sorted(FUSERS) if kind != "convex"]
+"""Their inputs on other rows are by copies that have read the labels of the held-out fold (Wolpert 1992)."""
+
+
+def outputs_for(unfitted, logits, rng):
+    """The logits, with embeddings that tell what they tell where the combiner reads them."""
+    if not unfitted.reads_embeddings:
+        return logits
+    return MemberOutputs(logits, tuple(logits @ rng.normal(size=(C, 6)).astype(np.float32)))
+
+
 @pytest.mark.usefixtures("small_forests")
-@pytest.mark.parametrize(("method", "fuser_type"), EVERY)
-def test_unseen_predictions_of_shuffled_labels_are_no_better_than_chance(method, fuser_type):
-    """Over several draws, so that little of a leak hides in chance; any leak of a row's own label shows at once."""
+@pytest.mark.parametrize(("method", "fuser_type"), [entry for entry in EVERY if entry not in READ_LABELS_OF_ALL_FOLDS])
+def test_cross_fitted_predictions_do_not_depend_on_the_labels_of_their_fold(method, fuser_type):
+    """Other labels in one fold leave what is fitted without it as it is, and change what is fitted with it."""
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(N) % C)
+    folds = rng.permutation(np.repeat(np.arange(5), (N // 2, *[N // 8] * 4)))  # fold 0 outweighs the others
+    logits = rng.normal(size=(M, N, C)).astype(np.float32)
+    logits[0, np.arange(N), labels] += 3
+    inside = folds == 0
+    others = labels.copy()
+    others[inside] = logits[2, inside].argmax(axis=1)  # by these the last member is the best, by `labels` the first
+    unfitted = recipe(method, fuser_type)
+    outputs = outputs_for(unfitted, logits, rng)
+    first, second = (fit_nested(recipe(method, fuser_type), outputs, given, folds) for given in (labels, others))
+    np.testing.assert_array_equal(first.crossfit[inside], second.crossfit[inside])
+    if first.inner:  # a convex fuser has no copies without two folds
+        np.testing.assert_array_equal(first.inner[0], second.inner[0])
+    if unfitted.learns:
+        assert np.abs(first.crossfit[~inside] - second.crossfit[~inside]).max() > 0.01
+
+
+@pytest.mark.parametrize(("method", "fuser_type"), READ_LABELS_OF_ALL_FOLDS)
+def test_fusers_of_shuffled_labels_are_no_better_than_chance(method, fuser_type):
+    """Over several draws, so that little of a leak hides in chance."""
     hits, losses = [], []
     for draw in range(DRAWS):
         rng = np.random.default_rng(draw)
@@ -97,17 +129,14 @@ def test_unseen_predictions_of_shuffled_labels_are_no_better_than_chance(method,
         logits[:, np.arange(N), labels] += 2  # members that know the true labels, which the shuffled ones are not
         shuffled = rng.permutation(labels)
         unfitted = recipe(method, fuser_type)
-        outputs = logits
-        if unfitted.reads_embeddings:
-            outputs = MemberOutputs(logits, tuple(logits @ rng.normal(size=(C, 6)).astype(np.float32)))
-        unseen = fit_crossfitted(unfitted, outputs, shuffled, rng.integers(0, 5, N))
+        unseen = fit_crossfitted(unfitted, outputs_for(unfitted, logits, rng), shuffled, rng.integers(0, 5, N))
         hits.append(accuracy(unseen, shuffled))
         losses.append(log_loss(unseen, shuffled))
     assert np.mean(hits) < 1 / C + 3 * np.sqrt(1 / C * (1 - 1 / C) / (N * DRAWS))
     assert np.mean(losses) > np.log(C) - 0.02
 
 
-def test_the_experiment_finds_a_leak_where_there_is_one():
+def test_shuffled_labels_show_a_leak_where_there_is_one():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(M, N, C)).astype(np.float32)
     shuffled = rng.permutation(np.arange(N) % C)

@@ -29,7 +29,6 @@ def short_searches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stacking_methods, "LogisticLearner", logistic_learner)
         patch.setattr(forest, "TREES", 4)
-        patch.setattr(forest, "LEAVES", forest.LEAVES[:1])
         patch.setattr(forest, "SHRINKAGES", forest.SHRINKAGES[::2])
         for learner in (boosting, fusion_learner, perceptron):
             patch.setattr(learner, "STOPS", 2)

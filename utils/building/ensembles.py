@@ -36,7 +36,7 @@ from utils.predictions.rows import Rows
 from utils.predictions.store import Store
 
 SCHEMA = 3
-VERSION = 11  # incremented when the same inputs would give a different ensemble
+VERSION = 12  # incremented when the same inputs would give a different ensemble
 INNER_CROSSFIT = "inner_crossfit.npy"
 """float32 (K, N, C): probabilities by copies without each of the K `inner_folds` of `ensemble.json` and without the
 row's fold; rows as in `crossfit.npz`, NaN where there is no such copy."""

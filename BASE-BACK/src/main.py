@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import runpy
 import signal
 import sys
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -270,6 +272,9 @@ def _run(arguments: dict[str, Any]) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    start_method = "spawn"
+    if arguments["engine"] == "local" and arguments["stages"] != ["split"]:
+        start_method = _start_worker_server()
     from training.external import ExternalError
     from training.pool import end_with
     from training.pretrained import PretrainedError
@@ -294,7 +299,7 @@ def _run(arguments: dict[str, Any]) -> int:
     stages = [stage for stage in (*STAGES, *ON_REQUEST) if stage in stages]
     try:
         options = {name: arguments[name] for name in ("jobs", "force", "engine", "address")}
-        summary = run_stages(backbones, stages, **options)
+        summary = run_stages(backbones, stages, **options, start_method=start_method)
     except PretrainedError as error:
         print(error, file=sys.stderr)
         return 2
@@ -312,6 +317,19 @@ def _run(arguments: dict[str, Any]) -> int:
     if summary.failed and not any(summary.results.values()):
         return 1
     return 4 if summary.failed or summary.left_out else 0
+
+
+def _start_worker_server() -> str:
+    """Let a server import torch and timm while this process does, for its workers, which are forks of the server.
+
+    Returns the start method of `multiprocessing` that the workers need: `spawn` where there is no server.
+    """
+    if sys.platform != "linux" or "torch" in sys.modules:
+        return "spawn"
+    method = "forkserver"
+    multiprocessing.get_context(method).set_forkserver_preload(["timm"])
+    forkserver.ensure_running()
+    return method
 
 
 def _external_backbones(folder: Path, stages: Sequence[str]) -> list[str]:

@@ -30,15 +30,22 @@ class Pool(Protocol):
         """Terminate the workers at once; files being written still have temporary names."""
 
 
-def _start_worker(parent: int, threads: int | None) -> None:
-    """Prepare a worker: set its number of threads and let it exit when its parent is killed."""
+def _start_worker(threads: int | None) -> None:
+    """Prepare a worker: set its number of threads and let it exit when the process that created the pool is killed."""
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
     if threads:
         torch.set_num_threads(threads)
-    end_with(parent)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_with(parent: int) -> None:
@@ -66,11 +73,12 @@ def run_units(
     threads: int | None,
     finished: Callable[[Unit, Outcome, float], None],
     failed: Callable[[Unit, str], None],
+    start_method: str = "spawn",
     new_pool: Callable[[], Pool] | None = None,
 ) -> None:
     """Run units in `jobs` processes, each after those it depends on; callbacks run in this process, one at a time.
 
-    `new_pool` creates a pool to use instead of local processes.
+    `start_method` is that of `multiprocessing`; `new_pool` creates a pool to use instead of local processes.
 
     A unit fails with an exception or with the death of its process; units that depend on it fail with it, the others
     continue. Dependencies outside `units` are ignored.
@@ -79,7 +87,7 @@ def run_units(
     done: set[str] = set()
     lost: set[str] = set()
     running: dict[Future[Any], Unit] = {}
-    make: Callable[[], Pool] = new_pool or (lambda: _new_pool(jobs, threads))
+    make: Callable[[], Pool] = new_pool or (lambda: _new_pool(jobs, threads, start_method))
     pool = make()
     try:
         while waiting or running:
@@ -130,6 +138,6 @@ class _Processes(ProcessPoolExecutor):
         self.shutdown(wait=False, cancel_futures=True)
 
 
-def _new_pool(jobs: int, threads: int | None) -> Pool:
-    context = multiprocessing.get_context("spawn")
-    return _Processes(jobs, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), threads))
+def _new_pool(jobs: int, threads: int | None, start_method: str) -> Pool:
+    context = multiprocessing.get_context(start_method)
+    return _Processes(jobs, mp_context=context, initializer=_start_worker, initargs=(threads,))

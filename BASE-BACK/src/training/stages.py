@@ -77,11 +77,12 @@ def run_stages(
     force: bool = False,
     engine: str = "local",
     address: str | None = None,
+    start_method: str = "spawn",
 ) -> Summary:
     """Run the given stages for the given backbones and write all records; returns a summary.
 
-    `engine` is `local`, for local processes, or `ray`, for the workers of the cluster at `address`, or of a new local
-    cluster if that is None.
+    `engine` is `local`, for local processes, which start by the `start_method` of `multiprocessing`, or `ray`, for the
+    workers of the cluster at `address`, or of a new local cluster if that is None.
 
     Raises `SplitError` or FileNotFoundError when there is nothing to train on; a failed backbone is listed in the
     summary and the others continue.
@@ -118,7 +119,13 @@ def run_stages(
     with progress_bar(len(pending), "training") as advance:
         outcomes = _Outcomes(summary, ledger, _Progress(pending, advance))
         run_units(
-            pending, jobs=jobs, threads=threads, finished=outcomes.finished, failed=outcomes.failed, new_pool=new_pool
+            pending,
+            jobs=jobs,
+            threads=threads,
+            finished=outcomes.finished,
+            failed=outcomes.failed,
+            start_method=start_method,
+            new_pool=new_pool,
         )
     if any(unit.kind == "verify" for unit in pending):
         smoke_checker.save_summary()

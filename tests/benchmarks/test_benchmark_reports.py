@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from reporting import interval, report, row
+from reporting import clean_environment, interval, report, row
 
 KEYS = {"what", "figure", "unit", "goal", "holds", "peer"}
 
@@ -39,3 +39,11 @@ def test_the_interval_is_student_s():
     assert (low + high) / 2 == pytest.approx(2.0)
     assert (high - low) / 2 == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
     assert interval([1.0]) is None
+
+
+def test_programs_run_without_the_settings_of_whoever_measures(monkeypatch):
+    for name in ("DBT_SEED", "BASE_BACK_DIR", "PYTHONDONTWRITEBYTECODE", "SOME_OTHER"):
+        monkeypatch.setenv(name, "1")
+    kept = clean_environment()
+    assert kept["SOME_OTHER"] == "1"
+    assert not {"DBT_SEED", "BASE_BACK_DIR", "PYTHONDONTWRITEBYTECODE"} & kept.keys()

@@ -1,13 +1,13 @@
 """Test log-loss of the recommended ensemble beside that of another commit, on images that no member saw.
 
-    python benchmarks/pipeline_losses.py                     beside commit 2d52cc4, four turns: twenty minutes
+    python benchmarks/pipeline_losses.py                     beside commit 2d52cc4, four turns: half an hour
     python benchmarks/pipeline_losses.py --against COMMIT    beside another one
     python benchmarks/pipeline_losses.py --turns 8           narrower intervals
     python benchmarks/pipeline_losses.py --quick             two members on few images, one turn; not the form to report
 
 The members are the twelve of `pipeline.py`, trained on 800 of scikit-learn's handwritten digits. All others are val and
-test: as many val images as the members' workspace has, drawn anew in each turn, and 895 test images instead of its 100.
-A turn has its own seed of the configuration as well, so that the differences hold what both choose at random. Both
+test: as many val images as the members' workspace has, drawn anew in each turn, and about 900 test images, not 100. A
+turn has its own seed of the configuration as well, so that the differences hold what both choose at random. Both
 commits run in turn with their own configuration of the demo, from `discover` to `evaluate`. Where git does not have the
 commit, its figures are null. The last line of the output is one JSON object.
 """

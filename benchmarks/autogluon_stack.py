@@ -2,7 +2,7 @@
 
     python -m venv .venv-bench && .venv-bench/bin/pip install -r benchmarks/requirements.txt     once: the peer
 
-    python benchmarks/autogluon_stack.py                 about five minutes
+    python benchmarks/autogluon_stack.py                 about three minutes
     python benchmarks/autogluon_stack.py --quick         5 members, 600 rows, 3 classes: not the form to report
 
 Both sides read the same simulated predictions and fit the same four learners with five folds: logistic regression,
@@ -22,6 +22,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pipeline
 
 import scale
 from reporting import report, row
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scale.write_predictions(folder / "predictions", size, options.seed, test_rows=TEST_ROWS)
         (folder / "workspace").mkdir()
         costs = {command: scale.run_command(command, folder, size, overrides=OVERRIDES) for command in COMMANDS}
-        recommended, losses = test_losses(folder / "workspace")
+        recommended, losses = pipeline.recommended(folder / "workspace")
         peer_cost, peer = run_peer(folder)
     report(
         "autogluon_stack",
@@ -117,12 +119,6 @@ def _told(cost: Cost) -> str:
 def _of_learner(losses: Mapping[str, float], name: str) -> float | None:
     """Log-loss of the model of this learner, whose name AutoGluon completes; None where it was not fitted."""
     return next((loss for model, loss in losses.items() if model.startswith(f"{name}_")), None)
-
-
-def test_losses(workspace: Path) -> tuple[str, dict[str, float]]:
-    """Name of the recommended ensemble, and {ensemble: log-loss on test} of an evaluated workspace."""
-    ranking = json.loads(next(workspace.rglob("ranking.json")).read_text(encoding="utf-8"))
-    return ranking["recommended"]["name"], {entry["name"]: entry["log_loss"] for entry in ranking["rows"]}
 
 
 def run_peer(folder: Path) -> tuple[Cost | None, dict[str, Any] | None]:

@@ -79,7 +79,8 @@ def compare(commit: str, folder: Path, *, quick: bool) -> int:
             for version, project in projects.items():
                 output = Path(name, f"output-{version}-{turn}")
                 run = pipeline(workspace, output, BACKBONES[:members], project=project)
-                runs[version].append(run | {"log_loss": recommended_loss(output)})
+                name, losses = recommended(output)
+                runs[version].append(run | {"log_loss": losses[name]})
     table = comparison_rows(f"{members} members, {images:,} images", runs["here"], runs[commit], commit)
     packages = ("torch", "numpy", "scikit-learn")
     report("pipeline-against", table, quick=quick, packages=packages, commit=commit, runs=runs)
@@ -120,11 +121,10 @@ def project_of(commit: str, folder: Path) -> Path:
     return folder
 
 
-def recommended_loss(output: Path) -> float:
-    """Log-loss on the test split of the ensemble that the ranking recommends."""
+def recommended(output: Path) -> tuple[str, dict[str, float]]:
+    """Name of the recommended ensemble, and {model: log-loss on test}, of the ranking below `output`."""
     ranking = json.loads(next(output.rglob("ranking.json")).read_text(encoding="utf-8"))
-    chosen = ranking["recommended"]["name"]
-    return float(next(entry["log_loss"] for entry in ranking["rows"] if entry["name"] == chosen))
+    return ranking["recommended"]["name"], {entry["name"]: entry["log_loss"] for entry in ranking["rows"]}
 
 
 def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

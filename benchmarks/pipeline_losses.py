@@ -129,9 +129,7 @@ def run(project: Path, workspace: Path, output: Path, members: Sequence[str], *,
         done = subprocess.run(call, env=clean_environment(), stdout=subprocess.DEVNULL, check=False, cwd=project)
         if done.returncode not in (0, pipeline.LEFT_OUT):
             raise SystemExit(f"{stage} of {project} ended with {done.returncode}; see the messages above")
-    ranking = json.loads(next(output.rglob("ranking.json")).read_text(encoding="utf-8"))
-    losses = {entry["name"]: entry["log_loss"] for entry in ranking["rows"]}
-    chosen = ranking["recommended"]["name"]
+    chosen, losses = pipeline.recommended(output)
     return {"recommended": chosen, "log_loss": losses[chosen], "losses": losses}
 
 

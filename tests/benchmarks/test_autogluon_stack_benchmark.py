@@ -38,4 +38,4 @@ def test_losses_are_those_of_the_ranking(tmp_path):
     path = tmp_path / "ensembles" / "results" / "ranking.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(ranking))
-    assert autogluon_stack.test_losses(tmp_path) == ("b", {"a": 0.5, "b": 0.4})
+    assert autogluon_stack.pipeline.recommended(tmp_path) == ("b", {"a": 0.5, "b": 0.4})

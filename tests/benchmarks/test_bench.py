@@ -207,7 +207,8 @@ def test_the_log_loss_beside_another_commit_is_that_of_the_recommended_ensemble(
     (tmp_path / "metrics_output").mkdir()
     ranking = tmp_path / "metrics_output" / "ranking.json"
     ranking.write_text(json.dumps({"recommended": {"name": "second"}, "rows": rows}), encoding="utf-8")
-    assert pipeline.recommended_loss(tmp_path) == 0.2
+    name, losses = pipeline.recommended(tmp_path)
+    assert losses[name] == 0.2
 
 
 @pytest.mark.skipif(not (PROJECT / ".git").exists(), reason="not a git checkout")

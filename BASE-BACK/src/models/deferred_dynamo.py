@@ -1,6 +1,7 @@
 """Import torchvision without `torch._dynamo`, which takes as long to import as torch and which few programs use.
 
-torchvision needs one function of it, to decide whether RoI align may be compiled, and timm needs torchvision.
+torchvision, which timm needs, calls one function of it, to decide whether RoI align may be compiled; timm uses one
+decorator of it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ UTILS = f"{PACKAGE}.utils"
 
 @contextmanager
 def deferred_dynamo() -> Iterator[None]:
-    """Within the block, imports of `torch._dynamo` get a stand-in whose function imports the package when called.
+    """Within the block, imports of `torch._dynamo` get stand-ins whose two functions import the package when called.
 
-    Any other attribute of the stand-in is that of the real package, which is imported then. Without effect if the
+    Any other attribute of a stand-in is that of the real package, which is imported then. Without effect if the
     package or torchvision is already imported.
     """
     if PACKAGE in sys.modules or "torchvision" in sys.modules:

@@ -40,20 +40,24 @@ def _start_worker(threads: int | None) -> None:
         torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    _exit_after(parent.join)
 
 
 def end_with(parent: int) -> None:
     """Exit this process soon after its parent process, since nothing would receive its result."""
 
-    def watch() -> None:
+    def wait_for_parent() -> None:
         while os.getppid() == parent:
             time.sleep(PARENT_CHECK_SECONDS)
+
+    _exit_after(wait_for_parent)
+
+
+def _exit_after(wait_for_end: Callable[[], object]) -> None:
+    """Exit this process when `wait_for_end`, called in a thread, returns."""
+
+    def watch() -> None:
+        wait_for_end()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
